@@ -1,0 +1,45 @@
+# make setup     .venv with everything that the demo and the tests need
+# make demo      export SmolLM2-135M, calibrate its exits, run it and show what was saved
+# make test      lint, types aside: the tests (under 12 minutes on 2 cores)
+# make test-full the slow proofs as well
+# make lint      ruff, formatter, mypy
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := build/demo
+
+.PHONY: setup demo test test-full lint format clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints-cpu.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt \
+		--editable '.[cpu,export,gguf,dev]' 
+	touch $(STAMP)
+
+demo: setup
+	test -f $(DEMO)/manifest.json || $(BIN)/adainfer-export smollm2-135m --out $(DEMO)
+	$(BIN)/adainfer inspect $(DEMO)
+	$(BIN)/python tools/demo.py $(DEMO)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-full: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf build $(VENV) *.egg-info

@@ -1,0 +1,64 @@
+"""Calibration prompts: read, sampled, and cut into disjoint parts by task."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from adainfer_runtime.tasks import TaskExample, read_tasks
+
+from ..errors import CalibrationError
+from .builtin import builtin_examples
+from .request import CalibrationRequest
+
+__all__ = ["PARTS", "Parts", "load_examples", "split_parts"]
+
+# Share of the prompts that each part gets, within every task.
+PARTS = {"adapters": 0.40, "classifier": 0.25, "selection": 0.15, "threshold": 0.20}
+_LEAST = 60
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Disjoint prompts: what one part was fitted on, no other part has seen."""
+
+    adapters: tuple[TaskExample, ...]
+    classifier: tuple[TaskExample, ...]
+    selection: tuple[TaskExample, ...]
+    threshold: tuple[TaskExample, ...]
+
+
+def load_examples(request: CalibrationRequest) -> list[TaskExample]:
+    """The request's prompts without duplicates, at most `limit` of them.
+
+    Raises:
+        TaskFileError: a file cannot be read.
+        CalibrationError: too few prompts.
+    """
+    examples = read_tasks(request.files) if request.files else builtin_examples(request.seed)
+    unique = list({example.prompt: example for example in examples}.values())
+    random = np.random.default_rng(request.seed)
+    order = random.permutation(len(unique))[: request.limit]
+    if len(order) < _LEAST:
+        raise CalibrationError(
+            f"{len(order)} different prompts are too few to calibrate: at least {_LEAST} are "
+            "needed, a few hundred are better"
+        )
+    return [unique[index] for index in order]
+
+
+def split_parts(examples: Iterable[TaskExample]) -> Parts:
+    """Cuts each task's prompts in the proportions of `PARTS`, in their (shuffled) order."""
+    by_task: dict[str, list[TaskExample]] = defaultdict(list)
+    for example in examples:
+        by_task[example.task].append(example)
+    parts: dict[str, list[TaskExample]] = {name: [] for name in PARTS}
+    edges = np.cumsum([0.0, *PARTS.values()])
+    for group in by_task.values():
+        cuts = np.rint(edges * len(group)).astype(int)
+        for name, first, last in zip(PARTS, cuts[:-1], cuts[1:], strict=True):
+            parts[name] += group[first:last]
+    return Parts(**{name: tuple(group) for name, group in parts.items()})

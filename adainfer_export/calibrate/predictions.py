@@ -1,0 +1,115 @@
+"""What each candidate exit layer would have answered, and the features of that answer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from adainfer_runtime import Engine
+
+from .ridge import Adapter
+from .traces import AnswerTraces
+
+__all__ = ["FEATURES", "Predictions", "predict_layers"]
+
+Float32 = npt.NDArray[np.float32]
+Bool = npt.NDArray[np.bool_]
+
+# AdaInfer's two, then what may be added: depth and whether the token stood at the last point.
+FEATURES = ("top_prob", "gap", "depth", "stability")
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Answers of `[prompts]` at `[layers]` candidate exit layers.
+
+    Attributes:
+        final: `[prompts]`, the full model's answer.
+        token, top_prob, gap: `[prompts, layers]`.
+        check_layers: time of one check (adapter, probe) in units of one layer over one prompt.
+    """
+
+    layers: tuple[int, ...]
+    num_layers: int
+    final: npt.NDArray[np.int64]
+    token: npt.NDArray[np.int64]
+    top_prob: Float32
+    gap: Float32
+    check_layers: float
+
+    @property
+    def agrees(self) -> Bool:
+        """`[prompts, layers]`: the label, 1 where an exit would give the full model's answer."""
+        agrees: Bool = self.token == self.final[:, None]
+        return agrees
+
+    def at(self, layers: tuple[int, ...]) -> Predictions:
+        """Only these exit layers."""
+        columns = [self.layers.index(layer) for layer in layers]
+        return Predictions(
+            layers,
+            self.num_layers,
+            self.final,
+            self.token[:, columns],
+            self.top_prob[:, columns],
+            self.gap[:, columns],
+            self.check_layers,
+        )
+
+    def features(self, names: tuple[str, ...]) -> Float32:
+        """`[prompts, layers, features]`, in the order of the names."""
+        prompts, points = self.token.shape
+        depth = np.array(self.layers, np.float32) / self.num_layers
+        stability = np.zeros((prompts, points), np.float32)
+        stability[:, 1:] = self.token[:, 1:] == self.token[:, :-1]
+        table: dict[str, Float32] = {
+            "top_prob": self.top_prob,
+            "gap": self.gap,
+            "depth": np.tile(depth, (prompts, 1)),
+            "stability": stability,
+        }
+        return np.stack([table[name] for name in names], axis=-1).astype(np.float32)
+
+
+def predict_layers(
+    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, Adapter]
+) -> Predictions:
+    """Applies adapter (where there is one) and probe to every traced hidden state."""
+    shape = traces.hidden.shape[:2]
+    token = np.empty(shape, np.int64)
+    top_prob, gap = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    for column, layer in enumerate(traces.layers):
+        adapter = adapters.get(layer)
+        for first in range(0, shape[0], _BATCH):
+            rows = slice(first, first + _BATCH)
+            hidden = np.ascontiguousarray(traces.hidden[rows, column])
+            adapted = adapter.apply(hidden) if adapter else hidden
+            features = engine.backend.probe_features(adapted)
+            token[rows, column], top_prob[rows, column], gap[rows, column] = features
+    return Predictions(
+        traces.layers,
+        engine.manifest.model.num_layers,
+        traces.token,
+        token,
+        top_prob,
+        gap,
+        _check_seconds(engine, traces, adapters) / traces.seconds_per_layer,
+    )
+
+
+def _check_seconds(
+    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, Adapter], repeats: int = 9
+) -> float:
+    hidden = np.ascontiguousarray(traces.hidden[0, -1])
+    adapter = adapters.get(traces.layers[-1])
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        engine.backend.probe(adapter.apply(hidden[None])[0] if adapter else hidden)
+        seconds.append(time.perf_counter() - start)
+    return float(np.median(seconds))

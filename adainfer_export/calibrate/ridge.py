@@ -1,0 +1,77 @@
+"""Ridge adapters: affine maps from the hidden state after a layer to the final one.
+
+A "tuned lens" (arXiv 2303.08112) in closed form. With weights w, centred x and y,
+
+    A = I + (Xᵀ W X + λ t I)⁻¹ Xᵀ W (Y − X),    b = mean(y) − mean(x) A,
+
+where t is the mean of the diagonal of Xᵀ W X: the penalty pulls towards the identity, not to zero.
+Only second moments are kept, `[hidden, hidden]` twice per layer, whatever the number of tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import linalg
+
+from ..errors import CalibrationError
+
+__all__ = ["Adapter", "Moments"]
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """`adapted = hidden @ matrix + bias`; matrix `[hidden, hidden]`, bias `[hidden]`."""
+
+    matrix: Float32
+    bias: Float32
+
+    def apply(self, hidden: Float32) -> Float32:
+        """`[rows, hidden]` to the same."""
+        adapted: Float32 = hidden @ self.matrix + self.bias
+        return adapted
+
+
+class Moments:
+    """Weighted first and second moments of (x, y) pairs, added up batch by batch."""
+
+    def __init__(self, width: int) -> None:
+        self._weight = 0.0
+        self._x = np.zeros(width)
+        self._y = np.zeros(width)
+        self._xx = np.zeros((width, width))
+        self._xy = np.zeros((width, width))
+
+    def add(self, x: Float32, y: Float32, weight: Float32) -> None:
+        """Adds rows: x, y `[rows, width]`, weight `[rows]`."""
+        weighted = x * weight[:, None]
+        self._weight += float(weight.sum())
+        self._x += weighted.sum(axis=0)
+        self._y += weight @ y
+        self._xx += weighted.T @ x
+        self._xy += weighted.T @ y
+
+    def solve(self, strength: float) -> Adapter:
+        """The adapter for a ridge strength λ (relative to the mean variance).
+
+        Raises:
+            CalibrationError: nothing was added, or it is not finite.
+        """
+        if self._weight == 0.0:
+            raise CalibrationError("no tokens to fit adapters on")
+        mean_x, mean_y = self._x / self._weight, self._y / self._weight
+        xx = self._xx / self._weight - np.outer(mean_x, mean_x)
+        xy = self._xy / self._weight - np.outer(mean_x, mean_y)
+        if not (np.isfinite(xx).all() and np.isfinite(xy).all()):
+            raise CalibrationError("hidden states are not finite: the adapters cannot be fitted")
+        width = len(mean_x)
+        penalty = strength * float(np.trace(xx)) / width + 1e-12
+        delta = linalg.solve(xx + penalty * np.eye(width), xy - xx, assume_a="pos")
+        matrix: Float64 = np.eye(width) + delta
+        bias = mean_y - mean_x @ matrix
+        return Adapter(matrix.astype(np.float32), bias.astype(np.float32))

@@ -1,0 +1,140 @@
+"""Chooses exit points and threshold: most layers saved at the wanted agreement."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.linear_model import LogisticRegression
+
+from .classifier import ExitClassifier, fit_svm
+from .predictions import Predictions
+
+__all__ = ["Outcome", "choose_threshold", "evaluate", "select_classifier"]
+
+Float64 = npt.NDArray[np.float64]
+
+_MOST_POINTS = 3
+_SHORTLIST = 12
+_FEATURE_SETS = (
+    ("top_prob", "gap", "depth"),
+    ("top_prob", "gap", "depth", "stability"),
+)
+# Savings are compared at several levels around the wanted one: a few hundred prompts say little
+# about a single level.
+_LEVELS = (0.5, 1.0, 1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A threshold on a set of prompts.
+
+    Attributes:
+        layers_saved: mean share of layers that were not executed.
+        net_saved: the same minus the time of the checks, in layers.
+        agreement: share of prompts that got the full model's answer.
+    """
+
+    threshold: float
+    layers_saved: float
+    net_saved: float
+    agreement: float
+
+
+def evaluate(scores: Float64, predictions: Predictions, threshold: float) -> Outcome:
+    """Exits at the first point whose score `[prompts, points]` reaches the threshold."""
+    exits = scores >= threshold
+    any_exit = exits.any(axis=1)
+    first = exits.argmax(axis=1)
+    rows = np.arange(len(scores))
+    layers = np.where(any_exit, np.array(predictions.layers)[first], predictions.num_layers)
+    checks = np.where(any_exit, first + 1, scores.shape[1])
+    agrees = np.where(any_exit, predictions.agrees[rows, first], True)
+    saved = 1.0 - float(layers.mean()) / predictions.num_layers
+    # The last check of an exit is the answer's own probe, which the full model pays too.
+    extra = float((checks - any_exit).mean()) * predictions.check_layers
+    return Outcome(threshold, saved, saved - extra / predictions.num_layers, float(agrees.mean()))
+
+
+def choose_threshold(scores: Float64, predictions: Predictions, target_agreement: float) -> Outcome:
+    """The lowest threshold before agreement first falls below the target, from the top down.
+
+    Going down in one fixed order and stopping at the first failure is what makes the level mean
+    something (Learn-then-Test's fixed sequence). Where nothing may exit, infinity.
+    """
+    candidates = np.unique(scores)[::-1]
+    if len(candidates) > 400:
+        candidates = candidates[np.linspace(0, len(candidates) - 1, 400).astype(int)]
+    best = evaluate(scores, predictions, math.inf)
+    for threshold in candidates:
+        outcome = evaluate(scores, predictions, float(threshold))
+        if outcome.agreement < target_agreement:
+            break
+        best = outcome
+    return best
+
+
+def select_classifier(
+    fit: Predictions, selection: Predictions, target_agreement: float, seed: int
+) -> ExitClassifier | None:
+    """The exit points and features whose SVM saves most on the selection part, net of checks.
+
+    All sets of up to three exit points are ranked with a logistic regression; the best of them
+    get SVMs, with and without the stability feature. None where no set saves anything.
+    """
+    ranked = sorted(
+        _subsets(fit.layers),
+        key=lambda layers: -_logistic_value(fit, selection, layers, target_agreement),
+    )
+    best: ExitClassifier | None = None
+    best_value = 0.0
+    for layers, features in itertools.product(ranked[:_SHORTLIST], _FEATURE_SETS):
+        if len(layers) == 1 and "stability" in features:
+            continue
+        classifier = fit_svm(fit, layers, features, seed)
+        if classifier is None:
+            continue
+        scores = classifier.scores(selection)
+        value = _value(scores, selection.at(layers), target_agreement)
+        if value > best_value:
+            best, best_value = classifier, value
+    return best
+
+
+def _subsets(layers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    for count in range(1, _MOST_POINTS + 1):
+        yield from itertools.combinations(layers, count)
+
+
+def _logistic_value(
+    fit: Predictions, selection: Predictions, layers: tuple[int, ...], target: float
+) -> float:
+    names = _FEATURE_SETS[-1]
+    x = _shaped(fit.at(layers).features(names)).reshape(-1, len(names))
+    y = fit.at(layers).agrees.reshape(-1)
+    if y.all() or not y.any():
+        return 0.0
+    model = LogisticRegression(max_iter=200).fit(x, y)
+    chosen = selection.at(layers)
+    features = _shaped(chosen.features(names))
+    scores = model.decision_function(features.reshape(-1, len(names)))
+    return _value(scores.reshape(features.shape[:2]), chosen, target)
+
+
+def _shaped(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """The first column, top prob, as log-odds: linear models need its upper end stretched."""
+    odds = np.clip(features[..., :1], 1e-4, 1 - 1e-4)
+    shaped: npt.NDArray[np.float32] = np.concatenate(
+        [np.log(odds / (1 - odds)), features[..., 1:]], axis=-1
+    )
+    return shaped
+
+
+def _value(scores: Float64, predictions: Predictions, target: float) -> float:
+    levels = [1.0 - (1.0 - target) * factor for factor in _LEVELS]
+    saved = [choose_threshold(scores, predictions, level).net_saved for level in levels]
+    return float(np.mean(saved))

@@ -1,0 +1,245 @@
+"""`adainfer-export`, and the compiler's subcommands of `adainfer`."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from adainfer_models import list_recipes
+from adainfer_runtime.commands import run_guarded
+from adainfer_runtime.commands.inspect_folder import describe_exit
+from adainfer_runtime.manifest import ExitSpec, load_manifest, verify_files
+
+from .architectures import ARCHITECTURES
+from .calibrate import CalibrationRequest, recalibrate
+from .errors import CalibrationError
+from .export import ExportRequest, ExportResult, export
+from .lower import PRECISIONS, TARGETS
+from .progress import terminal_reporter
+
+__all__ = ["main_export", "register"]
+
+_EXPORT_EXAMPLES = """
+Examples:
+
+    adainfer-export smollm2-135m --out engines/
+
+    adainfer-export ./my-llama --out engines/ --precision fp32 --calibration prompts.jsonl
+
+    adainfer-export model.gguf --out engines/ --layers-per-engine 5 --calibration none
+"""
+_CALIBRATE_EXAMPLES = """
+Examples:
+
+    adainfer calibrate engines/ --calibration mine.jsonl --target-agreement 0.995
+
+    adainfer calibrate engines/ --calibration builtin --adapters none
+"""
+
+
+class AdapterChoice(str, Enum):
+    """Values of --adapters."""
+
+    ridge = "ridge"
+    none = "none"
+
+
+CalibrationOption = Annotated[
+    list[str],
+    typer.Option(
+        "--calibration", help="`builtin`, `none`, or a task file (JSON lines); repeatable."
+    ),
+]
+LimitOption = Annotated[
+    int | None,
+    typer.Option("--calibration-limit", help="Prompts to use at most (a seeded sample).", min=1),
+]
+AgreementOption = Annotated[
+    float,
+    typer.Option(
+        "--target-agreement",
+        help="Share of answers that must equal the full model's.",
+        min=0.5,
+        max=1.0,
+    ),
+]
+AdaptersOption = Annotated[
+    AdapterChoice,
+    typer.Option("--adapters", help="Affine map before each probe, or none (plain AdaInfer)."),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+def main_export() -> None:
+    """Entry point of `adainfer-export`."""
+    app = typer.Typer(
+        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
+    )
+    app.command(epilog=_EXPORT_EXAMPLES)(run_export)
+    run_guarded(app)
+
+
+def register(app: typer.Typer) -> None:
+    """Adds export, calibrate, validate and list to `adainfer`."""
+    from .validate_command import validate
+
+    app.command(name="export", epilog=_EXPORT_EXAMPLES)(run_export)
+    app.command(name="calibrate", epilog=_CALIBRATE_EXAMPLES)(run_calibrate)
+    app.command(name="validate")(validate)
+    app.command(name="list")(run_list)
+
+
+def run_export(
+    model: Annotated[
+        str, typer.Argument(help="Alias, folder, .gguf file or Hugging Face id (owner/name).")
+    ],
+    out: Annotated[Path, typer.Option(help="Engine folder to write.")],
+    target: Annotated[
+        str, typer.Option(help=f"One of: {', '.join(target.name for target in TARGETS)}.")
+    ] = "ort-cpu",
+    precision: Annotated[str, typer.Option(help=f"One of: {', '.join(PRECISIONS)}.")] = "int4",
+    layers_per_engine: Annotated[
+        int, typer.Option(help="Layers in one graph; exits lie between graphs.", min=1)
+    ] = 1,
+    max_seq_len: Annotated[
+        int | None, typer.Option(help="Positions of the KV cache; default 2048 at most.")
+    ] = None,
+    calibration: CalibrationOption = ["builtin"],  # noqa: B006 - typer copies defaults
+    calibration_limit: LimitOption = None,
+    target_agreement: AgreementOption = 0.99,
+    adapters: AdaptersOption = AdapterChoice.ridge,
+    revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks of errors.")] = False,
+) -> None:
+    """Split an LLM into engines with an exit graph between them."""
+    _log_warnings()
+    request = ExportRequest(
+        model=model,
+        out=out,
+        target=target,
+        precision=precision,
+        layers_per_engine=layers_per_engine,
+        max_seq_len=max_seq_len,
+        calibration=_calibration(calibration, calibration_limit, target_agreement, adapters),
+        revision=revision,
+        force=force,
+    )
+    with terminal_reporter(quiet=quiet or json_output) as reporter:
+        result = export(request, reporter)
+    if json_output:
+        print(json.dumps(_summary(result)))
+        return
+    console = Console(stderr=True)
+    for warning in result.warnings:
+        console.print(f"warning: {warning}", style="yellow")
+    print(
+        f"{result.out}: {len(result.manifest.layer_stages)} engines, {precision}, "
+        f"{result.seconds:.1f} s, peak {result.peak_memory_bytes / 1e6:,.0f} MB"
+    )
+    _print_exit(result.manifest.exit)
+
+
+def run_calibrate(
+    folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
+    calibration: CalibrationOption = ["builtin"],  # noqa: B006 - typer copies defaults
+    calibration_limit: LimitOption = None,
+    target_agreement: AgreementOption = 0.99,
+    adapters: AdaptersOption = AdapterChoice.ridge,
+    quiet: QuietOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Fit the exit graph of an engine folder again."""
+    request = _calibration(calibration, calibration_limit, target_agreement, adapters)
+    if request is None:
+        raise CalibrationError("`none` calibrates nothing: give `builtin` or task files")
+    manifest = load_manifest(folder)
+    verify_files(folder, manifest)
+    with terminal_reporter(quiet=quiet or json_output) as reporter:
+        manifest = recalibrate(folder, manifest, request, reporter)
+    if json_output:
+        print(json.dumps(manifest.exit.model_dump(mode="json") if manifest.exit else None))
+        return
+    _print_exit(manifest.exit)
+
+
+def run_list(json_output: JsonOption = False) -> None:
+    """List aliases, architectures, targets and precisions."""
+    recipes = list_recipes()
+    if json_output:
+        data = {
+            "aliases": [asdict(recipe) for recipe in recipes],
+            "architectures": [entry.model_type for entry in ARCHITECTURES],
+            "targets": [
+                {"name": t.name, "built": t.dialect is not None, "precisions": t.precisions}
+                for t in TARGETS
+            ],
+        }
+        print(json.dumps(data))
+        return
+    console = Console()
+    table = Table("alias", "architecture", "source", "licence", title="models")
+    for recipe in recipes:
+        gated = " (gated)" if recipe.gated else ""
+        table.add_row(
+            recipe.alias, recipe.architecture, recipe.sources[0].id, recipe.licence + gated
+        )
+    console.print(table)
+    console.print("architectures:", ", ".join(entry.model_type for entry in ARCHITECTURES))
+    table = Table("target", "runs on", "precisions", "", title="targets")
+    for target in TARGETS:
+        state = "" if target.dialect else "not built yet"
+        table.add_row(target.name, target.summary, ", ".join(target.precisions), state)
+    console.print(table)
+
+
+def _calibration(
+    values: list[str], limit: int | None, target_agreement: float, adapters: AdapterChoice
+) -> CalibrationRequest | None:
+    words = {"builtin", "none"} & set(values)
+    if words and len(values) > 1:
+        raise CalibrationError(f"--calibration {words.pop()} goes with no other --calibration")
+    if values == ["none"]:
+        return None
+    return CalibrationRequest(
+        files=() if values == ["builtin"] else tuple(Path(value) for value in values),
+        limit=limit,
+        target_agreement=target_agreement,
+        adapters=adapters.value,
+    )
+
+
+def _summary(result: ExportResult) -> dict[str, object]:
+    exit_spec = result.manifest.exit
+    return {
+        "out": str(result.out),
+        "source": result.manifest.source.model_dump(mode="json"),
+        "target": result.manifest.target,
+        "precision": result.manifest.precision,
+        "engines": len(result.manifest.layer_stages),
+        "exit": exit_spec.model_dump(mode="json") if exit_spec else None,
+        "seconds": round(result.seconds, 2),
+        "peak_memory_bytes": result.peak_memory_bytes,
+        "warnings": result.warnings,
+    }
+
+
+def _print_exit(spec: ExitSpec | None) -> None:
+    print(f"exits: {describe_exit(spec)}")
+
+
+def _log_warnings() -> None:
+    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
+    logging.getLogger("adainfer_export").addHandler(handler)

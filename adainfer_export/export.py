@@ -1,0 +1,268 @@
+"""The export, step by step: resolve, build, lower, split, write, then calibrate."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from adainfer_runtime.manifest import (
+    SCHEMA_VERSION,
+    FileRecord,
+    KvGeometry,
+    Manifest,
+    ModelSpec,
+    Quantisation,
+    StageSpec,
+    TokenizerSpec,
+    file_sha256,
+    write_manifest,
+)
+
+from .architectures import find_architecture, sliding_window
+from .calibrate import CalibrationRequest, calibrate
+from .errors import CheckpointError, UnsupportedError
+from .folder import check_output, new_folder
+from .frontend import build_decoder
+from .lower import Precision, find_target
+from .lower.targets import Dialect
+from .progress import Reporter, SilentReporter, peak_memory_bytes
+from .sources import Checkpoint, resolve
+from .split import StageGraph, layer_groups, split_decoder
+from .writer import StageWriter
+
+__all__ = ["ExportRequest", "ExportResult", "export"]
+
+_LIBRARIES = ("mobius-onnx", "onnx-ir", "onnx", "onnxruntime", "scikit-learn", "skl2onnx")
+_DEFAULT_MAX_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export, and how.
+
+    Attributes:
+        model: alias, folder, `.gguf` file or Hugging Face id.
+        layers_per_engine: layers that share one graph; exits lie between engines.
+        max_seq_len: positions of the KV cache; default: 2048, or the model's own limit if less.
+        calibration: how the exit graph is fitted; None leaves the folder without one.
+    """
+
+    model: str
+    out: Path
+    target: str = "ort-cpu"
+    precision: str = "int4"
+    layers_per_engine: int = 1
+    max_seq_len: int | None = None
+    calibration: CalibrationRequest | None = None
+    revision: str | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What was written. `warnings` are sentences for the user."""
+
+    out: Path
+    manifest: Manifest
+    seconds: float
+    peak_memory_bytes: int
+    warnings: tuple[str, ...]
+
+
+def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportResult:
+    """Writes an engine folder; an interrupted export leaves nothing.
+
+    Raises:
+        AdaInferError: see `adainfer_export.errors`; the message is one line for the user.
+    """
+    start = time.perf_counter()
+    reporter = reporter or SilentReporter()
+    _, dialect, precision = find_target(request.target, request.precision)
+    if request.layers_per_engine < 1:
+        raise UnsupportedError("--layers-per-engine must be at least 1")
+    check_output(request.out, force=request.force)
+    checkpoint = resolve(request.model, revision=request.revision)
+    with new_folder(request.out) as folder:
+        manifest = _write_stages(folder, request, checkpoint, dialect, precision, reporter)
+        if request.calibration is not None and manifest.tokenizer is not None:
+            manifest = calibrate(folder, manifest, request.calibration, reporter)
+        write_manifest(folder, manifest)  # last: what was interrupted does not load
+    return ExportResult(
+        request.out,
+        manifest,
+        time.perf_counter() - start,
+        peak_memory_bytes(),
+        tuple(_warnings(manifest, request)),
+    )
+
+
+def _write_stages(
+    folder: Path,
+    request: ExportRequest,
+    checkpoint: Checkpoint,
+    dialect: Dialect,
+    precision: Precision,
+    reporter: Reporter,
+) -> Manifest:
+    config = checkpoint.config
+    architecture = find_architecture(config.model_type)
+    max_seq_len = _max_seq_len(request.max_seq_len, config)
+    decoder = build_decoder(config, architecture)
+    dialect.lower_decoder(decoder, window=sliding_window(config, max_seq_len))
+    _crop_tables(decoder.graph, config.max_position_embeddings, max_seq_len)
+    num_layers = int(config.num_hidden_layers)
+    groups = layer_groups(num_layers, request.layers_per_engine)
+    writer = StageWriter(folder, checkpoint)
+    reporter.begin("exporting layers", num_layers)
+    specs = []
+    for stage in split_decoder(decoder, groups):
+        specs.append(_write_stage(stage, writer, dialect, precision, checkpoint.tied_head))
+        for layer in range(stage.first_layer, stage.last_layer + 1 if stage.last_layer else 0):
+            reporter.step(f"layer {layer}/{num_layers}")
+    files = writer.close()
+    tokenizer, tokenizer_files = _write_tokenizer(folder, checkpoint)
+    return Manifest(
+        schema_version=SCHEMA_VERSION,
+        exporter=_versions(),
+        source=checkpoint.source,
+        model=_model_spec(checkpoint, num_layers),
+        target=request.target,
+        precision=precision.name,
+        quantisation=_quantisation(precision),
+        max_seq_len=max_seq_len,
+        kv=_kv_geometry(config, max_seq_len),
+        stages=tuple(specs),
+        tokenizer=tokenizer,
+        files=files | tokenizer_files,
+    )
+
+
+def _write_stage(
+    stage: StageGraph, writer: StageWriter, dialect: Dialect, precision: Precision, tied: bool
+) -> StageSpec:
+    graph = stage.model.graph
+    if stage.kind == "embed":
+        weights = dialect.lower_embedding(graph, precision, tied=tied)
+    elif stage.kind == "probe":
+        weights = dialect.lower_probe(graph, precision)
+    else:
+        weights = dialect.lower_layers(graph, precision)
+        dialect.check_layers(graph, stage.last_layer - stage.first_layer + 1, precision)
+    file = writer.write(stage.model, weights)
+    return StageSpec(
+        name=stage.name,
+        kind=stage.kind,
+        file=file,
+        first_layer=stage.first_layer,
+        last_layer=stage.last_layer,
+        inputs=tuple(str(value.name) for value in graph.inputs),
+        outputs=tuple(str(value.name) for value in graph.outputs),
+    )
+
+
+def _max_seq_len(asked: int | None, config: Any) -> int:
+    limit = int(config.max_position_embeddings)
+    if asked is None:
+        return min(_DEFAULT_MAX_SEQ_LEN, limit)
+    if not 1 <= asked <= limit:
+        raise UnsupportedError(f"--max-seq-len {asked}: this model takes 1 … {limit} positions")
+    return asked
+
+
+def _crop_tables(graph: ir.Graph, positions: int, max_seq_len: int) -> None:
+    """Rotary tables hold a row per position; rows that the engine cannot reach are cut."""
+    for value in graph.initializers.values():
+        tensor = value.const_value
+        if tensor is None or len(tensor.shape) != 2 or tensor.shape[0] != positions:
+            continue
+        table = np.ascontiguousarray(tensor.numpy()[:max_seq_len])
+        value.const_value = ir.tensor(table, name=value.name)
+        value.shape = ir.Shape(table.shape)
+
+
+def _write_tokenizer(
+    folder: Path, checkpoint: Checkpoint
+) -> tuple[TokenizerSpec | None, dict[str, FileRecord]]:
+    if not checkpoint.write_tokenizer(folder / "tokenizer"):
+        return None, {}
+    main = folder / "tokenizer" / "tokenizer.json"
+    try:
+        json.loads(main.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"tokenizer.json of the checkpoint is damaged: {error}") from error
+    records = {path.relative_to(folder).as_posix(): path for path in _files(folder / "tokenizer")}
+    spec = TokenizerSpec(file="tokenizer/tokenizer.json", files=tuple(sorted(records)))
+    return spec, {
+        name: FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
+        for name, path in records.items()
+    }
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.iterdir()) if path.is_file())
+
+
+def _model_spec(checkpoint: Checkpoint, num_layers: int) -> ModelSpec:
+    config = checkpoint.config
+    return ModelSpec(
+        architecture=config.model_type,
+        num_layers=num_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_attention_heads=config.num_attention_heads,
+        eos_token_ids=checkpoint.eos_token_ids,
+    )
+
+
+def _kv_geometry(config: Any, max_seq_len: int) -> KvGeometry:
+    heads = config.num_attention_heads
+    return KvGeometry(
+        num_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        max_length=max_seq_len,
+    )
+
+
+def _quantisation(precision: Precision) -> Quantisation | None:
+    if precision.bits is None:
+        return None
+    return Quantisation(
+        bits=precision.bits,
+        block_size=precision.block_size,
+        accuracy_level=precision.accuracy_level,
+    )
+
+
+def _versions() -> dict[str, str]:
+    from adainfer_runtime import __version__
+
+    versions = {"adainfer-export": __version__}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _warnings(manifest: Manifest, request: ExportRequest) -> Iterator[str]:
+    if manifest.tokenizer is None:
+        yield (
+            "the checkpoint has no tokenizer: this engine takes token ids only, "
+            "and could not be calibrated"
+        )
+    elif request.calibration is None:
+        yield "no calibration: adaptive mode needs `adainfer calibrate DIR` first"
+    elif manifest.exit is None or not manifest.exit.points:
+        yield (
+            "calibration found no exit that pays at the wanted agreement: "
+            "adaptive mode runs every layer"
+        )

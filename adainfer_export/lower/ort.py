@@ -1,0 +1,274 @@
+"""The `ort-cpu` dialect: com.microsoft operators on float32 activations.
+
+Per stage: residual addition and norm become SkipSimplifiedLayerNormalization, Q, K and V one
+product, SiLU one operator, and linear layers MatMulNBits (int4, int8) or MatMul (fp32).
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ..errors import LoweringError, UnsupportedError
+from ..weights import Dense, Quantised, WeightExpr
+from .graph import (
+    CONTRIB,
+    Linear,
+    add_initializer,
+    count_ops,
+    find_linears,
+    insert_before,
+    only_user,
+    remove_dead_nodes,
+)
+from .precision import Precision
+
+__all__ = ["check_layers", "lower_embedding", "lower_layers", "lower_probe"]
+
+Weights = dict[str, WeightExpr]
+
+
+def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
+    """Lowers a stage of decoder layers in place; returns what its new initialisers hold."""
+    graph.opset_imports[CONTRIB] = 1
+    _fuse_skip_norms(graph)
+    _fuse_silu(graph)
+    weights: Weights = {}
+    packed = _packed_projections(graph)
+    for linears in packed:
+        _lower_packed(graph, linears, precision, weights)
+    for linear in list(find_linears(graph)):
+        _replace_linear(graph, (linear,), precision, weights)
+    remove_dead_nodes(graph)
+    return weights
+
+
+def lower_embedding(graph: ir.Graph, precision: Precision, *, tied: bool) -> Weights:
+    """Lowers the token embedding: Gather, or GatherBlockQuantized on the LM head's blocks."""
+    graph.opset_imports[CONTRIB] = 1
+    bits = precision.embedding_bits(tied=tied)
+    if bits is None:
+        return {}
+    gather = next((node for node in graph if node.op_type == "Gather"), None)
+    if gather is None or gather.inputs[0] is None:
+        raise LoweringError("the embedding stage holds no Gather")
+    table = gather.inputs[0]
+    assert table.shape is not None and table.name is not None
+    rows, width = int(table.shape[0]), int(table.shape[1])  # type: ignore[arg-type]
+    weights: Weights = {}
+    packed, scales = _quantised_pair(
+        graph, (table.name,), (rows, width), bits, precision.block_size, weights
+    )
+    packed.shape = ir.Shape([rows, width * bits // 8])
+    node = ir.Node(
+        CONTRIB,
+        "GatherBlockQuantized",
+        [packed, gather.inputs[1], scales],
+        [
+            ir.AttrInt64("bits", bits),
+            ir.AttrInt64("block_size", precision.block_size),
+            ir.AttrInt64("gather_axis", 0),
+            ir.AttrInt64("quantize_axis", 1),
+        ],
+    )
+    _replace(gather, node, gather.outputs[0])
+    remove_dead_nodes(graph)
+    return weights
+
+
+def lower_probe(graph: ir.Graph, precision: Precision) -> Weights:
+    """Lowers final norm and LM head. In fp32 the head reads the embedding's rows as they lie."""
+    graph.opset_imports[CONTRIB] = 1
+    weights: Weights = {}
+    for linear in list(find_linears(graph)):
+        if precision.bits is None:
+            _head_by_rows(graph, linear)
+        else:
+            _replace_linear(graph, (linear,), precision, weights)
+    remove_dead_nodes(graph)
+    return weights
+
+
+def check_layers(graph: ir.Graph, layers: int, precision: Precision) -> None:
+    """Fails loudly if an operator that the dialect relies on was not found.
+
+    Raises:
+        LoweringError: with the operator, and found against expected.
+    """
+    expected = {"GroupQueryAttention": layers, "Attention": 0, "RotaryEmbedding": 0}
+    if precision.bits is not None:
+        expected["MatMul"] = 0
+    for op_type, count in expected.items():
+        if (found := count_ops(graph, op_type)) != count:
+            raise LoweringError(
+                f"stage {graph.name}: found {found} of operator {op_type}, expected {count}"
+            )
+
+
+def _fuse_skip_norms(graph: ir.Graph) -> None:
+    for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
+        add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
+        if add is None or add.op_type != "Add" or add.outputs[0].is_graph_output():
+            continue
+        if any(value is None or value.is_initializer() for value in add.inputs):
+            continue
+        fused = ir.Node(
+            CONTRIB,
+            "SkipSimplifiedLayerNormalization",
+            [add.inputs[0], add.inputs[1], norm.inputs[1]],
+            [ir.AttrFloat32("epsilon", norm.attributes["epsilon"].as_float())],
+            num_outputs=4,
+        )
+        insert_before(add, [fused])
+        _take_over(norm.outputs[0], fused.outputs[0])
+        _take_over(add.outputs[0], fused.outputs[3])
+        for empty in fused.outputs[1:3]:
+            empty.name = ""
+        remove_dead_nodes(graph)
+
+
+def _fuse_silu(graph: ir.Graph) -> None:
+    for sigmoid in [node for node in graph if node.op_type == "Sigmoid"]:
+        mul = only_user(sigmoid.outputs[0])
+        if mul is None or mul.op_type != "Mul" or sigmoid.inputs[0] not in mul.inputs:
+            continue
+        node = ir.Node(CONTRIB, "QuickGelu", [sigmoid.inputs[0]], [ir.AttrFloat32("alpha", 1.0)])
+        _replace(mul, node, mul.outputs[0])
+    remove_dead_nodes(graph)
+
+
+def _packed_projections(graph: ir.Graph) -> list[tuple[Linear, Linear, Linear]]:
+    """Q, K, V whose results go to the attention as they are (no norm in between)."""
+    by_output = {linear.output: linear for linear in find_linears(graph)}
+    packed = []
+    for node in graph:
+        if node.op_type != "GroupQueryAttention":
+            continue
+        found = [by_output.get(value) for value in node.inputs[:3] if value is not None]
+        linears = [linear for linear in found if linear is not None]
+        same = {linear.input for linear in linears}
+        biases = {linear.bias is None for linear in linears}
+        if len(linears) == 3 and len(same) == 1 and len(biases) == 1:
+            packed.append((linears[0], linears[1], linears[2]))
+    return packed
+
+
+def _lower_packed(
+    graph: ir.Graph,
+    linears: tuple[Linear, Linear, Linear],
+    precision: Precision,
+    weights: Weights,
+) -> None:
+    attention = only_user(linears[0].output)
+    assert attention is not None  # found through the attention's own inputs
+    output = _replace_linear(graph, linears, precision, weights)
+    for index, value in enumerate((output, None, None)):
+        attention.replace_input_with(index, value)
+
+
+def _replace_linear(
+    graph: ir.Graph, linears: tuple[Linear, ...], precision: Precision, weights: Weights
+) -> ir.Value:
+    """One product over the rows of all the given linear layers, which share their input."""
+    first = linears[0]
+    names = tuple(_name(linear.weight) for linear in linears)
+    rows = sum(linear.out_features for linear in linears)
+    nodes = _product(graph, first.input, names, (rows, first.in_features), precision, weights)
+    biases = tuple(_name(linear.bias) for linear in linears if linear.bias is not None)
+    if biases:
+        name = "+".join(biases)
+        weights[name] = Dense(biases)
+        bias = add_initializer(graph, name, ir.DataType.FLOAT, [rows])
+        nodes.append(ir.Node("", "Add", [nodes[-1].outputs[0], bias]))
+    insert_before(first.matmul, nodes)
+    output = nodes[-1].outputs[0]
+    if len(linears) == 1:
+        _take_over(first.output, output)
+    return output
+
+
+def _product(
+    graph: ir.Graph,
+    value: ir.Value,
+    names: tuple[str, ...],
+    shape: tuple[int, int],
+    precision: Precision,
+    weights: Weights,
+) -> list[ir.Node]:
+    rows, columns = shape
+    if precision.bits is None:
+        name = "+".join(names) + ".T"
+        weights[name] = Dense(names, transpose=True)
+        weight = add_initializer(graph, name, ir.DataType.FLOAT, [columns, rows])
+        return [ir.Node("", "MatMul", [value, weight])]
+    packed, scales = _quantised_pair(
+        graph, names, shape, precision.bits, precision.block_size, weights
+    )
+    attributes = [
+        ir.AttrInt64("K", columns),
+        ir.AttrInt64("N", rows),
+        ir.AttrInt64("bits", precision.bits),
+        ir.AttrInt64("block_size", precision.block_size),
+        ir.AttrInt64("accuracy_level", precision.accuracy_level),
+    ]
+    return [ir.Node(CONTRIB, "MatMulNBits", [value, packed, scales], attributes)]
+
+
+def _quantised_pair(
+    graph: ir.Graph,
+    names: tuple[str, ...],
+    shape: tuple[int, int],
+    bits: int,
+    block_size: int,
+    weights: Weights,
+) -> tuple[ir.Value, ir.Value]:
+    rows, columns = shape
+    if columns % block_size:
+        raise UnsupportedError(
+            f"{names[0]}: width {columns} is not divisible by the block of {block_size}; "
+            "export with --precision fp32"
+        )
+    name, blocks = "+".join(names), columns // block_size
+    weights[f"{name}.packed"] = Quantised(names, bits, block_size, "packed")  # type: ignore[arg-type]
+    weights[f"{name}.scales"] = Quantised(names, bits, block_size, "scales")  # type: ignore[arg-type]
+    packed = add_initializer(
+        graph, f"{name}.packed", ir.DataType.UINT8, [rows, blocks, block_size * bits // 8]
+    )
+    scales = add_initializer(graph, f"{name}.scales", ir.DataType.FLOAT, [rows, blocks])
+    return packed, scales
+
+
+def _head_by_rows(graph: ir.Graph, linear: Linear) -> None:
+    # Gemm takes the head as [vocabulary, hidden], the embedding's own layout: stored once.
+    flat = ir.Node("", "Reshape", [linear.input, _shape_of(graph, [-1, linear.in_features])])
+    gemm = ir.Node("", "Gemm", [flat.outputs[0], linear.weight], [ir.AttrInt64("transB", 1)])
+    back = ir.Node("", "Reshape", [gemm.outputs[0], _shape_of(graph, [1, -1, linear.out_features])])
+    nodes = [flat, gemm, back]
+    if linear.bias is not None:
+        nodes.append(ir.Node("", "Add", [back.outputs[0], linear.bias]))
+    insert_before(linear.matmul, nodes)
+    _take_over(linear.output, nodes[-1].outputs[0])
+
+
+def _shape_of(graph: ir.Graph, shape: list[int]) -> ir.Value:
+    name = "shape_" + "_".join(str(size).replace("-", "m") for size in shape)
+    value = add_initializer(graph, name, ir.DataType.INT64, [len(shape)])
+    value.const_value = ir.tensor(shape, dtype=ir.DataType.INT64, name=name)
+    return value
+
+
+def _replace(anchor: ir.Node, node: ir.Node, old: ir.Value) -> None:
+    insert_before(anchor, [node])
+    _take_over(old, node.outputs[0])
+
+
+def _take_over(old: ir.Value, new: ir.Value) -> None:
+    """The new value takes the old one's place, name and all, also as a graph output."""
+    new.type, new.shape, name = old.type, old.shape, old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    if name:
+        old.name, new.name = f"{name}.replaced", name
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None  # initialisers always carry their checkpoint name
+    return value.name

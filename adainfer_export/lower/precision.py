@@ -1,0 +1,34 @@
+"""How weights are stored: one record per precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["PRECISIONS", "Precision"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Weight storage of a precision.
+
+    Attributes:
+        bits: of the linear layers and the LM head; None keeps float32.
+        accuracy_level: MatMulNBits' least accuracy of activations; 4 is int8.
+    """
+
+    name: Literal["fp32", "int8", "int4"]
+    bits: Literal[4, 8] | None
+    block_size: int = 32
+    accuracy_level: int = 4
+
+    def embedding_bits(self, *, tied: bool) -> Literal[4, 8] | None:
+        """Bits of the token embedding. A tied head reads the same copy; else 8 lose nothing."""
+        return self.bits if tied or self.bits is None else 8
+
+
+PRECISIONS: dict[str, Precision] = {
+    "fp32": Precision("fp32", None),
+    "int8": Precision("int8", 8),
+    "int4": Precision("int4", 4),
+}

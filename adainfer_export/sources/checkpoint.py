@@ -1,0 +1,64 @@
+"""What every source becomes: a configuration, tensors read one at a time, and a tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from adainfer_runtime.manifest import SourceSpec
+
+from ..errors import NonFiniteWeightError
+
+__all__ = ["Checkpoint", "require_finite"]
+
+
+class Checkpoint(Protocol):
+    """A decoder-only model on disk. Nothing is loaded before it is asked for."""
+
+    @property
+    def config(self) -> Any:
+        """The `transformers.PretrainedConfig`."""
+
+    @property
+    def source(self) -> SourceSpec:
+        """Identity: kind, id, revision, and sha256 of each file."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+
+    @property
+    def tied_head(self) -> bool:
+        """True where the LM head is the token embedding."""
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """One tensor under its Hugging Face name, as float32.
+
+        Raises:
+            CheckpointError: missing, damaged or not finite.
+        """
+
+    def write_tokenizer(self, folder: Path) -> bool:
+        """Writes `tokenizer.json` and what belongs to it; False where there is none."""
+
+
+def require_finite(
+    name: str, tensor: npt.NDArray[np.float32], where: str
+) -> npt.NDArray[np.float32]:
+    """The tensor itself.
+
+    Raises:
+        NonFiniteWeightError: it holds NaN or infinity.
+    """
+    # The sum is finite unless a value is not, or it overflows: only then look at each.
+    if not np.isfinite(tensor.sum(dtype=np.float64)):
+        bad = int(tensor.size - np.isfinite(tensor).sum())
+        if bad:
+            raise NonFiniteWeightError(
+                f"{where}: tensor {name} holds {bad} NaN or infinite values of {tensor.size}; "
+                "the checkpoint is damaged: download it again"
+            )
+    return tensor

@@ -1,0 +1,194 @@
+"""A GGUF file: tensors dequantised one at a time, configuration and tokenizer from its keys."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adainfer_runtime.manifest import SourceFile, SourceSpec, file_sha256
+
+from ..architectures import ARCHITECTURES, Architecture
+from ..errors import CheckpointError, SourceError, UnsupportedError
+from .checkpoint import require_finite
+from .gguf_tokenizer import build_tokenizer
+
+__all__ = ["GgufFile"]
+
+
+class GgufFile:
+    """A llama.cpp checkpoint. Reading undoes the converter's interleaving of Q and K rows."""
+
+    def __init__(self, path: Path, *, id: str | None = None, revision: str | None = None) -> None:
+        self._path = path
+        self._id = id or path.name
+        self._revision = revision
+
+    @cached_property
+    def config(self) -> Any:
+        """A transformers configuration made from the file's keys."""
+        from transformers import AutoConfig
+
+        key = self._architecture.gguf_name
+        heads = int(self._field(f"{key}.attention.head_count"))
+        hidden = int(self._field(f"{key}.embedding_length"))
+        scaling = self._optional(f"{key}.rope.scaling.type")
+        if scaling not in (None, "none"):
+            raise UnsupportedError(f"{self._path}: rope scaling {scaling!r} in GGUF")
+        return AutoConfig.for_model(
+            self._architecture.model_type,
+            hidden_size=hidden,
+            intermediate_size=int(self._field(f"{key}.feed_forward_length")),
+            num_hidden_layers=int(self._field(f"{key}.block_count")),
+            num_attention_heads=heads,
+            num_key_value_heads=int(self._optional(f"{key}.attention.head_count_kv") or heads),
+            head_dim=int(self._optional(f"{key}.attention.key_length") or hidden // heads),
+            max_position_embeddings=int(self._field(f"{key}.context_length")),
+            rms_norm_eps=float(self._field(f"{key}.attention.layer_norm_rms_epsilon")),
+            rope_parameters={
+                "rope_type": "default",
+                "rope_theta": float(self._optional(f"{key}.rope.freq_base") or 10000.0),
+            },
+            vocab_size=int(self._tensor("token_embd.weight").shape[1]),
+            tie_word_embeddings=self.tied_head,
+            bos_token_id=self._optional("tokenizer.ggml.bos_token_id"),
+            eos_token_id=self._optional("tokenizer.ggml.eos_token_id"),
+        )
+
+    @cached_property
+    def source(self) -> SourceSpec:
+        """Identity with the file's sha256."""
+        size = self._path.stat().st_size
+        file = SourceFile(name=self._path.name, bytes=size, sha256=file_sha256(self._path))
+        return SourceSpec(kind="gguf", id=self._id, revision=self._revision, files=(file,))
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The end-of-text token and, where the file names one, the end-of-turn token."""
+        keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
+        found = [self._optional(key) for key in keys]
+        return tuple(dict.fromkeys(int(token) for token in found if token is not None))
+
+    @property
+    def tied_head(self) -> bool:
+        """A file without an output matrix uses the token embedding."""
+        return "output.weight" not in self._tensors
+
+    def read(self, name: str) -> npt.NDArray[np.float32]:
+        """One tensor under its Hugging Face name, dequantised to float32."""
+        from gguf.quants import dequantize
+
+        stem, dot, suffix = name.rpartition(".")
+        mapped = self._names.get_name(stem)
+        if mapped is None:
+            raise CheckpointError(f"{self._path}: no GGUF name is known for tensor {name}")
+        tensor = self._tensor(f"{mapped}{dot}{suffix}")
+        try:
+            array = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+        except (NotImplementedError, ValueError) as error:
+            raise UnsupportedError(
+                f"{self._path}: tensor {mapped} of type {tensor.tensor_type.name} "
+                f"cannot be read: {error}"
+            ) from error
+        array = array.reshape([int(size) for size in reversed(tensor.shape)])
+        if self._architecture.gguf_permuted_rope and stem.endswith(("q_proj", "k_proj")):
+            array = self._undo_interleaving(array, stem.endswith("k_proj"))
+        return require_finite(name, array, str(self._path))
+
+    def write_tokenizer(self, folder: Path) -> bool:
+        """Builds tokenizer.json from the file's vocabulary and merges."""
+        tokens = self._optional("tokenizer.ggml.tokens")
+        if not tokens:
+            return False
+        keys = {key: field.contents() for key, field in self._reader.fields.items()}
+        tokenizer = build_tokenizer(keys, str(self._path))
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(str(folder / "tokenizer.json"))
+        template = self._optional("tokenizer.chat_template")
+        if template:
+            (folder / "chat_template.jinja").write_text(str(template), encoding="utf-8")
+        settings = {"eos_token_id": list(self.eos_token_ids)}
+        (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        return True
+
+    def _undo_interleaving(
+        self, array: npt.NDArray[np.float32], is_key: bool
+    ) -> npt.NDArray[np.float32]:
+        heads = self.config.num_key_value_heads if is_key else self.config.num_attention_heads
+        pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
+        return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(array.shape))
+
+    @cached_property
+    def _reader(self) -> Any:
+        try:
+            import gguf
+        except ImportError:
+            raise SourceError(
+                "reading GGUF needs the `gguf` package: pip install 'adainfer-export[gguf]'"
+            ) from None
+        try:
+            reader = gguf.GGUFReader(self._path)
+        except FileNotFoundError:
+            raise SourceError(f"{self._path} does not exist") from None
+        except (ValueError, IndexError, OSError, OverflowError) as error:
+            raise CheckpointError(
+                f"{self._path} cannot be read as GGUF ({error}); the file is truncated or "
+                "damaged: download it again"
+            ) from error
+        self._require_whole(reader)
+        return reader
+
+    def _require_whole(self, reader: Any) -> None:
+        end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
+        size = self._path.stat().st_size
+        if size < end:
+            raise CheckpointError(
+                f"{self._path} has {size} bytes, its tensors need {end}; the file is truncated: "
+                "download it again"
+            )
+
+    @cached_property
+    def _architecture(self) -> Architecture:
+        name = self._field("general.architecture")
+        for entry in ARCHITECTURES:
+            if entry.gguf_name == name:
+                return entry
+        known = ", ".join(entry.gguf_name for entry in ARCHITECTURES if entry.gguf_name)
+        raise UnsupportedError(
+            f"{self._path}: GGUF architecture {name!r} is not supported (supported: {known})"
+        )
+
+    @cached_property
+    def _names(self) -> Any:
+        import gguf
+
+        arch = next(
+            key
+            for key, name in gguf.MODEL_ARCH_NAMES.items()
+            if name == self._architecture.gguf_name
+        )
+        return gguf.get_tensor_name_map(arch, self.config.num_hidden_layers)
+
+    @cached_property
+    def _tensors(self) -> dict[str, Any]:
+        return {tensor.name: tensor for tensor in self._reader.tensors}
+
+    def _tensor(self, name: str) -> Any:
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise CheckpointError(f"{self._path}: tensor {name} is missing") from None
+
+    def _field(self, key: str) -> Any:
+        value = self._optional(key)
+        if value is None:
+            raise CheckpointError(f"{self._path}: key {key} is missing")
+        return value
+
+    def _optional(self, key: str) -> Any:
+        field = self._reader.fields.get(key)
+        return None if field is None else field.contents()

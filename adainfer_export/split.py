@@ -1,0 +1,182 @@
+"""Cuts the decoder at its residual stream into `embed`, groups of layers, and `probe`.
+
+`hidden` `[batch, tokens, hidden_size]` is the only activation that crosses a layer boundary; a
+decoder in which more crosses is refused. Layer numbers are 1-based, as in exit layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .errors import UnsupportedError
+from .frontend import layer_of
+from .lower.attention import SEQLENS_K, TOTAL_LENGTH
+from .lower.graph import add_initializer
+
+__all__ = ["StageGraph", "layer_groups", "split_decoder"]
+
+_OPSET = 24
+_IR_VERSION = 11
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """One stage before lowering: its graph, and the layers (1-based, inclusive) it holds."""
+
+    name: str
+    kind: str
+    model: ir.Model
+    first_layer: int = 0
+    last_layer: int = 0
+
+
+def layer_groups(num_layers: int, per_engine: int) -> list[tuple[int, int]]:
+    """Layers of each engine as (first, last); the last engine takes what is left."""
+    return [
+        (first, min(first + per_engine - 1, num_layers))
+        for first in range(1, num_layers + 1, per_engine)
+    ]
+
+
+def split_decoder(model: ir.Model, groups: list[tuple[int, int]]) -> Iterator[StageGraph]:
+    """Yields `embed`, one stage per group of layers, and `probe`, in that order.
+
+    Raises:
+        UnsupportedError: another tensor than the residual stream crosses a boundary.
+    """
+    graph = model.graph
+    boundaries = _boundaries(graph, groups[-1][1])
+    ids = _graph_input(graph, "input_ids")
+    yield StageGraph("embed", "embed", _extract(graph, "embed", [ids], [boundaries[0]]))
+    for first, last in groups:
+        name = f"layer_{first:03d}" if first == last else f"layers_{first:03d}_{last:03d}"
+        yield StageGraph(name, "layers", _layers(graph, name, boundaries, first, last), first, last)
+    logits = graph.outputs[0]
+    probe = _extract(graph, "probe", [boundaries[-1]], [logits])
+    _add_features(probe.graph)
+    yield StageGraph("probe", "probe", probe)
+
+
+def _boundaries(graph: ir.Graph, num_layers: int) -> list[ir.Value]:
+    """Hidden after 0, 1 … L layers: the one value that layer l+1 (or the head) takes from l."""
+    crossing: list[set[ir.Value]] = [set() for _ in range(num_layers + 1)]
+    for node in graph:
+        to_layer = layer_of(node)
+        to_layer = _consumer_layer(node, num_layers) if to_layer is None else to_layer
+        for value in node.inputs:
+            producer = value.producer() if value is not None else None
+            if value is None or producer is None or to_layer is None:
+                continue
+            from_layer = layer_of(producer)
+            came_from = 0 if from_layer is None else from_layer + 1
+            if from_layer is None and to_layer == num_layers:
+                continue  # nodes of the head among themselves
+            if came_from != to_layer + 1:
+                crossing[to_layer].add(value)
+    for layer, values in enumerate(crossing):
+        if len(values) != 1:
+            names = sorted(value.name or "?" for value in values)
+            raise UnsupportedError(
+                f"{len(values)} tensors cross the boundary after layer {layer}, expected the "
+                f"residual stream alone: {', '.join(names)}"
+            )
+    return [values.pop() for values in crossing]
+
+
+def _consumer_layer(node: ir.Node, num_layers: int) -> int | None:
+    """Nodes outside layers that read a layer's result belong to the head; others to embed."""
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        if producer is not None and layer_of(producer) is not None:
+            return num_layers
+    return None
+
+
+def _layers(
+    graph: ir.Graph, name: str, boundaries: list[ir.Value], first: int, last: int
+) -> ir.Model:
+    numbers = range(first, last + 1)
+    caches = [
+        _graph_input(graph, f"past_key_values.{layer - 1}.{part}")
+        for layer in numbers
+        for part in ("key", "value")
+    ]
+    lengths = [_graph_input(graph, SEQLENS_K), _graph_input(graph, TOTAL_LENGTH)]
+    presents = [
+        next(out for out in graph.outputs if out.name == f"present.{layer - 1}.{part}")
+        for layer in numbers
+        for part in ("key", "value")
+    ]
+    model = _extract(
+        graph, name, [boundaries[first - 1], *lengths, *caches], [boundaries[last], *presents]
+    )
+    stage = model.graph
+    stage.outputs[0].name = "next_hidden"
+    kinds = [(layer, part) for layer in numbers for part in ("key", "value")]
+    for (layer, part), past, present in zip(
+        kinds, stage.inputs[3:], stage.outputs[1:], strict=True
+    ):
+        past.name, present.name = f"past_{part}.{layer}", f"present_{part}.{layer}"
+    return model
+
+
+def _extract(
+    graph: ir.Graph, name: str, inputs: list[ir.Value], outputs: list[ir.Value]
+) -> ir.Model:
+    stage = ir.convenience.extract(graph, inputs, outputs)
+    stage.name = name
+    stage.opset_imports[""] = _OPSET
+    for value in stage.inputs:
+        if value.name not in (SEQLENS_K, TOTAL_LENGTH, "input_ids") and "past" not in (
+            value.name or ""
+        ):
+            value.name = "hidden"
+    if name == "embed":
+        stage.outputs[0].name = "hidden"
+    for node in stage:
+        node.metadata_props.clear()
+    return ir.Model(stage, ir_version=_IR_VERSION, producer_name="adainfer-export")
+
+
+def _add_features(graph: ir.Graph) -> None:
+    """AdaInfer's features beside the logits: token, p(first), and p(first) − p(second)."""
+    logits = graph.outputs[0]
+    logits.name = "logits"
+    two = _constant(graph, "two", [2])
+    zero, one = _constant(graph, "zero", [0]), _constant(graph, "one", [1])
+    minus_one = _constant(graph, "minus_one", [-1])
+    top = ir.Node("", "TopK", [logits, two], num_outputs=2)
+    total = ir.Node("", "ReduceLogSumExp", [logits, minus_one], [ir.AttrInt64("keepdims", 1)])
+    shifted = ir.Node("", "Sub", [top.outputs[0], total.outputs[0]])
+    probability = ir.Node("", "Exp", [shifted.outputs[0]])
+    axis = [ir.AttrInt64("axis", -1)]
+    first_id = ir.Node("", "Gather", [top.outputs[1], zero], axis)
+    first = ir.Node("", "Gather", [probability.outputs[0], zero], axis)
+    second = ir.Node("", "Gather", [probability.outputs[0], one], axis)
+    difference = ir.Node("", "Sub", [first.outputs[0], second.outputs[0]])
+    nodes = [top, total, shifted, probability, first_id, first, second, difference]
+    for name, source, dtype in (
+        ("token", first_id, ir.DataType.INT64),
+        ("top_prob", first, ir.DataType.FLOAT),
+        ("gap", difference, ir.DataType.FLOAT),
+    ):
+        squeeze = ir.Node("", "Squeeze", [source.outputs[0], minus_one])
+        squeeze.outputs[0].name = name
+        squeeze.outputs[0].type = ir.TensorType(dtype)
+        squeeze.outputs[0].shape = ir.Shape(["batch", "tokens"])
+        nodes.append(squeeze)
+        graph.outputs.append(squeeze.outputs[0])
+    graph.extend(nodes)
+
+
+def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
+    value = add_initializer(graph, f"const_{name}", ir.DataType.INT64, [len(values)])
+    value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=value.name)
+    return value
+
+
+def _graph_input(graph: ir.Graph, name: str) -> ir.Value:
+    return next(value for value in graph.inputs if value.name == name)

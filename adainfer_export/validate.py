@@ -1,0 +1,160 @@
+"""Compares an engine folder with transformers on the same weights: stage by stage, end to end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adainfer_runtime import Engine
+from adainfer_runtime.manifest import Manifest
+
+from .errors import SourceError
+from .lower import PRECISIONS
+from .sources import Checkpoint, resolve
+
+__all__ = ["StageDifference", "ValidationReport", "reference_model", "validate_folder"]
+
+_TOLERANCE = {"fp32": 1e-3}
+_PROMPTS = 6
+_TOKENS = 48
+
+
+@dataclass(frozen=True)
+class StageDifference:
+    """Largest absolute difference of the hidden state after a layer, and its relative size."""
+
+    layer: int
+    largest: float
+    relative: float
+
+
+@dataclass(frozen=True)
+class ValidationReport:
+    """Figures over all prompts.
+
+    Attributes:
+        tolerance: on the logits; None where the precision promises none (int8, int4).
+        same_tokens: share of greedy tokens equal to the reference's, teacher-forced.
+    """
+
+    reference: str
+    stages: tuple[StageDifference, ...]
+    logits: float
+    same_tokens: float
+    tolerance: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Within the tolerance, where there is one."""
+        return self.tolerance is None or (self.logits <= self.tolerance and self.same_tokens == 1.0)
+
+
+def validate_folder(
+    folder: Path, reference: str | None = None, *, seed: int = 0
+) -> ValidationReport:
+    """Runs random token sequences through the chain and through transformers.
+
+    Args:
+        reference: checkpoint to compare with; default: the folder's own source.
+
+    Raises:
+        SourceError: the reference cannot be found, or has another shape.
+    """
+    engine = Engine.load(folder, verify=True)
+    manifest = engine.manifest
+    checkpoint = resolve(reference or manifest.source.id)
+    _require_same_shape(checkpoint, manifest)
+    model = reference_model(checkpoint)
+    random = np.random.default_rng(seed)
+    length = min(_TOKENS, manifest.max_seq_len)
+    prompts = [random.integers(0, manifest.model.vocab_size, length) for _ in range(_PROMPTS)]
+    comparisons = [_compare(engine, model, prompt) for prompt in prompts]
+    return ValidationReport(
+        reference=checkpoint.source.id,
+        stages=_worst_stages(manifest, comparisons),
+        logits=max(comparison.logits for comparison in comparisons),
+        same_tokens=float(np.mean([comparison.same_tokens for comparison in comparisons])),
+        tolerance=_TOLERANCE.get(PRECISIONS[manifest.precision].name),
+    )
+
+
+def reference_model(checkpoint: Checkpoint) -> Any:
+    """The checkpoint as a float32 transformers model, its tensors read one by one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = checkpoint.config
+    config.dtype = torch.float32
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    state = {}
+    for name in model.state_dict():
+        if name == "lm_head.weight" and checkpoint.tied_head:
+            continue
+        state[name] = torch.from_numpy(np.array(checkpoint.read(name)))
+    if checkpoint.tied_head:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    # Buffers (rotary frequencies) are computed, not stored: the meta device left them empty.
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(config=config)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    stages: tuple[tuple[float, float], ...]
+    logits: float
+    same_tokens: float
+
+
+def _compare(engine: Engine, model: Any, prompt: npt.NDArray[np.int64]) -> _Comparison:
+    import torch
+
+    with torch.no_grad():
+        out = model(torch.from_numpy(prompt[None]), output_hidden_states=True)
+    expected = out.logits[0].numpy()
+    stages = []
+    with engine.borrow() as session:
+        session.extend(prompt.tolist())
+        for boundary in engine.manifest.boundaries:
+            session.advance(boundary)
+            # transformers applies the final norm to the last hidden state it returns.
+            if boundary < engine.manifest.model.num_layers:
+                hidden = out.hidden_states[boundary][0].numpy()
+                difference = np.abs(session.hidden() - hidden)
+                stages.append((float(difference.max()), float(np.abs(hidden).max())))
+        logits = engine.backend.probe_logits(session.hidden())
+    return _Comparison(
+        tuple(stages),
+        float(np.abs(logits - expected).max()),
+        float((logits.argmax(-1) == expected.argmax(-1)).mean()),
+    )
+
+
+def _worst_stages(
+    manifest: Manifest, comparisons: Sequence[_Comparison]
+) -> tuple[StageDifference, ...]:
+    rows = []
+    for index, layer in enumerate(manifest.boundaries[:-1]):
+        found = [comparison.stages[index] for comparison in comparisons]
+        largest, scale = max(value for value, _ in found), max(scale for _, scale in found)
+        rows.append(StageDifference(layer, largest, largest / scale if scale else 0.0))
+    return tuple(rows)
+
+
+def _require_same_shape(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    config, model = checkpoint.config, manifest.model
+    found = (config.num_hidden_layers, config.hidden_size, config.vocab_size)
+    expected = (model.num_layers, model.hidden_size, model.vocab_size)
+    if found != expected:
+        raise SourceError(
+            f"reference {checkpoint.source.id} has (layers, hidden size, vocabulary) {found}, "
+            f"the engine folder {expected}: give the checkpoint that was exported"
+        )

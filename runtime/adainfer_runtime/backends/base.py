@@ -1,0 +1,81 @@
+"""The protocol between the chain and whatever executes stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["Backend", "ProbeResult", "SequenceBuffers"]
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """Top-1 prediction of one position, with AdaInfer's two features.
+
+    Attributes:
+        token: id of the most probable token.
+        top_prob: its softmax probability.
+        gap: `top_prob` minus the second most probable token's probability.
+        logits: `[vocab_size]`.
+    """
+
+    token: int
+    top_prob: float
+    gap: float
+    logits: Float32
+
+
+class SequenceBuffers(Protocol):
+    """One sequence's device memory: KV, two hidden buffers, and the bindings onto them."""
+
+    def embed(self, tokens: npt.NDArray[np.int64]) -> None:
+        """Writes the hidden states of `[rows]` token ids into the first stage's input."""
+
+    def run_stage(self, index: int, rows: int, past: int) -> None:
+        """Runs layer stage `index` on the first `rows` rows of its input; `past` positions of
+        these layers are already in the KV cache. Its output is the next stage's input.
+        """
+
+    def hidden(self, index: int, rows: int) -> Float32:
+        """View `[rows, hidden_size]` of the input of layer stage `index` (the last stage's
+        output for `index` equal to the number of stages).
+        """
+
+    def kv(self, layer: int) -> tuple[Float32, Float32]:
+        """Views of K and V of a layer (1-based), `[kv_heads, max_length, head_dim]`."""
+
+
+class Backend(Protocol):
+    """A folder's stages, loaded; immutable and shared by all sequences."""
+
+    @property
+    def max_rows(self) -> int:
+        """Positions that one pass may carry."""
+
+    def open_sequence(self) -> SequenceBuffers:
+        """Memory for one sequence."""
+
+    def probe(self, hidden: Float32) -> ProbeResult:
+        """Final norm, LM head and features of one position's hidden state `[hidden_size]`."""
+
+    def probe_logits(self, hidden: Float32) -> Float32:
+        """Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`."""
+
+    def probe_features(self, hidden: Float32) -> tuple[npt.NDArray[np.int64], Float32, Float32]:
+        """token, top_prob and gap `[rows]` each, of hidden states `[rows, hidden_size]`."""
+
+    def adapt(self, exit_layer: int, hidden: Float32) -> Float32:
+        """The exit point's adapter applied to `[hidden_size]`; without one, the input."""
+
+    def classify(self, result: ProbeResult, depth: float, state: Float32) -> tuple[float, Float32]:
+        """Score of the exit classifier, and its next state `[state_size]`.
+
+        Args:
+            depth: exit layer divided by the number of layers.
+            state: zeros at the first exit point, then what the last call returned.
+        """

@@ -1,0 +1,250 @@
+"""ONNX Runtime on the CPU: one session per stage, one thread pool for all of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DeviceError, RequestError, StageError
+from ..manifest import Manifest, StageSpec
+from .base import Float32, ProbeResult
+
+__all__ = ["OrtCpuBackend", "load"]
+
+_LOG = logging.getLogger(__name__)
+_MAX_ROWS = 512
+# Bindings that a sequence keeps, in row counts: decode, drafts, the usual prompt chunk.
+_KEPT_ROW_COUNTS = 8
+
+
+def load(folder: Path, manifest: Manifest, *, threads: int | None) -> OrtCpuBackend:
+    """Loads every stage of the folder.
+
+    Raises:
+        DeviceError: onnxruntime is not installed.
+        StageError: ONNX Runtime refuses a file.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise DeviceError(
+            "onnxruntime is not installed: pip install 'adainfer-export[cpu]'"
+        ) from None
+    return OrtCpuBackend(folder, manifest, _Sessions(onnxruntime, threads))
+
+
+class _Sessions:
+    """Opens sessions that share the process's one pool.
+
+    A pool per session makes 30 sessions fight for the cores, spinning; ONNX Runtime has one pool
+    per process for those that ask for it, whose size is fixed by whoever loads first.
+    """
+
+    _pool_threads: int | None = None
+
+    def __init__(self, onnxruntime: Any, threads: int | None) -> None:
+        self._ort = onnxruntime
+        self._claim_pool(threads)
+        self.run_options = onnxruntime.RunOptions()
+
+    def open(self, path: Path) -> Any:
+        """A session of one stage."""
+        options = self._ort.SessionOptions()
+        options.use_per_session_threads = False
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            return self._ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's exception types share no public base
+            reason = " ".join(str(error).split())
+            raise StageError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
+
+    def _claim_pool(self, threads: int | None) -> None:
+        wanted = threads if threads is not None else _physical_threads()
+        if wanted < 1:
+            raise RequestError(f"threads must be at least 1, found {wanted}")
+        if _Sessions._pool_threads is None:
+            self._ort.set_global_thread_pool_sizes(wanted, 1)
+            _Sessions._pool_threads = wanted
+        elif threads is not None and threads != _Sessions._pool_threads:
+            _LOG.warning(
+                "this process's ONNX Runtime pool has %d threads already; threads=%d is ignored",
+                _Sessions._pool_threads,
+                threads,
+            )
+
+
+class OrtCpuBackend:
+    """See `base.Backend`."""
+
+    max_rows = _MAX_ROWS
+
+    def __init__(self, folder: Path, manifest: Manifest, sessions: _Sessions) -> None:
+        def open_stage(file: str) -> Any:
+            return sessions.open(folder / file)
+
+        self.manifest = manifest
+        self.run_options = sessions.run_options
+        self.embed = open_stage(manifest.embed.file)
+        self.stages = [open_stage(stage.file) for stage in manifest.layer_stages]
+        self._probe = open_stage(manifest.probe.file)
+        self._adapters: dict[int, Any] = {}
+        self._classifier: Any = None
+        if manifest.exit is not None and manifest.exit.classifier is not None:
+            self._classifier = open_stage(manifest.exit.classifier.graph)
+            for point in manifest.exit.points:
+                if point.adapter is not None:
+                    self._adapters[point.exit_layer] = open_stage(point.adapter)
+
+    def open_sequence(self) -> _OrtSequence:
+        """Memory and bindings for one sequence."""
+        return _OrtSequence(self)
+
+    def probe(self, hidden: Float32) -> ProbeResult:
+        """One position `[hidden_size]`."""
+        feed = {"hidden": hidden.reshape(1, 1, -1)}
+        logits, token, top_prob, gap = self._probe.run(
+            ["logits", "token", "top_prob", "gap"], feed, self.run_options
+        )
+        return ProbeResult(int(token[0, 0]), float(top_prob[0, 0]), float(gap[0, 0]), logits[0, 0])
+
+    def probe_logits(self, hidden: Float32) -> Float32:
+        """`[rows, hidden_size]` to `[rows, vocab_size]`."""
+        logits: Float32 = self._probe.run(["logits"], {"hidden": hidden[None]}, self.run_options)[0]
+        return np.asarray(logits[0])
+
+    def probe_features(self, hidden: Float32) -> tuple[npt.NDArray[np.int64], Float32, Float32]:
+        """`[rows, hidden_size]` to three times `[rows]`."""
+        token, top_prob, gap = self._probe.run(
+            ["token", "top_prob", "gap"], {"hidden": hidden[None]}, self.run_options
+        )
+        return token[0], top_prob[0], gap[0]
+
+    def adapt(self, exit_layer: int, hidden: Float32) -> Float32:
+        """`[hidden_size]` to `[hidden_size]`."""
+        adapter = self._adapters.get(exit_layer)
+        if adapter is None:
+            return hidden
+        feed = {"hidden": hidden.reshape(1, 1, -1)}
+        adapted: Float32 = adapter.run(["adapted"], feed, self.run_options)[0]
+        return np.asarray(adapted[0, 0])
+
+    def classify(self, result: ProbeResult, depth: float, state: Float32) -> tuple[float, Float32]:
+        """Score and next state."""
+        feed = {
+            "token": np.array([result.token], np.int64),
+            "top_prob": np.array([result.top_prob], np.float32),
+            "gap": np.array([result.gap], np.float32),
+            "depth": np.array([depth], np.float32),
+            "state": state[None],
+        }
+        score, next_state = self._classifier.run(["score", "next_state"], feed, self.run_options)
+        return float(score[0]), next_state[0]
+
+
+class _OrtSequence:
+    """See `base.SequenceBuffers`. Stage i reads hidden buffer i % 2 and writes the other."""
+
+    def __init__(self, backend: OrtCpuBackend) -> None:
+        manifest = backend.manifest
+        geometry = manifest.kv
+        shape = (1, geometry.num_heads, geometry.max_length, geometry.head_dim)
+        width = manifest.model.hidden_size
+        self._backend = backend
+        self._rows = [np.zeros((backend.max_rows, width), np.float32) for _ in range(2)]
+        layers = range(1, manifest.model.num_layers + 1)
+        self._kv = {n: (np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for n in layers}
+        self._ids = np.zeros(backend.max_rows, np.int64)
+        self._seqlens = np.zeros(1, np.int32)
+        self._total = np.zeros((), np.int32)
+        self._bound: dict[int, list[Callable[[], None]]] = {}
+        self._bound_embed: dict[int, Callable[[], None]] = {}
+
+    def embed(self, tokens: npt.NDArray[np.int64]) -> None:
+        """`[rows]` token ids into hidden buffer 0."""
+        rows = len(tokens)
+        self._ids[:rows] = tokens
+        run = self._bound_embed.get(rows)
+        if run is None:
+            run = self._bind_embed(rows)
+            _keep(self._bound_embed, rows, run)
+        run()
+
+    def run_stage(self, index: int, rows: int, past: int) -> None:
+        """One layer stage over `rows` positions."""
+        self._seqlens[0] = past + rows - 1
+        self._total[()] = past + rows
+        bound = self._bound.get(rows)
+        if bound is None:
+            stages = enumerate(self._backend.manifest.layer_stages)
+            bound = [self._bind_stage(i, spec, rows) for i, spec in stages]
+            _keep(self._bound, rows, bound)
+        bound[index]()
+
+    def hidden(self, index: int, rows: int) -> Float32:
+        """Rows of the buffer that stage `index` reads."""
+        return self._rows[index % 2][:rows]
+
+    def kv(self, layer: int) -> tuple[Float32, Float32]:
+        """K and V of a layer, without the batch axis."""
+        key, value = self._kv[layer]
+        return key[0], value[0]
+
+    def _bind_embed(self, rows: int) -> Callable[[], None]:
+        session = self._backend.embed
+        binding = session.io_binding()
+        _bind_input(binding, "input_ids", self._ids, (1, rows))
+        _bind_output(binding, "hidden", self._rows[0], (1, rows, self._rows[0].shape[1]))
+        return self._runner(session, binding)
+
+    def _bind_stage(self, index: int, spec: StageSpec, rows: int) -> Callable[[], None]:
+        session = self._backend.stages[index]
+        binding = session.io_binding()
+        width = self._rows[0].shape[1]
+        _bind_input(binding, "hidden", self._rows[index % 2], (1, rows, width))
+        _bind_output(binding, "next_hidden", self._rows[(index + 1) % 2], (1, rows, width))
+        _bind_input(binding, "seqlens_k", self._seqlens, (1,))
+        _bind_input(binding, "total_sequence_length", self._total, ())
+        for layer in range(spec.first_layer, spec.last_layer + 1):
+            for part, cache in zip(("key", "value"), self._kv[layer], strict=True):
+                # Past and present are one buffer: new entries are written in place.
+                _bind_input(binding, f"past_{part}.{layer}", cache, cache.shape)
+                _bind_output(binding, f"present_{part}.{layer}", cache, cache.shape)
+        return self._runner(session, binding)
+
+    def _runner(self, session: Any, binding: Any) -> Callable[[], None]:
+        run, options = session.run_with_iobinding, self._backend.run_options
+
+        def call() -> None:
+            run(binding, options)
+
+        return call
+
+
+def _keep(cache: dict[int, Any], rows: int, value: Any) -> None:
+    if len(cache) >= _KEPT_ROW_COUNTS:
+        oldest = next((key for key in cache if key != 1), 1)  # decode's binding stays
+        del cache[oldest]
+    cache[rows] = value
+
+
+def _bind_input(binding: Any, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
+
+
+def _physical_threads() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -1,0 +1,102 @@
+"""Executes passes: stages in order, each over the positions that it has not seen."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from .backends import Backend
+from .ledger import Ledger, Pass
+from .manifest import Manifest
+
+__all__ = ["Chain"]
+
+Float32 = npt.NDArray[np.float32]
+
+
+class Chain:
+    """One sequence on a back end.
+
+    Positions that stopped at a boundary keep their hidden state in `_pending`, one row per
+    position; a deeper pass takes the rows it needs from there and carries them along.
+    """
+
+    def __init__(self, backend: Backend, manifest: Manifest) -> None:
+        stages = manifest.layer_stages
+        self._backend = backend
+        self._buffers = backend.open_sequence()
+        self._last_layers = tuple(stage.last_layer for stage in stages)
+        self.ledger = Ledger(tuple(s.last_layer - s.first_layer + 1 for s in stages))
+        self._pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
+        self._tokens = np.zeros(manifest.max_seq_len, np.int64)
+
+    @property
+    def length(self) -> int:
+        """Positions in the sequence."""
+        return self.ledger.length
+
+    @property
+    def tokens(self) -> npt.NDArray[np.int64]:
+        """Token ids of the sequence's positions."""
+        return self._tokens[: self.length]
+
+    def admit(self, tokens: npt.NDArray[np.int64]) -> None:
+        """Adds positions; nothing is computed before `advance`."""
+        start = self.length
+        self._tokens[start : start + len(tokens)] = tokens
+        for first in range(0, len(tokens), self._backend.max_rows):
+            chunk = tokens[first : first + self._backend.max_rows]
+            self._buffers.embed(chunk)
+            rows = slice(start + first, start + first + len(chunk))
+            self._pending[rows] = self._buffers.hidden(0, len(chunk))
+        self.ledger.admit(len(tokens))
+
+    def advance(self, layer: int) -> None:
+        """Brings every position through the layers up to the boundary `layer` (1 … L)."""
+        stages = self._last_layers.index(layer) + 1
+        previous: Pass | None = None
+        for todo in self.ledger.plan(stages, self._backend.max_rows):
+            self._run(todo, previous)
+            previous = todo
+            if todo.stage == stages - 1:
+                self._pending[todo.start : todo.end] = self._output(todo)
+
+    def depth(self, position: int) -> int:
+        """Layers that a position has been through (the boundary it stands at)."""
+        stages = sum(filled > position for filled in self.ledger.filled)
+        return self._last_layers[stages - 1] if stages else 0
+
+    def last_hidden(self) -> Float32:
+        """Hidden state `[hidden_size]` of the last position, at the boundary it stands at."""
+        return np.asarray(self._pending[self.length - 1])
+
+    def hidden(self, start: int, end: int) -> Float32:
+        """Hidden states `[end - start, hidden_size]`, each at the boundary it stands at."""
+        return self._pending[start:end]
+
+    def truncate(self, length: int) -> None:
+        """Forgets positions from `length` on; pending ones before it stay pending."""
+        self.ledger.truncate(length)
+
+    def kv(self, layer: int) -> tuple[Float32, Float32]:
+        """K and V of a layer (1-based), cut to what is filled: `[kv_heads, filled, head_dim]`."""
+        stage = next(i for i, last in enumerate(self._last_layers) if layer <= last)
+        key, value = self._buffers.kv(layer)
+        filled = self.ledger.filled[stage]
+        return key[:, :filled], value[:, :filled]
+
+    def _run(self, todo: Pass, previous: Pass | None) -> None:
+        rows = todo.end - todo.start
+        target = self._buffers.hidden(todo.stage, rows)
+        if previous is None or previous.stage != todo.stage - 1:
+            target[:] = self._pending[todo.start : todo.end]
+        elif previous.start > todo.start:
+            # Positions that wait at this boundary come first; the carried rows move behind them.
+            waiting = previous.start - todo.start
+            target[waiting:] = self._buffers.hidden(todo.stage, rows - waiting).copy()
+            target[:waiting] = self._pending[todo.start : previous.start]
+        self._buffers.run_stage(todo.stage, rows, todo.start)
+        self.ledger.record(todo)
+
+    def _output(self, done: Pass) -> Float32:
+        return self._buffers.hidden(done.stage + 1, done.end - done.start)

@@ -1,0 +1,91 @@
+"""Choice among labels: the one that the model finds most likely to follow the prompt."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import PromptTooLongError, RequestError
+from .exit_policy import ExitPolicy
+from .ledger import LayerCount
+from .session import Session, log_softmax
+
+__all__ = ["Chosen", "choose", "join_label"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Index of the best label, and each label's log-probability (sum over its tokens)."""
+
+    index: int
+    scores: tuple[float, ...]
+    exit_layer: int
+    count: LayerCount
+    seconds: float
+
+
+def join_label(prompt: str, label: str) -> str:
+    """The label as it continues the prompt: with a space between two words that would touch."""
+    touching = bool(prompt) and not prompt[-1].isspace() and prompt[-1] not in "([{\"'"
+    return f" {label}" if touching and label[:1].isalnum() else label
+
+
+def choose(
+    session: Session,
+    prompt: Sequence[int],
+    labels: Sequence[Sequence[int]],
+    policy: ExitPolicy,
+    max_length: int,
+) -> Chosen:
+    """Scores labels after the prompt; the session ends with the prompt, without a label.
+
+    The first token of every label is judged where the policy stops; further tokens, if labels
+    have any, after all layers.
+
+    Raises:
+        RequestError: fewer than two labels, an empty one, or two with the same tokens.
+        PromptTooLongError: prompt and label exceed `max_length`.
+    """
+    _check(prompt, labels, max_length)
+    start, before = time.perf_counter(), session.count
+    session.extend(prompt)
+    prediction = session.predict(policy)
+    first = log_softmax(prediction.result.logits)
+    scores = [float(first[label[0]]) for label in labels]
+    for index, label in enumerate(labels):
+        if len(label) > 1:
+            scores[index] += _score_rest(session, label)
+    return Chosen(
+        int(np.argmax(scores)),
+        tuple(scores),
+        prediction.exit_layer,
+        session.count - before,
+        time.perf_counter() - start,
+    )
+
+
+def _score_rest(session: Session, label: Sequence[int]) -> float:
+    """Log-probability of the label's tokens after its first, given that first one."""
+    length = session.length
+    session.extend(label[:-1])
+    log_probs = session.log_probs(length)
+    session.truncate(length)
+    return float(sum(log_probs[i, token] for i, token in enumerate(label[1:])))
+
+
+def _check(prompt: Sequence[int], labels: Sequence[Sequence[int]], max_length: int) -> None:
+    if len(labels) < 2:
+        raise RequestError(f"a choice needs at least two labels, found {len(labels)}")
+    if any(len(label) == 0 for label in labels):
+        raise RequestError("a label holds no tokens")
+    if len({tuple(label) for label in labels}) != len(labels):
+        raise RequestError("two labels have the same tokens")
+    total = len(prompt) + max(len(label) for label in labels) - 1
+    if total > max_length:
+        raise PromptTooLongError(
+            f"prompt and longest label take {total} tokens, this engine's maximum is {max_length}; "
+            "shorten the prompt, or export with a larger --max-seq-len"
+        )

@@ -1,0 +1,5 @@
+"""The `adainfer` command."""
+
+from .app import main, run_guarded
+
+__all__ = ["main", "run_guarded"]

@@ -1,0 +1,83 @@
+"""`adainfer inspect`: what an engine folder holds, without loading it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..manifest import ExitSpec, Manifest, load_manifest, verify_files
+
+__all__ = ["describe_exit", "register"]
+
+_EXAMPLES = """
+Examples:
+
+    adainfer inspect engines/
+
+    adainfer inspect engines/ --verify --json
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the subcommand."""
+    app.command(name="inspect", epilog=_EXAMPLES)(inspect)
+
+
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
+    verify: Annotated[bool, typer.Option("--verify", help="Compare every sha256.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the manifest.")] = False,
+) -> None:
+    """Show model, stages, exit graph and origin of an engine folder."""
+    manifest = load_manifest(folder)
+    verify_files(folder, manifest, sha256=verify)
+    if json_output:
+        print(manifest.model_dump_json(indent=1))
+        return
+    table = Table(title=str(folder), show_header=False)
+    for name, value in _rows(manifest):
+        table.add_row(name, value)
+    Console().print(table)
+
+
+def _rows(manifest: Manifest) -> list[tuple[str, str]]:
+    model, source = manifest.model, manifest.source
+    size = sum(record.bytes for record in manifest.files.values())
+    revision = f" ({source.revision})" if source.revision else ""
+    return [
+        ("source", f"{source.kind} {source.id}{revision}"),
+        ("architecture", model.architecture),
+        ("layers", f"{model.num_layers} in {len(manifest.layer_stages)} engines"),
+        ("hidden size", str(model.hidden_size)),
+        ("vocabulary", f"{model.vocab_size:,}"),
+        ("target", f"{manifest.target}, {manifest.precision}"),
+        ("max length", f"{manifest.max_seq_len:,} positions"),
+        ("KV cache", f"{_kv_bytes(manifest) / 1e6:,.1f} MB per sequence"),
+        ("files", f"{len(manifest.files)}, {size / 1e6:,.1f} MB"),
+        ("tokenizer", "yes" if manifest.tokenizer else "none: token ids only"),
+        ("exits", describe_exit(manifest.exit)),
+    ]
+
+
+def describe_exit(spec: ExitSpec | None) -> str:
+    """One line about the exit graph."""
+    if spec is None:
+        return "not calibrated"
+    if spec.classifier is None:
+        return "calibrated: no exit pays at the wanted agreement"
+    points = ", ".join(str(point.exit_layer) for point in spec.points)
+    figures = spec.calibration.get("threshold_part", {})
+    return (
+        f"{spec.classifier.kind} after layers {points}; target agreement "
+        f"{spec.target_agreement}, on held-out prompts {figures.get('agreement', '?')} "
+        f"with {figures.get('layers_saved', 0):.1%} of layers saved"
+    )
+
+
+def _kv_bytes(manifest: Manifest) -> int:
+    kv = manifest.kv
+    return 2 * 4 * manifest.model.num_layers * kv.num_heads * kv.max_length * kv.head_dim

@@ -1,0 +1,252 @@
+"""The public face of the runtime: load a folder, generate, choose."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .backends import Backend, load_backend
+from .choose import Chosen, choose, join_label
+from .errors import ExitUnavailableError, RequestError
+from .exit_policy import ClassifierExit, ExitPolicy, NoExit
+from .generate import Generated, GenerateRequest, generate
+from .manifest import Manifest, load_manifest, verify_files
+from .session import Session
+from .tokenizer import Tokenizer, load_tokenizer
+
+__all__ = ["ChoiceResult", "Engine", "GenerationResult", "Mode"]
+
+Mode = Literal["off", "adaptive"]
+_IDLE_SESSIONS = 4
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Generated text, and what it cost.
+
+    Attributes:
+        text: empty where the engine has no tokenizer.
+        exit_layers: layers executed for each token, 1 … `layers_total`.
+        layers_saved: 1 − position-layers executed / dense, prompt and decode together, as
+            counted by the runtime; `prompt_layers_saved` and `decode_layers_saved` apart.
+        finish_reason: `eos`, or `length`.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    exit_layers: tuple[int, ...]
+    layers_total: int
+    layers_saved: float
+    prompt_layers_saved: float
+    decode_layers_saved: float
+    seconds: float
+    finish_reason: Literal["eos", "length"]
+
+
+@dataclass(frozen=True)
+class ChoiceResult:
+    """The chosen label; `scores` are the labels' log-probabilities."""
+
+    label: str
+    index: int
+    scores: tuple[float, ...]
+    exit_layer: int
+    layers_total: int
+    layers_saved: float
+    seconds: float
+
+
+class Engine:
+    """An engine folder, loaded. Immutable; may be shared by threads.
+
+    Example:
+        >>> engine = Engine.load("engines/")  # doctest: +SKIP
+        >>> engine.generate("The sky is", max_new_tokens=8, mode="adaptive").text  # doctest: +SKIP
+    """
+
+    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer) -> None:
+        self._manifest = manifest
+        self._backend = backend
+        self._tokenizer = tokenizer
+        self._idle: list[Session] = []
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        threads: int | None = None,
+        *,
+        verify: bool = False,
+    ) -> Engine:
+        """Loads an engine folder.
+
+        Args:
+            device: `cpu`.
+            threads: of the process's one ONNX Runtime pool; default: the cores it may use.
+            verify: also compare every file's sha256 with the manifest's (sizes always are).
+
+        Raises:
+            ManifestError: the folder is no engine folder, or was changed.
+            DeviceError: the engines do not run on this device.
+            StageError: a stage cannot be loaded.
+        """
+        folder = Path(path)
+        manifest = load_manifest(folder)
+        verify_files(folder, manifest, sha256=verify)
+        return cls.of_manifest(folder, manifest, device=device, threads=threads)
+
+    @classmethod
+    def of_manifest(
+        cls, folder: Path, manifest: Manifest, *, device: str = "cpu", threads: int | None = None
+    ) -> Engine:
+        """Loads stages under a manifest that is at hand (the compiler's, before it is written)."""
+        backend = load_backend(folder, manifest, device=device, threads=threads)
+        return cls(manifest, backend, load_tokenizer(folder, manifest))
+
+    @property
+    def manifest(self) -> Manifest:
+        """The folder's manifest."""
+        return self._manifest
+
+    @property
+    def backend(self) -> Backend:
+        """The loaded stages."""
+        return self._backend
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises `TokenizerMissingError` when given text, where the folder has none."""
+        return self._tokenizer
+
+    def session(self) -> Session:
+        """A sequence of one's own."""
+        return Session(self._backend, self._manifest)
+
+    def policy(self, mode: Mode, *, threshold: float | None = None) -> ExitPolicy:
+        """The exit policy of a mode.
+
+        Args:
+            threshold: of the classifier's score, instead of the manifest's.
+
+        Raises:
+            ExitUnavailableError: `adaptive`, but the folder has no exit graph.
+            RequestError: no such mode.
+        """
+        if mode == "off":
+            return NoExit()
+        if mode != "adaptive":
+            raise RequestError(f"mode {mode!r} is unknown: off or adaptive")
+        spec = self._manifest.exit
+        if spec is None:
+            raise ExitUnavailableError(
+                "this engine has no exit graph: run `adainfer calibrate DIR`, or use mode off"
+            )
+        if spec.classifier is None or spec.threshold is None:
+            return NoExit()  # calibrated, and the answer was "do not exit"
+        level = spec.threshold if threshold is None else threshold
+        layers = self._manifest.model.num_layers
+        return ClassifierExit.of(self._backend, spec.points, spec.classifier, layers, level)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = 64,
+        mode: Mode = "off",
+        threshold: float | None = None,
+        ignore_eos: bool = False,
+        timeout: float | None = None,
+    ) -> GenerationResult:
+        """Continues a prompt greedily.
+
+        Args:
+            prompt: text, or token ids.
+            mode: `off` runs every layer; `adaptive` stops where the exit graph says so.
+            threshold: see `policy`.
+            ignore_eos: go on after an end-of-text token (for benchmarks).
+            timeout: seconds after which `DeadlineError` is raised.
+
+        Raises:
+            RequestError: the request cannot be served; the engine stays usable.
+            DeadlineError: the timeout passed.
+        """
+        eos = frozenset() if ignore_eos else frozenset(self._manifest.model.eos_token_ids)
+        request = GenerateRequest(self._tokens(prompt), max_new_tokens, eos, timeout)
+        policy = self.policy(mode, threshold=threshold)
+        with self.borrow() as session:
+            done = generate(session, request, policy, self._manifest.max_seq_len)
+        return self._result(done)
+
+    def choose(
+        self,
+        prompt: str | Sequence[int],
+        labels: Sequence[str],
+        *,
+        mode: Mode = "off",
+        threshold: float | None = None,
+    ) -> ChoiceResult:
+        """The label that most likely follows the prompt (labels of several tokens too).
+
+        A label that would touch the prompt's last word is joined with a space (`join_label`).
+
+        Raises:
+            RequestError: fewer than two labels, empty or equal ones.
+        """
+        done = self.choose_with(prompt, labels, self.policy(mode, threshold=threshold))
+        return ChoiceResult(
+            labels[done.index],
+            done.index,
+            done.scores,
+            done.exit_layer,
+            self._manifest.model.num_layers,
+            done.count.saved,
+            done.seconds,
+        )
+
+    def choose_with(
+        self, prompt: str | Sequence[int], labels: Sequence[str], policy: ExitPolicy
+    ) -> Chosen:
+        """`choose` under any exit policy, with the position-layers that were counted."""
+        text = prompt if isinstance(prompt, str) else ""
+        joined = [join_label(text, label) for label in labels]
+        tokens = [self._tokenizer.encode_continuation(label) for label in joined]
+        with self.borrow() as session:
+            limit = self._manifest.max_seq_len
+            return choose(session, self._tokens(prompt), tokens, policy, limit)
+
+    def _tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
+        return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+
+    def _result(self, done: Generated) -> GenerationResult:
+        executed = done.prompt.executed + done.decode.executed
+        dense = done.prompt.dense + done.decode.dense
+        return GenerationResult(
+            text=self._tokenizer.decode(list(done.tokens)),
+            tokens=done.tokens,
+            exit_layers=done.exit_layers,
+            layers_total=self._manifest.model.num_layers,
+            layers_saved=1.0 - executed / dense,
+            prompt_layers_saved=done.prompt.saved,
+            decode_layers_saved=done.decode.saved,
+            seconds=done.seconds,
+            finish_reason=done.finish_reason,
+        )
+
+    @contextmanager
+    def borrow(self) -> Iterator[Session]:
+        """An empty session; bindings and KV memory are reused from request to request."""
+        with self._lock:
+            session = self._idle.pop() if self._idle else None
+        session = session or self.session()
+        session.truncate(0)
+        yield session
+        # Not reached when the request failed: a session in an unknown state is dropped.
+        with self._lock:
+            if len(self._idle) < _IDLE_SESSIONS:
+                self._idle.append(session)

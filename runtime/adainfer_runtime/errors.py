@@ -1,0 +1,88 @@
+"""Every error that a user of the runtime can cause.
+
+    AdaInferError
+    ├── ManifestError            the engine folder's manifest is missing or malformed
+    │   ├── SchemaVersionError   written by an exporter this runtime does not know
+    │   ├── UnsafePathError      a path that leaves the engine folder
+    │   └── IntegrityError       a file whose size or sha256 is not the manifest's
+    ├── DeviceError              the device is unknown, or its provider is not installed
+    ├── StageError               ONNX Runtime refused a stage
+    ├── RequestError             the request itself is wrong
+    │   ├── PromptTooLongError
+    │   ├── TokenizerMissingError
+    │   └── ExitUnavailableError
+    ├── DeadlineError            the request's time is over
+    └── TaskFileError            a JSON-lines task file cannot be read
+
+Each message says what was wrong, where, what was found and expected, and what to do.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AdaInferError",
+    "DeadlineError",
+    "DeviceError",
+    "ExitUnavailableError",
+    "IntegrityError",
+    "ManifestError",
+    "PromptTooLongError",
+    "RequestError",
+    "SchemaVersionError",
+    "StageError",
+    "TaskFileError",
+    "TokenizerMissingError",
+    "UnsafePathError",
+]
+
+
+class AdaInferError(Exception):
+    """Base of all errors with a one-line message meant for the user."""
+
+
+class ManifestError(AdaInferError):
+    """The engine folder's manifest is missing or malformed."""
+
+
+class SchemaVersionError(ManifestError):
+    """The manifest's schema version is not one this runtime reads."""
+
+
+class UnsafePathError(ManifestError):
+    """A path in the manifest leaves the engine folder."""
+
+
+class IntegrityError(ManifestError):
+    """A file differs from what the manifest says about it."""
+
+
+class DeviceError(AdaInferError):
+    """The device is unknown, or the package that drives it is not installed."""
+
+
+class StageError(AdaInferError):
+    """A stage cannot be loaded or run."""
+
+
+class RequestError(AdaInferError):
+    """A request that cannot be served; the engine stays usable."""
+
+
+class PromptTooLongError(RequestError):
+    """Prompt and new tokens do not fit the engine's maximum sequence length."""
+
+
+class TokenizerMissingError(RequestError):
+    """Text was given to an engine that was exported without a tokenizer."""
+
+
+class ExitUnavailableError(RequestError):
+    """Adaptive mode was asked of an engine without an exit graph."""
+
+
+class DeadlineError(AdaInferError):
+    """The request's deadline passed before it was finished."""
+
+
+class TaskFileError(AdaInferError):
+    """A task file (JSON lines) cannot be read."""

@@ -1,0 +1,91 @@
+"""Who decides at an exit point. A policy names its exit points and judges a probe's result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .backends import Backend, ProbeResult
+from .manifest import ClassifierSpec, ExitPoint
+
+__all__ = ["ClassifierExit", "ExitPolicy", "FixedExit", "NoExit"]
+
+Float32 = npt.NDArray[np.float32]
+
+
+class ExitPolicy(Protocol):
+    """Judges one position, exit point after exit point; `state` starts as zeros each time."""
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Boundaries at which the policy wants to be asked, ascending."""
+
+    @property
+    def state_size(self) -> int:
+        """Length of the state vector."""
+
+    def decide(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[bool, Float32]:
+        """Whether to stop here, and the state for the next exit point."""
+
+
+@dataclass(frozen=True)
+class NoExit:
+    """Mode `off`: every layer, every time."""
+
+    exit_layers: tuple[int, ...] = ()
+    state_size: int = 0
+
+    def decide(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[bool, Float32]:
+        """Never asked: there are no exit points."""
+        return False, state
+
+
+@dataclass(frozen=True)
+class FixedExit:
+    """Stops at the same layer every time, whatever the probe says (a baseline)."""
+
+    layer: int
+    state_size: int = 0
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The one layer."""
+        return (self.layer,)
+
+    def decide(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[bool, Float32]:
+        """Always stops."""
+        return True, state
+
+
+@dataclass(frozen=True)
+class ClassifierExit:
+    """Mode `adaptive` (AdaInfer): stops where the classifier's score reaches the threshold."""
+
+    backend: Backend
+    exit_layers: tuple[int, ...]
+    depths: Mapping[int, float]
+    threshold: float
+    state_size: int
+
+    @classmethod
+    def of(
+        cls,
+        backend: Backend,
+        points: Sequence[ExitPoint],
+        classifier: ClassifierSpec,
+        num_layers: int,
+        threshold: float,
+    ) -> ClassifierExit:
+        """The manifest's exit graph with a threshold."""
+        layers = tuple(point.exit_layer for point in points)
+        depths = {layer: layer / num_layers for layer in layers}
+        return cls(backend, layers, depths, threshold, classifier.state_size)
+
+    def decide(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[bool, Float32]:
+        """Evaluates the classifier graph."""
+        score, state = self.backend.classify(result, self.depths[exit_layer], state)
+        return score >= self.threshold, state

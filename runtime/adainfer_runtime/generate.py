@@ -1,0 +1,107 @@
+"""Greedy generation on a session."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import DeadlineError, PromptTooLongError, RequestError
+from .exit_policy import ExitPolicy
+from .ledger import LayerCount
+from .session import Session
+
+__all__ = ["GenerateRequest", "Generated", "generate"]
+
+
+@dataclass(frozen=True)
+class GenerateRequest:
+    """What is asked for.
+
+    Attributes:
+        max_new_tokens: at least 1.
+        eos_token_ids: tokens that end the text (they are not part of the result).
+        timeout: seconds after which `DeadlineError` is raised, or None.
+    """
+
+    prompt: Sequence[int]
+    max_new_tokens: int
+    eos_token_ids: frozenset[int] = frozenset()
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What came out.
+
+    Attributes:
+        exit_layers: layers that each token took, 1 … L.
+        prompt: position-layers up to the first token; `decode`: after it. Debts of early exits
+            count where they are paid, so `decode.saved` can be negative.
+    """
+
+    tokens: tuple[int, ...]
+    exit_layers: tuple[int, ...]
+    finish_reason: Literal["eos", "length"]
+    prompt: LayerCount
+    decode: LayerCount
+    seconds: float
+
+
+def generate(
+    session: Session, request: GenerateRequest, policy: ExitPolicy, max_length: int
+) -> Generated:
+    """Continues the session greedily.
+
+    Raises:
+        PromptTooLongError: prompt and new tokens exceed `max_length`.
+        DeadlineError: the timeout passed; the session keeps what it has.
+        RequestError: nothing to generate.
+    """
+    _check(session, request, max_length)
+    start = time.perf_counter()
+    before = session.count
+    session.extend(request.prompt)
+    prediction = session.predict(policy)
+    after_prompt = session.count
+    tokens: list[int] = []
+    exit_layers: list[int] = []
+    reason: Literal["eos", "length"] = "length"
+    while True:
+        token = prediction.result.token
+        if token in request.eos_token_ids:
+            reason = "eos"
+            break
+        tokens.append(token)
+        exit_layers.append(prediction.exit_layer)
+        if len(tokens) == request.max_new_tokens:
+            break
+        if request.timeout is not None and time.perf_counter() - start > request.timeout:
+            raise DeadlineError(
+                f"the deadline of {request.timeout} s passed after {len(tokens)} of "
+                f"{request.max_new_tokens} tokens"
+            )
+        session.extend([token])
+        prediction = session.predict(policy)
+    return Generated(
+        tuple(tokens),
+        tuple(exit_layers),
+        reason,
+        after_prompt - before,
+        session.count - after_prompt,
+        time.perf_counter() - start,
+    )
+
+
+def _check(session: Session, request: GenerateRequest, max_length: int) -> None:
+    if request.max_new_tokens < 1:
+        raise RequestError(f"max_new_tokens must be at least 1, found {request.max_new_tokens}")
+    # The last new token is returned, not fed back: it needs no position.
+    total = session.length + len(request.prompt) + request.max_new_tokens - 1
+    if total > max_length:
+        raise PromptTooLongError(
+            f"{len(request.prompt)} prompt tokens and {request.max_new_tokens} new ones do not fit "
+            f"this engine's maximum of {max_length}; shorten the prompt, ask for fewer tokens, "
+            "or export with a larger --max-seq-len"
+        )

@@ -1,0 +1,306 @@
+"""The engine folder's manifest: the only contract between the compiler and the runtimes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from .errors import IntegrityError, ManifestError, SchemaVersionError, UnsafePathError
+
+__all__ = [
+    "MANIFEST_NAME",
+    "SCHEMA_VERSION",
+    "ClassifierSpec",
+    "ExitPoint",
+    "ExitSpec",
+    "FileRecord",
+    "KvGeometry",
+    "Manifest",
+    "ModelSpec",
+    "Quantisation",
+    "SourceFile",
+    "SourceSpec",
+    "StageSpec",
+    "TokenizerSpec",
+    "file_sha256",
+    "load_manifest",
+    "verify_files",
+    "write_manifest",
+]
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class SourceFile(_Record):
+    """One file of the checkpoint that was exported."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+class SourceSpec(_Record):
+    """Where the weights came from."""
+
+    kind: Literal["huggingface", "folder", "gguf"]
+    id: str
+    revision: str | None = None
+    files: tuple[SourceFile, ...] = ()
+
+
+class ModelSpec(_Record):
+    """The decoder's shape. `num_layers` counts decoder blocks; widths are in elements."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    num_attention_heads: int
+    eos_token_ids: tuple[int, ...] = ()
+
+
+class KvGeometry(_Record):
+    """Per layer one K and one V buffer of `[1, num_heads, max_length, head_dim]`."""
+
+    layout: Literal["bnsh"] = "bnsh"
+    dtype: Literal["float32"] = "float32"
+    num_heads: int
+    head_dim: int
+    max_length: int
+
+
+class Quantisation(_Record):
+    """Block-wise symmetric weight quantisation of the linear operators."""
+
+    bits: Literal[4, 8]
+    block_size: int
+    accuracy_level: int
+
+
+class FileRecord(_Record):
+    """Size in bytes and sha256 of one file of the folder."""
+
+    bytes: int
+    sha256: str
+
+
+class StageSpec(_Record):
+    """One graph. Layer numbers are 1-based and inclusive; 0 for stages that hold no layer."""
+
+    name: str
+    kind: Literal["embed", "layers", "probe"]
+    file: str
+    first_layer: int = 0
+    last_layer: int = 0
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class ExitPoint(_Record):
+    """A layer boundary at which the exit graph is evaluated.
+
+    Without an adapter the probe reads the hidden state as it is (AdaInfer's own form).
+    """
+
+    exit_layer: int
+    adapter: str | None = None
+
+
+class ClassifierSpec(_Record):
+    """The exit decision: `graph` in plain operators, `reference` as skl2onnx wrote it."""
+
+    kind: Literal["svm"]
+    graph: str
+    reference: str
+    state_size: int
+    features: tuple[str, ...]
+
+
+class ExitSpec(_Record):
+    """What `adaptive` mode evaluates between layers.
+
+    Without points the calibration's answer was "do not exit": adaptive then runs every layer.
+    """
+
+    points: tuple[ExitPoint, ...]
+    classifier: ClassifierSpec | None = None
+    threshold: float | None = None
+    target_agreement: float
+    kv_policy: Literal["deferred"] = "deferred"
+    calibration: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _complete(self) -> ExitSpec:
+        layers = [point.exit_layer for point in self.points]
+        if layers != sorted(set(layers)):
+            raise ValueError(f"exit points must be ascending, found {layers}")
+        if layers and (self.classifier is None or self.threshold is None):
+            raise ValueError("exit points without a classifier or a threshold")
+        return self
+
+
+class TokenizerSpec(_Record):
+    """Files of the Hugging Face tokenizer."""
+
+    file: str
+    files: tuple[str, ...]
+
+
+class Manifest(_Record):
+    """Everything a runtime needs to know about an engine folder."""
+
+    schema_version: int
+    exporter: dict[str, str]
+    source: SourceSpec
+    model: ModelSpec
+    target: str
+    precision: Literal["fp32", "int8", "int4"]
+    quantisation: Quantisation | None = None
+    max_seq_len: int
+    kv: KvGeometry
+    stages: tuple[StageSpec, ...]
+    exit: ExitSpec | None = None
+    tokenizer: TokenizerSpec | None = None
+    files: dict[str, FileRecord]
+
+    @property
+    def embed(self) -> StageSpec:
+        """The stage that turns token ids into hidden states."""
+        return next(stage for stage in self.stages if stage.kind == "embed")
+
+    @property
+    def probe(self) -> StageSpec:
+        """The stage of final norm, LM head and top-2 features."""
+        return next(stage for stage in self.stages if stage.kind == "probe")
+
+    @property
+    def layer_stages(self) -> tuple[StageSpec, ...]:
+        """The stages that hold decoder layers, in order."""
+        return tuple(stage for stage in self.stages if stage.kind == "layers")
+
+    @property
+    def boundaries(self) -> tuple[int, ...]:
+        """Layer boundaries between engines: the exit layers that are possible, L included."""
+        return tuple(stage.last_layer for stage in self.layer_stages)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        kinds = [stage.kind for stage in self.stages]
+        if kinds.count("embed") != 1 or kinds.count("probe") != 1 or "layers" not in kinds:
+            raise ValueError("stages must hold one embed, one probe and at least one of layers")
+        expected = 1
+        for stage in self.layer_stages:
+            if stage.first_layer != expected or stage.last_layer < stage.first_layer:
+                raise ValueError(f"stage {stage.name} does not continue at layer {expected}")
+            expected = stage.last_layer + 1
+        if expected != self.model.num_layers + 1:
+            raise ValueError(f"stages hold {expected - 1} of {self.model.num_layers} layers")
+        exits = self.exit.points if self.exit else ()
+        for point in exits:
+            if point.exit_layer not in self.boundaries[:-1]:
+                raise ValueError(f"exit point {point.exit_layer} is no boundary between engines")
+        return self
+
+    def referenced_files(self) -> tuple[str, ...]:
+        """Every path that the manifest names, relative to the folder."""
+        paths = [*self.files, *(stage.file for stage in self.stages)]
+        if self.exit:
+            paths += [point.adapter for point in self.exit.points if point.adapter]
+            if self.exit.classifier:
+                paths += [self.exit.classifier.graph, self.exit.classifier.reference]
+        if self.tokenizer:
+            paths += [self.tokenizer.file, *self.tokenizer.files]
+        return tuple(dict.fromkeys(paths))
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Reads and checks `manifest.json`: schema, and that every named path stays inside.
+
+    Raises:
+        ManifestError: missing, not JSON, or not of the expected form.
+        SchemaVersionError: written for another schema version.
+        UnsafePathError: a path is absolute or climbs out of the folder.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(
+            f"{folder} is no engine folder: {MANIFEST_NAME} is missing; "
+            "write one with `adainfer-export MODEL --out DIR`"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{path} cannot be read: {error}; export the model again") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{path}: schema version {version!r} is unknown, this runtime reads "
+            f"{SCHEMA_VERSION}; export again, or install the matching adainfer-export"
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise ManifestError(f"{path}: {where}: {first['msg']}; export the model again") from error
+    for name in manifest.referenced_files():
+        _check_inside(folder, name)
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, *, sha256: bool = False) -> None:
+    """Checks that every file has the size (and, if asked, the sha256) the manifest says.
+
+    Raises:
+        IntegrityError: a file is missing, or differs.
+    """
+    for name in manifest.referenced_files():
+        record = manifest.files.get(name)
+        if record is None:
+            raise IntegrityError(f"{name} is used by the manifest but not listed in its files")
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise IntegrityError(f"{path} is missing; export the model again") from None
+        if size != record.bytes:
+            raise IntegrityError(
+                f"{path} has {size} bytes, expected {record.bytes}; export the model again"
+            )
+        if sha256 and (found := file_sha256(path)) != record.sha256:
+            raise IntegrityError(
+                f"{path} has sha256 {found[:16]}…, expected {record.sha256[:16]}…; "
+                "the file was changed: export the model again"
+            )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replaces the folder's manifest atomically."""
+    temporary = folder / f".{MANIFEST_NAME}.partial"
+    temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST_NAME)
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    pure = PurePosixPath(name)
+    root = folder.resolve()
+    if pure.is_absolute() or "\\" in name or not (root / name).resolve().is_relative_to(root):
+        raise UnsafePathError(
+            f"{folder / MANIFEST_NAME}: path {name!r} leaves the engine folder; "
+            "do not use this folder, export the model again"
+        )
