@@ -128,6 +128,7 @@ def _write_stages(
         for layer in range(stage.first_layer, stage.last_layer + 1 if stage.last_layer else 0):
             reporter.step(f"layer {layer}/{num_layers}")
     files = writer.close()
+    _require_all_used(checkpoint, writer.read)
     tokenizer, tokenizer_files = _write_tokenizer(folder, checkpoint)
     return Manifest(
         schema_version=SCHEMA_VERSION,
@@ -143,6 +144,16 @@ def _write_stages(
         tokenizer=tokenizer,
         files=files | tokenizer_files,
     )
+
+
+def _require_all_used(checkpoint: Checkpoint, read: frozenset[str]) -> None:
+    """A weight that the graph does not know means another model than the checkpoint's."""
+    if unused := checkpoint.unused(read):
+        shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
+        raise UnsupportedError(
+            f"{checkpoint.source.id}: {len(unused)} tensors of the checkpoint have no place in the "
+            f"graph of architecture {checkpoint.config.model_type}: {shown}"
+        )
 
 
 def _write_stage(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import psutil
 
 from adainfer_runtime.manifest import MANIFEST_NAME
 
@@ -48,7 +51,9 @@ def new_folder(out: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        _clear_remains(out)
+        prefix = f".{out.name}.partial-{os.getpid()}-"
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
         temporary.chmod(0o755)
         yield temporary
         _sync(temporary)
@@ -59,6 +64,14 @@ def new_folder(out: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _clear_remains(out: Path) -> None:
+    """Removes what killed exports to the same place left behind."""
+    for remains in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
+        owner = remains.name.rpartition(".partial-")[2].split("-")[0]
+        if owner.isdigit() and not psutil.pid_exists(int(owner)):
+            shutil.rmtree(remains, ignore_errors=True)
 
 
 def _swap(temporary: Path, out: Path) -> None:

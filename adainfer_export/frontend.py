@@ -8,6 +8,7 @@ names without a value, rotary tables as initialisers with one.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import re
@@ -53,6 +54,8 @@ def build_decoder(config: Any, architecture: Architecture) -> ir.Model:
         module_class = mobius.registry.get(architecture.frontend_name)
         try:
             resolved = _config_from_hf(config, module_class=module_class)
+            if getattr(config, "mlp_bias", False):  # Llama's key, which mobius 0.1.0 overlooks
+                resolved = dataclasses.replace(resolved, mlp_bias=True)
             package = mobius.build_from_module(
                 module_class(resolved), resolved, "text-generation", execution_provider=_PROVIDER
             )

@@ -14,7 +14,7 @@ import onnx_ir as ir
 from adainfer_runtime.manifest import FileRecord
 
 from .sources.checkpoint import Checkpoint
-from .weights import Dense, WeightExpr, evaluate
+from .weights import Dense, Quantised, WeightExpr, evaluate
 
 __all__ = ["StageWriter"]
 
@@ -62,6 +62,12 @@ class StageWriter:
             bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
         )
         return relative
+
+    @property
+    def read(self) -> frozenset[str]:
+        """Checkpoint tensors that went into what was written."""
+        exprs = (key for key in self._places if isinstance(key, Dense | Quantised))
+        return frozenset(part for expr in exprs for part in expr.parts)
 
     def close(self) -> dict[str, FileRecord]:
         """Closes the data files; size and sha256 of everything written, by relative path."""

@@ -13,11 +13,13 @@ from sklearn.svm import SVC
 
 from .predictions import Predictions
 
-__all__ = ["ExitClassifier", "RbfForm", "fit_svm"]
+__all__ = ["COST_OF_WRONG_EXIT", "ExitClassifier", "RbfForm", "fit_svm"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
-_MOST_ROWS = 6000
+# An exit that is wrong costs an answer, one that is missed a few layers. Without this weight the
+# scores do not rank the sure cases: on SmolLM2 3% of layers saved at 0.985 instead of 7%.
+COST_OF_WRONG_EXIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -65,17 +67,24 @@ class ExitClassifier:
 
 
 def fit_svm(
-    predictions: Predictions, layers: tuple[int, ...], features: tuple[str, ...], seed: int
+    predictions: Predictions,
+    layers: tuple[int, ...],
+    features: tuple[str, ...],
+    seed: int,
+    *,
+    most_rows: int = 8000,
 ) -> ExitClassifier | None:
     """One SVM for all the exit layers; None where the labels are all the same."""
     chosen = predictions.at(layers)
     x = chosen.features(features).reshape(-1, len(features))
     y = chosen.agrees.reshape(-1)
-    if len(y) > _MOST_ROWS:
-        kept = np.random.default_rng(seed).choice(len(y), _MOST_ROWS, replace=False)
+    if len(y) > most_rows:
+        kept = np.random.default_rng(seed).choice(len(y), most_rows, replace=False)
         x, y = x[kept], y[kept]
     if y.all() or not y.any():
         return None
-    pipeline = make_pipeline(StandardScaler(), SVC(kernel="rbf", C=1.0, gamma="scale"))
+    pipeline = make_pipeline(
+        StandardScaler(), SVC(kernel="rbf", class_weight={0: COST_OF_WRONG_EXIT})
+    )
     pipeline.fit(x, y.astype(np.int64))
     return ExitClassifier(layers, features, pipeline)

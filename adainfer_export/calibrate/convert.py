@@ -11,13 +11,15 @@ first. Both forms are checked against scikit-learn before anything is written.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
-import onnxruntime
 from onnx_ir.tape import Tape
+
+from adainfer_runtime.backends.ort_cpu import open_session
 
 from ..errors import LoweringError
 from .classifier import ExitClassifier, RbfForm
@@ -75,7 +77,9 @@ def reference_graph(classifier: ExitClassifier) -> bytes:
 
     initial = [("features", FloatTensorType([None, len(classifier.features)]))]
     options = {id(classifier.pipeline): {"zipmap": False}}
-    model = to_onnx(classifier.pipeline, initial_types=initial, options=options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # skl2onnx 1.20 reads deprecated names
+        model = to_onnx(classifier.pipeline, initial_types=initial, options=options)
     content: bytes = model.SerializeToString()
     return content
 
@@ -100,7 +104,7 @@ def check_parity(
             f"the lowered classifier differs from scikit-learn by {difference:.2g}, "
             f"allowed {_MARGIN}"
         )
-    session = onnxruntime.InferenceSession(str(reference), providers=["CPUExecutionProvider"])
+    session = open_session(reference)
     labels = session.run(None, {"features": points})[0]
     clear = np.abs(expected) > _MARGIN
     wrong = int((labels[clear] != (expected[clear] > 0)).sum())
@@ -149,7 +153,7 @@ def _run_lowered(
         "state": columns.get("stability", zeros)[:, None],
         **{name: columns.get(name, zeros) for name in ("top_prob", "gap", "depth")},
     }
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = open_session(path)
     scores: npt.NDArray[np.float32] = session.run(["score"], feed)[0]
     return scores
 

@@ -32,7 +32,7 @@ class Parts:
 
 
 def load_examples(request: CalibrationRequest) -> list[TaskExample]:
-    """The request's prompts without duplicates, at most `limit` of them.
+    """The request's prompts without duplicates, at most `limit` of them, shared out among tasks.
 
     Raises:
         TaskFileError: a file cannot be read.
@@ -40,14 +40,28 @@ def load_examples(request: CalibrationRequest) -> list[TaskExample]:
     """
     examples = read_tasks(request.files) if request.files else builtin_examples(request.seed)
     unique = list({example.prompt: example for example in examples}.values())
-    random = np.random.default_rng(request.seed)
-    order = random.permutation(len(unique))[: request.limit]
+    order = _sample([example.task for example in unique], request.limit, request.seed)
     if len(order) < _LEAST:
         raise CalibrationError(
             f"{len(order)} different prompts are too few to calibrate: at least {_LEAST} are "
             "needed, a few hundred are better"
         )
     return [unique[index] for index in order]
+
+
+def _sample(tasks: list[str], limit: int | None, seed: int) -> list[int]:
+    """Shuffled indices; a limit is shared out equally, what small tasks leave goes to the rest."""
+    order: list[int] = np.random.default_rng(seed).permutation(len(tasks)).tolist()
+    if limit is None or limit >= len(order):
+        return order
+    place: dict[str, int] = defaultdict(int)
+    turns = []
+    for index in order:
+        turns.append(place[tasks[index]])
+        place[tasks[index]] += 1
+    # The first of every task, then the second of every task …: a stable sort keeps the shuffle.
+    chosen = sorted(range(len(order)), key=turns.__getitem__)[:limit]
+    return [order[index] for index in sorted(chosen)]
 
 
 def split_parts(examples: Iterable[TaskExample]) -> Parts:

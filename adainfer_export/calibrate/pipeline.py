@@ -65,8 +65,9 @@ def calibrate(
         )
     adapters = _fit_adapters(engine, parts, request, reporter)
     predictions = {
-        name: _predict(engine, getattr(parts, name), adapters, reporter)
-        for name in ("classifier", "selection", "threshold")
+        "classifier": _predict(engine, parts.classifier, adapters, reporter, in_context=True),
+        "selection": _predict(engine, parts.selection, adapters, reporter),
+        "threshold": _predict(engine, parts.threshold, adapters, reporter),
     }
     target = request.target_agreement
     classifier = select_classifier(
@@ -127,9 +128,12 @@ def _predict(
     examples: tuple[TaskExample, ...],
     adapters: Mapping[int, Adapter],
     reporter: Reporter,
+    *,
+    in_context: bool = False,
 ) -> Predictions:
     reporter.begin("tracing answers", len(examples))
-    return predict_layers(engine, trace_answers(engine, examples, reporter), adapters)
+    traces = trace_answers(engine, examples, reporter, in_context=in_context)
+    return predict_layers(engine, traces, adapters)
 
 
 def _threshold(
@@ -169,6 +173,7 @@ def _figures(
             "layers_saved": round(outcome.layers_saved, 4),
             "net_saved": round(outcome.net_saved, 4),
             "agreement": round(outcome.agreement, 4),
+            "task_agreement": round(outcome.task_agreement, 4),
         }
     return figures
 

@@ -36,11 +36,18 @@ class Predictions:
 
     layers: tuple[int, ...]
     num_layers: int
+    tasks: tuple[str, ...]
     final: npt.NDArray[np.int64]
     token: npt.NDArray[np.int64]
     top_prob: Float32
     gap: Float32
     check_layers: float
+
+    def task_weights(self) -> npt.NDArray[np.float64]:
+        """`[prompts]`, summing to 1, the same sum for every task: for means over tasks."""
+        _, index, counts = np.unique(self.tasks, return_inverse=True, return_counts=True)
+        weights: npt.NDArray[np.float64] = 1.0 / (counts[index] * len(counts))
+        return weights
 
     @property
     def agrees(self) -> Bool:
@@ -54,6 +61,7 @@ class Predictions:
         return Predictions(
             layers,
             self.num_layers,
+            self.tasks,
             self.final,
             self.token[:, columns],
             self.top_prob[:, columns],
@@ -94,6 +102,7 @@ def predict_layers(
     return Predictions(
         traces.layers,
         engine.manifest.model.num_layers,
+        traces.tasks,
         traces.token,
         token,
         top_prob,

@@ -2,9 +2,11 @@
 
 A "tuned lens" (arXiv 2303.08112) in closed form. With weights w, centred x and y,
 
-    A = I + (Xᵀ W X + λ t I)⁻¹ Xᵀ W (Y − X),    b = mean(y) − mean(x) A,
+    A = I + (Xᵀ W X + λ D)⁻¹ Xᵀ W (Y − X),    b = mean(y) − mean(x) A,
 
-where t is the mean of the diagonal of Xᵀ W X: the penalty pulls towards the identity, not to zero.
+where D is the diagonal of Xᵀ W X: the penalty pulls towards the identity, and each coordinate by
+its own variance. (A few coordinates of the residual stream are hundreds of times larger than the
+rest; a common penalty in proportion to them would leave nothing of the others.)
 Only second moments are kept, `[hidden, hidden]` twice per layer, whatever the number of tokens.
 """
 
@@ -57,7 +59,7 @@ class Moments:
         self._xy += weighted.T @ y
 
     def solve(self, strength: float) -> Adapter:
-        """The adapter for a ridge strength λ (relative to the mean variance).
+        """The adapter for a ridge strength λ (relative to each coordinate's variance).
 
         Raises:
             CalibrationError: nothing was added, or it is not finite.
@@ -69,9 +71,8 @@ class Moments:
         xy = self._xy / self._weight - np.outer(mean_x, mean_y)
         if not (np.isfinite(xx).all() and np.isfinite(xy).all()):
             raise CalibrationError("hidden states are not finite: the adapters cannot be fitted")
-        width = len(mean_x)
-        penalty = strength * float(np.trace(xx)) / width + 1e-12
-        delta = linalg.solve(xx + penalty * np.eye(width), xy - xx, assume_a="pos")
-        matrix: Float64 = np.eye(width) + delta
+        penalty = strength * np.diag(xx) + 1e-12
+        delta = linalg.solve(xx + np.diag(penalty), xy - xx, assume_a="pos")
+        matrix: Float64 = np.eye(len(mean_x)) + delta
         bias = mean_y - mean_x @ matrix
         return Adapter(matrix.astype(np.float32), bias.astype(np.float32))

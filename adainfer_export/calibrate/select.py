@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
-from .classifier import ExitClassifier, fit_svm
+from .classifier import COST_OF_WRONG_EXIT, ExitClassifier, fit_svm
 from .predictions import Predictions
 
 __all__ = ["Outcome", "choose_threshold", "evaluate", "select_classifier"]
@@ -19,14 +19,15 @@ __all__ = ["Outcome", "choose_threshold", "evaluate", "select_classifier"]
 Float64 = npt.NDArray[np.float64]
 
 _MOST_POINTS = 3
-_SHORTLIST = 12
+_SHORTLIST = 10
+_RANKING_ROWS = 3000
 _FEATURE_SETS = (
     ("top_prob", "gap", "depth"),
     ("top_prob", "gap", "depth", "stability"),
 )
 # Savings are compared at several levels around the wanted one: a few hundred prompts say little
 # about a single level.
-_LEVELS = (0.5, 1.0, 1.5, 2.0)
+_LEVELS = (1.0, 1.5, 2.0, 3.0)
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class Outcome:
         layers_saved: mean share of layers that were not executed.
         net_saved: the same minus the time of the checks, in layers.
         agreement: share of prompts that got the full model's answer.
+        task_agreement: the same as a mean over tasks.
     """
 
     threshold: float
     layers_saved: float
     net_saved: float
     agreement: float
+    task_agreement: float
 
 
 def evaluate(scores: Float64, predictions: Predictions, threshold: float) -> Outcome:
@@ -57,22 +60,40 @@ def evaluate(scores: Float64, predictions: Predictions, threshold: float) -> Out
     saved = 1.0 - float(layers.mean()) / predictions.num_layers
     # The last check of an exit is the answer's own probe, which the full model pays too.
     extra = float((checks - any_exit).mean()) * predictions.check_layers
-    return Outcome(threshold, saved, saved - extra / predictions.num_layers, float(agrees.mean()))
+    return Outcome(
+        threshold,
+        saved,
+        saved - extra / predictions.num_layers,
+        float(agrees.mean()),
+        float(agrees @ predictions.task_weights()),
+    )
 
 
-def choose_threshold(scores: Float64, predictions: Predictions, target_agreement: float) -> Outcome:
+def choose_threshold(
+    scores: Float64,
+    predictions: Predictions,
+    target_agreement: float,
+    *,
+    steps: int = 1000,
+) -> Outcome:
     """The lowest threshold before agreement first falls below the target, from the top down.
 
-    Going down in one fixed order and stopping at the first failure is what makes the level mean
-    something (Learn-then-Test's fixed sequence). Where nothing may exit, infinity.
+    With n prompts of which d disagree, a threshold holds if (d + 1) / (n + 1) ≤ 1 − target:
+    conformal risk control (arXiv 2208.02814), by which the expected disagreement on new prompts of
+    the same kind stays within the target. The mean over tasks must reach the target too, so that
+    large tasks do not pay for small ones. Where nothing may exit, the threshold is infinite.
     """
     candidates = np.unique(scores)[::-1]
-    if len(candidates) > 400:
-        candidates = candidates[np.linspace(0, len(candidates) - 1, 400).astype(int)]
+    if len(candidates) > steps:
+        candidates = candidates[np.linspace(0, len(candidates) - 1, steps).astype(int)]
     best = evaluate(scores, predictions, math.inf)
+    prompts = len(scores)
     for threshold in candidates:
         outcome = evaluate(scores, predictions, float(threshold))
-        if outcome.agreement < target_agreement:
+        disagreeing = round((1.0 - outcome.agreement) * prompts)
+        if (disagreeing + 1) / (prompts + 1) > 1.0 - target_agreement:
+            break
+        if outcome.task_agreement < target_agreement:
             break
         best = outcome
     return best
@@ -95,14 +116,14 @@ def select_classifier(
     for layers, features in itertools.product(ranked[:_SHORTLIST], _FEATURE_SETS):
         if len(layers) == 1 and "stability" in features:
             continue
-        classifier = fit_svm(fit, layers, features, seed)
+        classifier = fit_svm(fit, layers, features, seed, most_rows=_RANKING_ROWS)
         if classifier is None:
             continue
         scores = classifier.scores(selection)
         value = _value(scores, selection.at(layers), target_agreement)
         if value > best_value:
             best, best_value = classifier, value
-    return best
+    return best and fit_svm(fit, best.layers, best.features, seed)
 
 
 def _subsets(layers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -118,7 +139,7 @@ def _logistic_value(
     y = fit.at(layers).agrees.reshape(-1)
     if y.all() or not y.any():
         return 0.0
-    model = LogisticRegression(max_iter=200).fit(x, y)
+    model = LogisticRegression(max_iter=200, class_weight={0: COST_OF_WRONG_EXIT, 1: 1.0}).fit(x, y)
     chosen = selection.at(layers)
     features = _shaped(chosen.features(names))
     scores = model.decision_function(features.reshape(-1, len(names)))
@@ -136,5 +157,5 @@ def _shaped(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 def _value(scores: Float64, predictions: Predictions, target: float) -> float:
     levels = [1.0 - (1.0 - target) * factor for factor in _LEVELS]
-    saved = [choose_threshold(scores, predictions, level).net_saved for level in levels]
-    return float(np.mean(saved))
+    outcomes = [choose_threshold(scores, predictions, level, steps=100) for level in levels]
+    return float(np.mean([outcome.net_saved for outcome in outcomes]))

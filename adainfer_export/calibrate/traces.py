@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +15,22 @@ from adainfer_runtime.tasks import TaskExample
 from ..progress import Reporter
 from .ridge import Moments
 
-__all__ = ["AnswerTraces", "candidate_layers", "trace_answers", "trace_moments"]
+__all__ = [
+    "AnswerTraces",
+    "answer_positions",
+    "candidate_layers",
+    "fits",
+    "trace_answers",
+    "trace_moments",
+]
 
 Float32 = npt.NDArray[np.float32]
+Int64 = npt.NDArray[np.int64]
 
-_ANSWER_WEIGHT = 10.0  # answer positions matter most, see tools/README.md
-_TOKENS_PER_PROMPT = 24
+# Answers are what exits are asked for: their positions outweigh the rest of a prompt.
+_ANSWER_WEIGHT = 10.0
+_OTHER_POSITIONS = 24
+_EARLIER_ANSWERS = 6
 
 
 @dataclass(frozen=True)
@@ -29,17 +39,17 @@ class AnswerTraces:
 
     Attributes:
         layers: candidate exit layers, ascending.
-        hidden: `[prompts, layers, hidden_size]`, after each candidate layer.
-        token: `[prompts]`, the full model's own prediction.
+        hidden: `[positions, layers, hidden_size]`, after each candidate layer.
+        token: `[positions]`, the full model's own prediction.
+        tasks: name of each position's task.
         seconds_per_layer: mean time of one layer over one prompt.
-        tasks: name of each prompt's task.
     """
 
     layers: tuple[int, ...]
     hidden: Float32
-    token: npt.NDArray[np.int64]
-    seconds_per_layer: float
+    token: Int64
     tasks: tuple[str, ...]
+    seconds_per_layer: float
 
 
 def candidate_layers(engine: Engine) -> tuple[int, ...]:
@@ -49,24 +59,50 @@ def candidate_layers(engine: Engine) -> tuple[int, ...]:
     return tuple(layer for layer in manifest.boundaries[:-1] if layer >= half)
 
 
+def fits(engine: Engine, example: TaskExample) -> bool:
+    """Whether the prompt is not longer than the engine takes."""
+    return len(engine.tokenizer.encode(example.prompt)) <= engine.manifest.max_seq_len
+
+
+def answer_positions(ids: list[int]) -> Int64:
+    """Positions whose next token is an answer: the last, and those of a few-shot prompt's examples.
+
+    A few-shot prompt ends like the places before its examples' answers ("… A:"). Earlier places
+    with the same last tokens are answers in context too, as good to fit on as the last and free;
+    the first two, with hardly an example before them, are left out.
+    """
+    sequence, last = np.array(ids), len(ids) - 1
+    for length in (3, 2, 1):
+        if len(ids) <= length:
+            continue
+        ending = sequence[-length:]
+        windows = np.lib.stride_tricks.sliding_window_view(sequence, length)
+        matches = np.flatnonzero((windows == ending).all(axis=1)) + length - 1
+        earlier = matches[matches < last]
+        if len(earlier) >= 2:
+            return np.append(earlier[2:][-_EARLIER_ANSWERS:], last).astype(np.int64)
+    return np.array([last], np.int64)
+
+
 def trace_moments(
     engine: Engine, examples: Iterable[TaskExample], reporter: Reporter, seed: int
 ) -> dict[int, Moments]:
     """Moments of (hidden after layer, final hidden) per candidate layer.
 
-    The answer position counts ten times as much as a prompt's other positions, of which a sample
-    is taken.
+    Answer positions count ten times as much as a prompt's other positions, of which a sample is
+    taken.
     """
     width = engine.manifest.model.hidden_size
     layers = candidate_layers(engine)
     moments = {layer: Moments(width) for layer in layers}
     random = np.random.default_rng(seed)
     for ids in _encode(engine, examples, reporter):
-        last = len(ids) - 1
-        others = random.choice(last, min(last, _TOKENS_PER_PROMPT), replace=False)
-        rows = np.append(np.sort(others), last)
+        answers = answer_positions(ids)
+        others = np.setdiff1d(np.arange(len(ids)), answers)
+        others = random.choice(others, min(len(others), _OTHER_POSITIONS), replace=False)
+        rows = np.concatenate([others, answers])
         weight = np.ones(len(rows), np.float32)
-        weight[-1] = _ANSWER_WEIGHT
+        weight[len(others) :] = _ANSWER_WEIGHT
         per_layer, final = _run(engine, ids, layers, rows)
         for layer, hidden in per_layer.items():
             moments[layer].add(hidden, final, weight)
@@ -74,45 +110,48 @@ def trace_moments(
 
 
 def trace_answers(
-    engine: Engine, examples: Iterable[TaskExample], reporter: Reporter
+    engine: Engine, examples: Iterable[TaskExample], reporter: Reporter, *, in_context: bool
 ) -> AnswerTraces:
-    """Hidden states of the answer positions at every candidate layer."""
+    """Hidden states of the answer positions at every candidate layer.
+
+    Args:
+        in_context: also the answers of a prompt's own examples (to fit on; what is measured or
+            chosen on has the prompt as its unit).
+    """
     layers = candidate_layers(engine)
-    hidden, tokens, tasks, seconds, runs = [], [], [], 0.0, 0
+    hidden: list[Float32] = []
+    tokens: list[Int64] = []
+    tasks: list[str] = []
+    seconds, runs = 0.0, 0
     examples = list(examples)
     for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
+        rows = answer_positions(ids) if in_context else np.array([len(ids) - 1], np.int64)
         start = time.perf_counter()
-        per_layer, final = _run(engine, ids, layers, np.array([len(ids) - 1]))
+        per_layer, final = _run(engine, ids, layers, rows)
         seconds += time.perf_counter() - start
         runs += 1
-        hidden.append(np.concatenate([per_layer[layer] for layer in layers]))
-        tokens.append(engine.backend.probe(final[0]).token)
-        tasks.append(example.task)
-    width = engine.manifest.model.hidden_size
+        hidden.append(np.stack([per_layer[layer] for layer in layers], axis=1))
+        tokens.append(engine.backend.probe_features(final)[0])
+        tasks += [example.task] * len(rows)
     return AnswerTraces(
         layers,
-        np.array(hidden, np.float32).reshape(runs, len(layers), width),
-        np.array(tokens, np.int64),
-        seconds / max(runs, 1) / engine.manifest.model.num_layers,
+        np.concatenate(hidden),
+        np.concatenate(tokens),
         tuple(tasks),
+        seconds / max(runs, 1) / engine.manifest.model.num_layers,
     )
-
-
-def fits(engine: Engine, example: TaskExample) -> bool:
-    """Whether the prompt leaves the engine at least one position."""
-    return len(engine.tokenizer.encode(example.prompt)) <= engine.manifest.max_seq_len
 
 
 def _encode(
     engine: Engine, examples: Iterable[TaskExample], reporter: Reporter
-) -> Iterable[list[int]]:
+) -> Iterator[list[int]]:
     for example in examples:
         yield engine.tokenizer.encode(example.prompt)
         reporter.step(example.task)
 
 
 def _run(
-    engine: Engine, ids: list[int], layers: tuple[int, ...], rows: npt.NDArray[np.int64]
+    engine: Engine, ids: list[int], layers: tuple[int, ...], rows: Int64
 ) -> tuple[dict[int, Float32], Float32]:
     with engine.borrow() as session:
         session.extend(ids)

@@ -34,6 +34,9 @@ class Checkpoint(Protocol):
     def tied_head(self) -> bool:
         """True where the LM head is the token embedding."""
 
+    def unused(self, read: frozenset[str]) -> tuple[str, ...]:
+        """Tensors that belong to the model, but are not among those that were read."""
+
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """One tensor under its Hugging Face name, as float32.
 

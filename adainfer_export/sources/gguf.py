@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from .checkpoint import require_finite
 from .gguf_tokenizer import build_tokenizer
 
 __all__ = ["GgufFile"]
+
+_QUERY_OR_KEY = re.compile(r"[qk]_proj\.(weight|bias)$")
 
 
 class GgufFile:
@@ -78,15 +81,17 @@ class GgufFile:
         """A file without an output matrix uses the token embedding."""
         return "output.weight" not in self._tensors
 
+    def unused(self, read: frozenset[str]) -> tuple[str, ...]:
+        """Under their GGUF names; llama.cpp's own rotary tables are left out."""
+        left = self._tensors.keys() - {self._mapped(name) for name in read}
+        return tuple(sorted(name for name in left if not name.startswith("rope_")))
+
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """One tensor under its Hugging Face name, dequantised to float32."""
         from gguf.quants import dequantize
 
-        stem, dot, suffix = name.rpartition(".")
-        mapped = self._names.get_name(stem)
-        if mapped is None:
-            raise CheckpointError(f"{self._path}: no GGUF name is known for tensor {name}")
-        tensor = self._tensor(f"{mapped}{dot}{suffix}")
+        mapped = self._mapped(name)
+        tensor = self._tensor(mapped)
         try:
             array = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
         except (NotImplementedError, ValueError) as error:
@@ -95,8 +100,8 @@ class GgufFile:
                 f"cannot be read: {error}"
             ) from error
         array = array.reshape([int(size) for size in reversed(tensor.shape)])
-        if self._architecture.gguf_permuted_rope and stem.endswith(("q_proj", "k_proj")):
-            array = self._undo_interleaving(array, stem.endswith("k_proj"))
+        if self._architecture.gguf_permuted_rope and _QUERY_OR_KEY.search(name):
+            array = self._undo_interleaving(array, "k_proj." in name)
         return require_finite(name, array, str(self._path))
 
     def write_tokenizer(self, folder: Path) -> bool:
@@ -121,6 +126,13 @@ class GgufFile:
         heads = self.config.num_key_value_heads if is_key else self.config.num_attention_heads
         pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
         return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(array.shape))
+
+    def _mapped(self, name: str) -> str:
+        stem, dot, suffix = name.rpartition(".")
+        mapped = self._names.get_name(stem)
+        if mapped is None:
+            raise CheckpointError(f"{self._path}: no GGUF name is known for tensor {name}")
+        return f"{mapped}{dot}{suffix}"
 
     @cached_property
     def _reader(self) -> Any:

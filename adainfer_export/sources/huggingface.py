@@ -25,6 +25,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Computed from the configuration; old checkpoints store them all the same.
+_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -98,6 +100,12 @@ class HuggingFaceFolder:
     def tied_head(self) -> bool:
         """As the configuration says."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def unused(self, read: frozenset[str]) -> tuple[str, ...]:
+        """Of every shard, leaving out buffers and a second copy of a tied head."""
+        tied = {"lm_head.weight"} if self.tied_head else set()
+        left = self._shards.keys() - read - tied
+        return tuple(sorted(name for name in left if not name.endswith(_BUFFERS)))
 
     def read(self, name: str) -> npt.NDArray[np.float32]:
         """One tensor as float32, memory-mapped from its shard."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +16,7 @@ from ..errors import DeviceError, RequestError, StageError
 from ..manifest import Manifest, StageSpec
 from .base import Float32, ProbeResult
 
-__all__ = ["OrtCpuBackend", "load"]
+__all__ = ["OrtCpuBackend", "load", "open_session"]
 
 _LOG = logging.getLogger(__name__)
 _MAX_ROWS = 512
@@ -30,28 +31,42 @@ def load(folder: Path, manifest: Manifest, *, threads: int | None) -> OrtCpuBack
         DeviceError: onnxruntime is not installed.
         StageError: ONNX Runtime refuses a file.
     """
-    try:
-        import onnxruntime
-    except ImportError:
-        raise DeviceError(
-            "onnxruntime is not installed: pip install 'adainfer-export[cpu]'"
-        ) from None
-    return OrtCpuBackend(folder, manifest, _Sessions(onnxruntime, threads))
+    return OrtCpuBackend(folder, manifest, _Sessions(threads))
+
+
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session beside the engines, on the pool that they share.
+
+    Raises:
+        DeviceError, StageError: see `load`.
+    """
+    return _Sessions(None).open(path)
 
 
 class _Sessions:
     """Opens sessions that share the process's one pool.
 
-    A pool per session makes 30 sessions fight for the cores, spinning; ONNX Runtime has one pool
-    per process for those that ask for it, whose size is fixed by whoever loads first.
+    A pool per session makes 30 sessions fight for the cores, spinning. ONNX Runtime has one pool
+    per process for sessions that ask for it; its size is fixed by whoever makes it. (Once it
+    exists, ONNX Runtime wants every later session of the process to ask for it too:
+    `use_per_session_threads = False`.)
     """
 
-    _pool_threads: int | None = None
+    _pool_threads: ClassVar[int | None] = None
+    _lock: ClassVar[threading.Lock] = threading.Lock()
 
-    def __init__(self, onnxruntime: Any, threads: int | None) -> None:
-        self._ort = onnxruntime
-        self._claim_pool(threads)
-        self.run_options = onnxruntime.RunOptions()
+    def __init__(self, threads: int | None) -> None:
+        self._ort = _import_onnxruntime()
+        with _Sessions._lock:
+            if _Sessions._pool_threads is None:
+                _Sessions._pool_threads = _claim_pool(self._ort, threads)
+        if threads is not None and threads != _Sessions._pool_threads:
+            _LOG.warning(
+                "this process's ONNX Runtime pool was made with %s threads; threads=%d is ignored",
+                _Sessions._pool_threads or "other",
+                threads,
+            )
+        self.run_options = self._ort.RunOptions()
 
     def open(self, path: Path) -> Any:
         """A session of one stage."""
@@ -67,19 +82,27 @@ class _Sessions:
             reason = " ".join(str(error).split())
             raise StageError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
 
-    def _claim_pool(self, threads: int | None) -> None:
-        wanted = threads if threads is not None else _physical_threads()
-        if wanted < 1:
-            raise RequestError(f"threads must be at least 1, found {wanted}")
-        if _Sessions._pool_threads is None:
-            self._ort.set_global_thread_pool_sizes(wanted, 1)
-            _Sessions._pool_threads = wanted
-        elif threads is not None and threads != _Sessions._pool_threads:
-            _LOG.warning(
-                "this process's ONNX Runtime pool has %d threads already; threads=%d is ignored",
-                _Sessions._pool_threads,
-                threads,
-            )
+
+def _claim_pool(onnxruntime: Any, threads: int | None) -> int:
+    """Makes the pool; returns its threads, or 0 where other code made it before."""
+    wanted = _usable_cores() if threads is None else threads
+    if wanted < 1:
+        raise RequestError(f"threads must be at least 1, found {wanted}")
+    try:
+        onnxruntime.set_global_thread_pool_sizes(wanted, 1)
+    except Exception:  # "already been created": an exception without a public type
+        return 0
+    return wanted
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise DeviceError(
+            "onnxruntime is not installed: pip install 'adainfer-export[cpu]'"
+        ) from None
+    return onnxruntime
 
 
 class OrtCpuBackend:
@@ -244,7 +267,7 @@ def _bind_output(binding: Any, name: str, array: npt.NDArray[Any], shape: tuple[
     binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
 
 
-def _physical_threads() -> int:
+def _usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

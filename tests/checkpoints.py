@@ -1,0 +1,93 @@
+"""Tiny random checkpoints, made on the spot: one maker per architecture."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoConfig, AutoModelForCausalLM
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 320,
+    "max_position_embeddings": 128,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+
+# name: (model_type, what differs from TINY)
+VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama-mqa": ("llama", {"num_key_value_heads": 1}),
+    "llama3-rope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 10000.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 32,
+            }
+        },
+    ),
+    "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-window": ("mistral", {"sliding_window": 12}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+}
+
+
+def write_tokenizer(folder: Path, vocab_size: int = 320) -> None:
+    """Byte-level tokenizer: ids 0, 1 are special, then one id per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {c: i + 2 for i, c in enumerate(alphabet)}
+    assert len(vocabulary) <= vocab_size
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+
+
+def make_checkpoint(
+    folder: Path,
+    variant: str = "llama",
+    *,
+    tokenizer: bool = True,
+    shard: str = "10GB",
+    seed: int = 0,
+) -> torch.nn.Module:
+    """Writes a checkpoint in Hugging Face's layout and returns the reference model."""
+    model_type, changes = VARIANTS[variant]
+    settings = {**TINY, "tie_word_embeddings": False, **changes}
+    config = AutoConfig.for_model(model_type, **settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Larger than the usual initialisation, so that layers and biases matter.
+            scale = 0.3 if "norm" in name else 0.12
+            parameter.add_(torch.randn_like(parameter) * scale)
+    model.save_pretrained(folder, max_shard_size=shard)
+    if tokenizer:
+        write_tokenizer(folder)
+    return model
+
+
+def edit_config(folder: Path, **changes: object) -> None:
+    """Changes keys of config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))

