@@ -54,6 +54,8 @@ def build_decoder(config: Any, architecture: Architecture) -> ir.Model:
         module_class = mobius.registry.get(architecture.frontend_name)
         try:
             resolved = _config_from_hf(config, module_class=module_class)
+            # Weights are read as float32 whatever the checkpoint holds; targets lower the types.
+            resolved = dataclasses.replace(resolved, dtype=ir.DataType.FLOAT)
             if getattr(config, "mlp_bias", False):  # Llama's key, which mobius 0.1.0 overlooks
                 resolved = dataclasses.replace(resolved, mlp_bias=True)
             package = mobius.build_from_module(

@@ -54,6 +54,7 @@ class _TerminalReporter:
         self._task: int | None = None
 
     def begin(self, what: str, total: int) -> None:
+        self._progress.start()  # not earlier: an error before any work leaves no empty line
         self._task = self._progress.add_task(what, total=total, detail="")
 
     def step(self, detail: str = "") -> None:
@@ -75,8 +76,12 @@ def terminal_reporter(*, quiet: bool = False) -> Iterator[Reporter]:
         _MemoryColumn(),
         TextColumn("{task.fields[detail]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    progress = Progress(*columns, console=Console(stderr=True))
+    try:
         yield _TerminalReporter(progress)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def peak_memory_bytes() -> int:

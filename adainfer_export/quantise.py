@@ -61,7 +61,9 @@ def _codes(
     half = 2 ** (bits - 1)
     at = np.abs(values).argmax(axis=1)
     scale = np.take_along_axis(values, at[:, None], axis=1) / -half
-    inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=scale != 0)
+    # Blocks of (next to) nothing become zeros: their scale has no finite inverse.
+    usable = np.abs(scale) > np.finfo(np.float32).tiny
+    inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=usable)
     codes = np.clip(np.rint(values * inverse), -half, half - 1) + half
     return codes.astype(np.uint8), scale
 

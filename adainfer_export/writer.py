@@ -49,7 +49,10 @@ class StageWriter:
     def write(self, model: ir.Model, weights: dict[str, WeightExpr]) -> str:
         """Writes one stage and its weights; returns its path relative to the engine folder."""
         name = model.graph.name
-        for value in model.graph.initializers.values():
+        initializers = model.graph.initializers
+        for key in sorted(initializers):  # one order, whatever order the split found them in
+            value = initializers.pop(key)
+            initializers[key] = value
             if value.const_value is None:
                 self._place_weight(f"{name}.data", value, weights)
             elif value.const_value.nbytes > _INLINE_BYTES:

@@ -47,6 +47,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyEngine]:
 
 
 @pytest.fixture
+def shared_tasks() -> Path:
+    """Few-shot task files that are no part of the repository."""
+    if not SHARED_TASKS.is_dir():
+        pytest.skip("the task files are not there")
+    return SHARED_TASKS
+
+
+@pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A tiny Llama checkpoint that a test may damage."""
     make_checkpoint(tmp_path / "checkpoint")

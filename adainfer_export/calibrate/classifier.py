@@ -72,7 +72,7 @@ def fit_svm(
     features: tuple[str, ...],
     seed: int,
     *,
-    most_rows: int = 8000,
+    most_rows: int = 5000,
 ) -> ExitClassifier | None:
     """One SVM for all the exit layers; None where the labels are all the same."""
     chosen = predictions.at(layers)

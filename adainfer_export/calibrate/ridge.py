@@ -25,6 +25,8 @@ __all__ = ["Adapter", "Moments"]
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
+_ROWS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -48,9 +50,20 @@ class Moments:
         self._y = np.zeros(width)
         self._xx = np.zeros((width, width))
         self._xy = np.zeros((width, width))
+        self._waiting: list[tuple[Float32, Float32, Float32]] = []
 
     def add(self, x: Float32, y: Float32, weight: Float32) -> None:
         """Adds rows: x, y `[rows, width]`, weight `[rows]`."""
+        self._waiting.append((x, y, weight))
+        if sum(len(rows) for _, _, rows in self._waiting) >= _ROWS_AT_ONCE:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        # Few large products: small ones would keep BLAS's threads spinning beside the engine's.
+        if not self._waiting:
+            return
+        x, y, weight = (np.concatenate(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
         weighted = x * weight[:, None]
         self._weight += float(weight.sum())
         self._x += weighted.sum(axis=0)
@@ -64,6 +77,7 @@ class Moments:
         Raises:
             CalibrationError: nothing was added, or it is not finite.
         """
+        self._add_waiting()
         if self._weight == 0.0:
             raise CalibrationError("no tokens to fit adapters on")
         mean_x, mean_y = self._x / self._weight, self._y / self._weight

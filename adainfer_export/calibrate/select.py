@@ -19,8 +19,8 @@ __all__ = ["Outcome", "choose_threshold", "evaluate", "select_classifier"]
 Float64 = npt.NDArray[np.float64]
 
 _MOST_POINTS = 3
-_SHORTLIST = 10
-_RANKING_ROWS = 3000
+_SHORTLIST = 8
+_RANKING_ROWS = 2000
 _FEATURE_SETS = (
     ("top_prob", "gap", "depth"),
     ("top_prob", "gap", "depth", "stability"),

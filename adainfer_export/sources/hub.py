@@ -8,7 +8,7 @@ from ..errors import SourceError
 
 __all__ = ["download_snapshot"]
 
-_FILES = ["*.json", "*.safetensors", "tokenizer.model", "*.jinja"]
+_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"]
 
 
 def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
@@ -20,9 +20,8 @@ def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
     Raises:
         SourceError: not in the cache and not to be had; the message names the next step.
     """
-    import httpx2 as httpx  # the client that huggingface_hub raises errors of
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError
 
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=_FILES)
@@ -31,11 +30,9 @@ def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
             f"{repository} is gated: accept its licence on its model page, log in with "
             "`hf auth login`, and try again"
         ) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+    except Exception as error:  # besides the hub's own errors, those of its HTTP client
         raise SourceError(
             f"{repository} cannot be downloaded and is not in the local cache; check the name "
             "and the network, or give a local folder instead"
         ) from error
-    except httpx.HTTPError as error:
-        raise SourceError(f"{repository} cannot be downloaded: {error}") from error
     return Path(folder), Path(folder).name

@@ -1,0 +1,281 @@
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+from adainfer_export.calibrate import CalibrationRequest, recalibrate
+from adainfer_export.calibrate.builtin import builtin_examples
+from adainfer_export.calibrate.classifier import fit_svm
+from adainfer_export.calibrate.convert import (
+    check_parity,
+    lower_adapter,
+    lower_classifier,
+    reference_graph,
+)
+from adainfer_export.calibrate.data import load_examples, split_parts
+from adainfer_export.calibrate.predictions import Predictions
+from adainfer_export.calibrate.ridge import Adapter, Moments
+from adainfer_export.calibrate.select import choose_threshold, evaluate, select_classifier
+from adainfer_export.calibrate.traces import answer_positions
+from adainfer_export.errors import CalibrationError, LoweringError
+from adainfer_export.progress import SilentReporter
+from adainfer_runtime import Engine
+from adainfer_runtime.errors import ManifestError, TaskFileError
+from adainfer_runtime.manifest import load_manifest, verify_files
+
+
+def synthetic(prompts=600, seed=0, noise=0.0):
+    """Predictions in which confidence tells whether a layer agrees, the more the deeper."""
+    random = np.random.default_rng(seed)
+    layers = (4, 6, 8)
+    ease = random.random((prompts, 1))
+    probability = np.clip(ease + np.array([0.0, 0.15, 0.3]), 0.01, 0.99)
+    agrees = probability > 0.75
+    agrees ^= random.random(agrees.shape) < noise
+    final = random.integers(0, 50, prompts)
+    token = np.where(agrees, final[:, None], 99)
+    return Predictions(
+        layers,
+        10,
+        ("a",) * prompts,
+        final,
+        token,
+        probability.astype(np.float32),
+        (probability * 0.9).astype(np.float32),
+        0.1,
+    )
+
+
+def test_ridge_finds_an_affine_map_and_ignores_the_scale_of_coordinates():
+    random = np.random.default_rng(0)
+    scale = np.array([1.0, 1.0, 500.0, 1.0], np.float32)
+    x = (random.normal(size=(4000, 4)) * scale).astype(np.float32)
+    matrix = np.eye(4) + random.normal(size=(4, 4)) * 0.3 / scale[:, None]
+    y = (x @ matrix + 2.0).astype(np.float32)
+    moments = Moments(4)
+    for rows in np.split(np.arange(4000), 8):
+        moments.add(x[rows], y[rows], np.ones(500, np.float32))
+    adapter = moments.solve(1e-6)
+    np.testing.assert_allclose(adapter.apply(x), y, atol=2e-2)
+
+
+def test_ridge_without_evidence_is_the_identity():
+    random = np.random.default_rng(0)
+    moments = Moments(3)
+    x = random.normal(size=(50, 3)).astype(np.float32)
+    moments.add(x, random.normal(size=(50, 3)).astype(np.float32), np.ones(50, np.float32))
+    np.testing.assert_allclose(moments.solve(1e9).matrix, np.eye(3), atol=1e-6)
+    with pytest.raises(CalibrationError, match="no tokens"):
+        Moments(3).solve(0.1)
+
+
+def test_adapter_graph_equals_its_map(tmp_path):
+    from adainfer_runtime.backends.ort_cpu import open_session
+
+    random = np.random.default_rng(0)
+    adapter = Adapter(
+        random.normal(size=(8, 8)).astype(np.float32), random.normal(size=8).astype(np.float32)
+    )
+    import onnx_ir as ir
+
+    ir.save(lower_adapter(adapter), tmp_path / "a.onnx")
+    onnx.checker.check_model(str(tmp_path / "a.onnx"), full_check=True)
+    hidden = random.normal(size=(1, 5, 8)).astype(np.float32)
+    found = open_session(tmp_path / "a.onnx").run(["adapted"], {"hidden": hidden})[0]
+    np.testing.assert_allclose(found[0], adapter.apply(hidden[0]), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "features", [("top_prob", "gap", "depth"), ("top_prob", "gap", "depth", "stability")]
+)
+def test_classifier_graphs_equal_scikit_learn(tmp_path, features):
+    import onnx_ir as ir
+
+    classifier = fit_svm(synthetic(noise=0.05), (4, 8), features, seed=0)
+    ir.save(lower_classifier(classifier), tmp_path / "lowered.onnx")
+    (tmp_path / "reference.onnx").write_bytes(reference_graph(classifier))
+    onnx.checker.check_model(str(tmp_path / "lowered.onnx"), full_check=True)
+    lowered = onnx.load(tmp_path / "lowered.onnx")
+    assert {node.domain for node in lowered.graph.node} <= {"", "ai.onnx"}
+    found = check_parity(classifier, tmp_path / "lowered.onnx", tmp_path / "reference.onnx")
+    assert found <= 1e-3
+    other = fit_svm(synthetic(seed=1, noise=0.2), (4, 6), features, seed=0)
+    with pytest.raises(LoweringError, match="differs from scikit-learn"):
+        check_parity(other, tmp_path / "lowered.onnx", tmp_path / "reference.onnx")
+
+
+def test_stability_is_carried_by_the_state(tmp_path):
+    """The graph's state gives the feature that the classifier was fitted with."""
+    import onnx_ir as ir
+
+    from adainfer_runtime.backends.ort_cpu import open_session
+
+    names = ("top_prob", "gap", "depth", "stability")
+    predictions = synthetic(40, noise=0.2)
+    classifier = fit_svm(synthetic(noise=0.05), (4, 6, 8), names, seed=0)
+    ir.save(lower_classifier(classifier), tmp_path / "c.onnx")
+    session = open_session(tmp_path / "c.onnx")
+    state = np.zeros((40, 1), np.float32)
+    for column, layer in enumerate(predictions.layers):
+        feed = {
+            "token": predictions.token[:, column],
+            "top_prob": predictions.top_prob[:, column],
+            "gap": predictions.gap[:, column],
+            "depth": np.full(40, layer / 10, np.float32),
+            "state": state,
+        }
+        score, state = session.run(["score", "next_state"], feed)
+        np.testing.assert_allclose(score, classifier.scores(predictions)[:, column], atol=1e-3)
+
+
+def test_labels_of_one_class_give_no_classifier():
+    predictions = synthetic()
+    always = Predictions(**{**vars(predictions), "token": predictions.final[:, None].repeat(3, 1)})
+    assert fit_svm(always, (4, 6), ("top_prob", "gap"), 0) is None
+
+
+def test_threshold_counts_layers_checks_and_agreement():
+    predictions = synthetic(3)
+    scores = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 0]])
+    outcome = evaluate(scores, predictions, 0.5)
+    assert outcome.layers_saved == pytest.approx(1 - (4 + 6 + 10) / 30)
+    # Failed checks: none, one, three, a tenth of a layer each.
+    assert outcome.net_saved == pytest.approx(outcome.layers_saved - 4 / 3 * 0.1 / 10)
+
+
+def test_threshold_keeps_the_target_on_new_prompts():
+    fit, chosen, new = (synthetic(2000, seed, noise=0.03) for seed in (0, 1, 2))
+    classifier = fit_svm(fit, (4, 6, 8), ("top_prob", "gap", "depth"), 0)
+    outcome = choose_threshold(classifier.scores(chosen), chosen, 0.97)
+    assert outcome.agreement >= 0.97
+    assert evaluate(classifier.scores(new), new, outcome.threshold).agreement >= 0.96
+
+
+def test_too_few_prompts_give_no_exit():
+    """With 20 prompts not even none of them disagreeing is evidence for 99%."""
+    predictions = synthetic(20)
+    outcome = choose_threshold(predictions.agrees.astype(float), predictions, 0.99)
+    assert math.isinf(outcome.threshold)
+    assert outcome.layers_saved == 0.0
+
+
+def test_selection_finds_paying_exits_and_refuses_dear_ones():
+    fit, selection = synthetic(500, 0), synthetic(400, 1)
+    classifier = select_classifier(fit, selection, 0.98, 0)
+    assert classifier is not None
+    dear = Predictions(**{**vars(selection), "check_layers": 50.0})
+    assert select_classifier(fit, dear, 0.98, 0) is None
+
+
+def test_parts_are_disjoint_and_hold_every_task():
+    examples = load_examples(CalibrationRequest(limit=600))
+    assert len({example.task for example in examples}) == 15
+    parts = split_parts(examples)
+    prompts = [{e.prompt for e in part} for part in vars(parts).values()]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 600
+    assert all(len({e.task for e in part}) == 15 for part in vars(parts).values())
+
+
+def test_limit_is_shared_out_among_tasks(tmp_path):
+    lines = [
+        {"prompt": f"{t} {i}", "task": t} for t, n in (("a", 20), ("b", 300)) for i in range(n)
+    ]
+    path = tmp_path / "x.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    chosen = load_examples(CalibrationRequest(files=(path,), limit=100))
+    assert [e.task for e in chosen].count("a") == 20
+    assert len(chosen) == 100
+
+
+def test_builtin_prompts():
+    examples = builtin_examples()
+    assert examples == builtin_examples()
+    assert len({example.prompt for example in examples}) == len(examples) == 1500
+    assert all(example.answer and example.answer.startswith(" ") for example in examples)
+    assert not any(example.prompt.endswith(" ") for example in examples)
+
+
+def test_answer_positions_are_the_places_before_answers():
+    # "Q x A : y" five times: A=7, :=8
+    ids = [token for i in range(5) for token in (1, 20 + i, 7, 8, 40 + i)] + [1, 30, 7, 8]
+    assert answer_positions(ids).tolist() == [13, 18, 23, 28]
+    assert answer_positions([5, 6, 7]).tolist() == [2]
+    assert answer_positions([5]).tolist() == [0]
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    shutil.copytree(tiny("llama").folder, tmp_path / "engines")
+    return tmp_path / "engines"
+
+
+def calibrated(folder, **settings):
+    prompts = folder.parent / "short.jsonl"  # the built-in ones are long, counted in bytes
+    lines = (json.dumps({"prompt": f"{n % 7} {n}: x {n % 5}: y {n}:"}) for n in range(120))
+    prompts.write_text("\n".join(lines))
+    request = CalibrationRequest(**{"files": (prompts,), "target_agreement": 0.6, **settings})
+    return recalibrate(folder, load_manifest(folder), request, SilentReporter())
+
+
+def test_calibrating_twice_replaces_the_exit_graph(folder):
+    first = calibrated(folder)
+    verify_files(folder, load_manifest(folder), sha256=True)
+    second = calibrated(folder, adapters="none", seed=3)
+    verify_files(folder, load_manifest(folder), sha256=True)
+    assert load_manifest(folder).exit == second.exit
+    stale = first.files.keys() - second.files.keys()
+    assert stale
+    assert not any((folder / name).exists() for name in stale)
+    # A tiny random model agrees with itself or not; either way adaptive runs.
+    Engine.load(folder).generate("hello", max_new_tokens=3, mode="adaptive")
+
+
+def test_failed_calibration_leaves_the_folder_as_it_was(folder, monkeypatch):
+    from adainfer_export.calibrate import pipeline
+
+    before = load_manifest(folder)
+    monkeypatch.setattr(pipeline, "select_classifier", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibrated(folder)
+    assert load_manifest(folder) == before
+
+
+def test_bad_task_files(folder, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    for content, match in (
+        ('{"prompt": "x"}\n{"prompt": 3}\n', r"bad\.jsonl:2: prompt: "),
+        ("{nonsense\n", r"bad\.jsonl:1: .*expected one JSON object"),
+        ("", "hold no examples"),
+        ('{"answer": "x"}', r"bad\.jsonl:1: prompt: Field required"),
+    ):
+        path.write_text(content)
+        with pytest.raises(TaskFileError, match=match):
+            calibrated(folder, files=(path,))
+    with pytest.raises(TaskFileError, match="cannot be read"):
+        calibrated(folder, files=(tmp_path / "none.jsonl",))
+
+
+def test_too_few_and_too_long_prompts(folder, tmp_path):
+    path = tmp_path / "few.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"word {i}"}) for i in range(10)))
+    with pytest.raises(CalibrationError, match="10 different prompts are too few"):
+        calibrated(folder, files=(path,))
+    path.write_text("\n".join(json.dumps({"prompt": f"{i} " + "x" * 400}) for i in range(70)))
+    with pytest.raises(CalibrationError, match="70 of 70 prompts are longer"):
+        calibrated(folder, files=(path,))
+
+
+def test_engine_without_boundary_to_exit_at(tiny, tmp_path):
+    shutil.copytree(tiny("llama", layers_per_engine=4).folder, tmp_path / "engines")
+    with pytest.raises(CalibrationError, match="no layer boundary"):
+        calibrated(tmp_path / "engines")
+
+
+def test_calibrating_what_is_no_engine_folder(tmp_path):
+    with pytest.raises(ManifestError, match="is no engine folder"):
+        calibrated(tmp_path)

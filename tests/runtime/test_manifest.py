@@ -1,0 +1,134 @@
+"""Damaged, tampered and foreign engine folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+from adainfer_runtime import AdaInferError, Engine
+from adainfer_runtime.errors import (
+    DeviceError,
+    IntegrityError,
+    ManifestError,
+    SchemaVersionError,
+    StageError,
+    UnsafePathError,
+)
+from adainfer_runtime.manifest import load_manifest, verify_files
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    shutil.copytree(tiny("llama").folder, tmp_path / "engines")
+    return tmp_path / "engines"
+
+
+def edit(folder, change):
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+
+
+def fails(expected, folder, match, **settings):
+    with pytest.raises(expected, match=match) as caught:
+        Engine.load(folder, **settings)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, AdaInferError)
+
+
+def test_round_trip(folder):
+    manifest = load_manifest(folder)
+    verify_files(folder, manifest, sha256=True)
+    assert manifest.boundaries == (1, 2, 3, 4)
+    assert type(manifest).model_validate_json(manifest.model_dump_json()) == manifest
+    listed = {f"{p.relative_to(folder)}" for p in folder.rglob("*") if p.is_file()}
+    assert listed == {*manifest.files, "manifest.json"}
+
+
+def test_no_engine_folder(tmp_path):
+    fails(ManifestError, tmp_path, "is no engine folder: manifest.json is missing")
+
+
+def test_manifest_that_is_no_json(folder):
+    (folder / "manifest.json").write_text("{")
+    fails(ManifestError, folder, "cannot be read")
+
+
+def test_unknown_schema_version(folder):
+    edit(folder, lambda data: data.update(schema_version=99))
+    fails(SchemaVersionError, folder, "schema version 99 is unknown, this runtime reads 1")
+
+
+def test_unknown_key(folder):
+    edit(folder, lambda data: data.update(surprise=1))
+    fails(ManifestError, folder, "surprise: Extra inputs are not permitted")
+
+
+def test_wrong_checksum(folder):
+    def change(data):
+        data["files"]["stages/probe.onnx"]["sha256"] = "0" * 64
+
+    edit(folder, change)
+    fails(IntegrityError, folder, r"probe\.onnx has sha256 .*, expected 0000", verify=True)
+
+
+def test_tampered_weights(folder):
+    path = folder / "stages" / "layer_002.data"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    Engine.load(folder)  # sizes alone do not show it
+    fails(IntegrityError, folder, r"layer_002\.data has sha256", verify=True)
+
+
+def test_truncated_and_missing_files(folder):
+    path = folder / "stages" / "layer_002.data"
+    path.write_bytes(path.read_bytes()[:-1])
+    fails(IntegrityError, folder, r"layer_002\.data has \d+ bytes, expected")
+    path.unlink()
+    fails(IntegrityError, folder, r"layer_002\.data is missing")
+
+
+@pytest.mark.parametrize("bad", ["../outside.onnx", "/etc/passwd", "stages\\..\\x", "a/../../b"])
+def test_path_that_leaves_the_folder(folder, bad):
+    edit(folder, lambda data: data["stages"][1].update(file=bad))
+    fails(UnsafePathError, folder, "leaves the engine folder")
+
+
+def test_link_that_leaves_the_folder(folder, tmp_path):
+    (tmp_path / "outside").write_text("x")
+    (folder / "stages" / "probe.onnx").unlink()
+    (folder / "stages" / "probe.onnx").symlink_to(tmp_path / "outside")
+    fails(UnsafePathError, folder, "leaves the engine folder")
+
+
+def test_stages_that_do_not_fit_together(folder):
+    edit(folder, lambda data: data["stages"].pop(2))
+    fails(ManifestError, folder, "does not continue at layer 2")
+
+
+def test_exit_point_between_no_engines(folder):
+    spec = {"points": [{"exit_layer": 4}], "target_agreement": 0.9, "threshold": 0.0,
+            "classifier": {"kind": "svm", "graph": "g", "reference": "r", "state_size": 1,
+                           "features": ["gap"]}}  # fmt: skip
+    edit(folder, lambda data: data.update(exit=spec))
+    fails(ManifestError, folder, "exit point 4 is no boundary")
+
+
+def test_unknown_device(folder):
+    fails(DeviceError, folder, "run on cpu, not on 'cuda'", device="cuda")
+
+
+def test_stage_that_is_no_graph(folder):
+    path = folder / "stages" / "layer_001.onnx"
+    path.write_bytes(b"x" * path.stat().st_size)
+    fails(StageError, folder, r"layer_001\.onnx cannot be loaded by ONNX Runtime")
+
+
+def test_damaged_tokenizer(folder):
+    path = folder / "tokenizer" / "tokenizer.json"
+    path.write_text("x" * path.stat().st_size)
+    fails(ManifestError, folder, "is no tokenizer")

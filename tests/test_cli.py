@@ -1,0 +1,171 @@
+"""The commands as a user types them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BIN = Path(sys.executable).parent
+
+
+def command(*arguments, code=0, stdin=None):
+    done = subprocess.run(
+        [BIN / arguments[0], *map(str, arguments[1:])],
+        capture_output=True,
+        text=True,
+        check=False,
+        input=stdin,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from .checkpoints import make_checkpoint
+
+    root = tmp_path_factory.mktemp("cli")
+    make_checkpoint(root / "checkpoint")
+    prompts = root / "prompts.jsonl"
+    lines = (
+        {"prompt": f"{n % 7} {n}: x {n % 5}: y {n}:", "answer": " a", "labels": ["a", "b"]}
+        for n in range(90)
+    )
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    done = command(
+        "adainfer-export", root / "checkpoint", "--out", root / "engines", "--precision", "fp32",
+        "--calibration", prompts, "--target-agreement", "0.6", "--json",
+    )  # fmt: skip
+    summary = json.loads(done.stdout)
+    assert summary["engines"] == 4
+    assert summary["peak_memory_bytes"] > 0
+    return root
+
+
+def test_run_json(folder):
+    done = command(
+        "adainfer", "run", folder / "engines", "--prompt", "hello", "--max-new-tokens", 5, "--json"
+    )
+    data = json.loads(done.stdout)
+    assert {"text", "tokens", "exit_layers", "layers_total", "layers_saved", "seconds"} <= set(data)
+    assert data["layers_total"] == 4
+
+
+def test_run_prints_text_alone_on_standard_output(folder):
+    done = command(
+        "adainfer", "run", folder / "engines", "--prompt", "-", "--mode", "adaptive", stdin="hi"
+    )
+    assert "layers saved" in done.stderr
+    assert "layers saved" not in done.stdout
+
+
+def test_run_labels(folder):
+    done = command(
+        "adainfer", "run", folder / "engines", "--prompt", "x:", "--labels", "yes,no", "--json"
+    )
+    data = json.loads(done.stdout)
+    assert data["label"] in ("yes", "no")
+    assert len(data["scores"]) == 2
+
+
+def test_eval(folder, tmp_path):
+    report = tmp_path / "report.json"
+    done = command(
+        "adainfer", "eval", folder / "engines", "--tasks", folder / "prompts.jsonl",
+        "--limit", 10, "--json", report,
+    )  # fmt: skip
+    assert "layers saved" in done.stdout
+    data = json.loads(report.read_text())
+    expected = {
+        "examples", "accuracy_off", "accuracy_adaptive", "agreement", "mean_layers",
+        "layers_saved", "seconds_off", "seconds_adaptive",
+    }  # fmt: skip
+    assert expected <= set(data["mean"])
+    assert data["tasks"][0]["examples"] == 10
+
+
+def test_inspect(folder):
+    done = command("adainfer", "inspect", folder / "engines", "--verify")
+    assert "4 in 4 engines" in done.stdout
+    data = json.loads(command("adainfer", "inspect", folder / "engines", "--json").stdout)
+    assert data["schema_version"] == 1
+
+
+def test_validate(folder):
+    done = command(
+        "adainfer", "validate", folder / "engines", "--reference", folder / "checkpoint", "--json"
+    )
+    data = json.loads(done.stdout)
+    assert data["passed"]
+    assert data["logits"] <= 1e-3
+    assert [stage["layer"] for stage in data["stages"]] == [1, 2, 3]
+
+
+def test_validate_against_another_checkpoint(folder, tmp_path):
+    from .checkpoints import make_checkpoint
+
+    make_checkpoint(tmp_path / "other", seed=5)
+    done = command(
+        "adainfer", "validate", folder / "engines", "--reference", tmp_path / "other", code=2
+    )
+    assert done.stderr.startswith("error: ")
+    assert "differs from" in done.stderr
+
+
+def test_calibrate(folder):
+    done = command(
+        "adainfer", "calibrate", folder / "engines", "--calibration", folder / "prompts.jsonl",
+        "--target-agreement", "0.6", "--adapters", "none", "--json",
+    )  # fmt: skip
+    assert json.loads(done.stdout)["target_agreement"] == 0.6
+
+
+def test_list():
+    done = command("adainfer", "list", "--json")
+    data = json.loads(done.stdout)
+    assert "smollm2-135m" in {recipe["alias"] for recipe in data["aliases"]}
+    assert "llama" in data["architectures"]
+    assert "ort-cpu" in command("adainfer", "list").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (("adainfer", "run", "nowhere", "--prompt", "x"), "is no engine folder"),
+        (("adainfer-export", "smolm", "--out", "x"), "did you mean smollm2"),
+        (("adainfer", "export", "smolm", "--out", "x"), "did you mean smollm2"),
+        (
+            ("adainfer-export", "x", "--out", "x", "--calibration", "none", "--calibration", "y"),
+            "goes with no other",
+        ),
+    ],
+)
+def test_errors_are_one_line_and_code_2(arguments, match):
+    done = command(*arguments, code=2)
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert match in done.stderr
+    assert not done.stdout
+
+
+def test_debug_shows_the_traceback():
+    done = command("adainfer", "run", "nowhere", "--prompt", "x", "--debug", code=2)
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("adainfer",), ("adainfer-export",)]
+    + [("adainfer", name) for name in
+       ("run", "eval", "inspect", "export", "calibrate", "validate", "list")],
+)  # fmt: skip
+def test_help(arguments):
+    assert "Usage" in command(*arguments, "--help").stdout
+
+
+def test_version():
+    assert command("adainfer", "--version").stdout.startswith("adainfer 0.")
