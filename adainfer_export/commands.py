@@ -1,4 +1,4 @@
-"""`adainfer-export`, and the compiler's subcommands of `adainfer`."""
+"""The compiler's subcommands of `adainfer`; `adainfer-export` is short for `adainfer export`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from adainfer_models import list_recipes
-from adainfer_runtime.commands import run_guarded
 from adainfer_runtime.commands.inspect_folder import describe_exit
 from adainfer_runtime.manifest import ExitSpec, load_manifest, verify_files
 
 from .architectures import ARCHITECTURES
-from .calibrate import CalibrationRequest, recalibrate
+from .calibrate import CalibrationRequest
 from .errors import CalibrationError
 from .export import ExportRequest, ExportResult, export
 from .lower import PRECISIONS, TARGETS
 from .progress import terminal_reporter
 
-__all__ = ["main_export", "register"]
+__all__ = ["register"]
 
 _EXPORT_EXAMPLES = """
 Examples:
@@ -78,15 +77,6 @@ AdaptersOption = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-
-
-def main_export() -> None:
-    """Entry point of `adainfer-export`."""
-    app = typer.Typer(
-        add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="markdown"
-    )
-    app.command(epilog=_EXPORT_EXAMPLES)(run_export)
-    run_guarded(app)
 
 
 def register(app: typer.Typer) -> None:
@@ -165,6 +155,8 @@ def run_calibrate(
     request = _calibration(calibration, calibration_limit, target_agreement, adapters)
     if request is None:
         raise CalibrationError("`none` calibrates nothing: give `builtin` or task files")
+    from .calibrate.pipeline import recalibrate
+
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
     with terminal_reporter(quiet=quiet or json_output) as reporter:

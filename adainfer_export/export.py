@@ -27,7 +27,7 @@ from adainfer_runtime.manifest import (
 )
 
 from .architectures import find_architecture, sliding_window
-from .calibrate import CalibrationRequest, calibrate
+from .calibrate import CalibrationRequest
 from .errors import CheckpointError, UnsupportedError
 from .folder import check_output, new_folder
 from .frontend import build_decoder
@@ -93,6 +93,8 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     with new_folder(request.out) as folder:
         manifest = _write_stages(folder, request, checkpoint, dialect, precision, reporter)
         if request.calibration is not None and manifest.tokenizer is not None:
+            from .calibrate.pipeline import calibrate
+
             manifest = calibrate(folder, manifest, request.calibration, reporter)
         write_manifest(folder, manifest)  # last: what was interrupted does not load
     return ExportResult(

@@ -169,3 +169,30 @@ def test_help(arguments):
 
 def test_version():
     assert command("adainfer", "--version").stdout.startswith("adainfer 0.")
+
+
+def test_runtime_works_without_the_compiler(tmp_path):
+    """Where the compiler's libraries are missing its commands are, and nothing else breaks."""
+    code = (
+        "import sys\n"
+        "sys.modules['onnx_ir'] = None\n"  # as if it were not installed
+        "from adainfer_runtime.commands import {entry}\n"
+        "sys.argv = ['x', '--help']\n"
+        "{entry}()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(entry="main")],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert "inspect" in done.stdout
+    assert "calibrate" not in done.stdout
+    done = subprocess.run(
+        [sys.executable, "-c", code.format(entry="main_export")],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the compiler is not installed: pip install")

@@ -125,7 +125,8 @@ def test_calibrated_engine_exits_early_and_mostly_agrees(smollm2_int4, tmp_path)
     """The whole way on the real model with few prompts: what is counted is consistent."""
     import shutil
 
-    from adainfer_export.calibrate import CalibrationRequest, recalibrate
+    from adainfer_export.calibrate import CalibrationRequest
+    from adainfer_export.calibrate.pipeline import recalibrate
     from adainfer_export.progress import SilentReporter
     from adainfer_runtime.evaluate import evaluate
     from adainfer_runtime.manifest import load_manifest

@@ -1,6 +1,9 @@
-"""Fitting the exit graph after AdaInfer: features per layer, the model's own labels, an SVM."""
+"""Fitting the exit graph after AdaInfer: features per layer, the model's own labels, an SVM.
 
-from .pipeline import calibrate, recalibrate
+The steps are in `pipeline`; importing it loads scikit-learn, which an export without calibration
+does without.
+"""
+
 from .request import CalibrationRequest
 
-__all__ = ["CalibrationRequest", "calibrate", "recalibrate"]
+__all__ = ["CalibrationRequest"]

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 
-from adainfer_export.calibrate import CalibrationRequest, recalibrate
+from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.builtin import builtin_examples
 from adainfer_export.calibrate.classifier import fit_svm
 from adainfer_export.calibrate.convert import (
@@ -18,6 +18,7 @@ from adainfer_export.calibrate.convert import (
     reference_graph,
 )
 from adainfer_export.calibrate.data import load_examples, split_parts
+from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.ridge import Adapter, Moments
 from adainfer_export.calibrate.select import choose_threshold, evaluate, select_classifier

@@ -1,5 +1,5 @@
 """The `adainfer` command."""
 
-from .app import main, run_guarded
+from .app import main, main_export
 
-__all__ = ["main", "run_guarded"]
+__all__ = ["main", "main_export"]

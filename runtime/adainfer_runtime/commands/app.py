@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Annotated, Any
 
@@ -18,9 +19,10 @@ from .. import __version__
 from ..errors import AdaInferError
 from . import evaluate, inspect_folder, run
 
-__all__ = ["build_app", "main", "run_guarded"]
+__all__ = ["build_app", "main", "main_export", "run_guarded"]
 
 _DEBUG = "--debug"
+_GROUP = "adainfer.commands"
 
 
 def build_app() -> typer.Typer:
@@ -50,14 +52,30 @@ def build_app() -> typer.Typer:
 
     for module in (run, evaluate, inspect_folder):
         module.register(app)
-    for entry in entry_points(group="adainfer.commands"):
-        entry.load()(app)
+    for entry in entry_points(group=_GROUP):
+        # A runtime without the compiler's libraries has fewer commands, and works.
+        with suppress(ModuleNotFoundError):
+            entry.load()(app)
     return app
 
 
 def main() -> None:
     """Entry point of `adainfer`."""
     run_guarded(build_app())
+
+
+def main_export() -> None:
+    """Entry point of `adainfer-export`, the same as `adainfer export`."""
+
+    def call() -> None:
+        app = build_app()
+        if "export" not in {command.name for command in app.registered_commands}:
+            raise AdaInferError(
+                "the compiler is not installed: pip install 'adainfer-export[cpu,export,gguf]'"
+            )
+        app(args=["export", *sys.argv[1:]], prog_name="adainfer")
+
+    run_guarded(call)
 
 
 def run_guarded(call: Callable[[], Any]) -> None:
