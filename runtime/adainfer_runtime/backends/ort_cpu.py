@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,12 +45,13 @@ def open_session(path: Path) -> Any:
 
 
 class _Sessions:
-    """Opens sessions that share the process's one pool.
+    """Opens sessions that share the process's one thread pool, and one memory arena.
 
     A pool per session makes 30 sessions fight for the cores, spinning. ONNX Runtime has one pool
     per process for sessions that ask for it; its size is fixed by whoever makes it. (Once it
     exists, ONNX Runtime wants every later session of the process to ask for it too:
-    `use_per_session_threads = False`.)
+    `use_per_session_threads = False`.) An arena per session would keep 30 times the largest
+    prompt's activations: 464 MB against 294 for SmolLM2 in int4.
     """
 
     _pool_threads: ClassVar[int | None] = None
@@ -74,6 +76,7 @@ class _Sessions:
         options.use_per_session_threads = False
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.add_session_config_entry("session.use_env_allocators", "1")
         try:
             return self._ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -90,9 +93,20 @@ def _claim_pool(onnxruntime: Any, threads: int | None) -> int:
         raise RequestError(f"threads must be at least 1, found {wanted}")
     try:
         onnxruntime.set_global_thread_pool_sizes(wanted, 1)
+        threads = wanted
     except Exception:  # "already been created": an exception without a public type
-        return 0
-    return wanted
+        threads = 0
+    with suppress(Exception):  # other code registered its own, which serves as well
+        onnxruntime.create_and_register_allocator(
+            onnxruntime.OrtMemoryInfo(
+                "Cpu",
+                onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR,
+                0,
+                onnxruntime.OrtMemType.DEFAULT,
+            ),
+            None,
+        )
+    return threads
 
 
 def _import_onnxruntime() -> Any:
