@@ -14,13 +14,11 @@ from adainfer_runtime import Engine
 from .ridge import Adapter
 from .traces import AnswerTraces
 
-__all__ = ["FEATURES", "Predictions", "predict_layers"]
+__all__ = ["Predictions", "predict_layers"]
 
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
-# AdaInfer's two, then what may be added: depth and whether the token stood at the last point.
-FEATURES = ("top_prob", "gap", "depth", "stability")
 _BATCH = 64
 
 
