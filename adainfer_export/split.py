@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from .errors import UnsupportedError
+from .features import add_features
 from .frontend import layer_of
 from .lower.attention import SEQLENS_K, TOTAL_LENGTH
-from .lower.graph import add_initializer
 
 __all__ = ["StageGraph", "layer_groups", "split_decoder"]
 
@@ -56,7 +56,7 @@ def split_decoder(model: ir.Model, groups: list[tuple[int, int]]) -> Iterator[St
         yield StageGraph(name, "layers", _layers(graph, name, boundaries, first, last), first, last)
     logits = graph.outputs[0]
     probe = _extract(graph, "probe", [boundaries[-1]], [logits])
-    _add_features(probe.graph)
+    add_features(probe.graph)
     yield StageGraph("probe", "probe", probe)
 
 
@@ -139,43 +139,6 @@ def _extract(
     for node in stage:
         node.metadata_props.clear()
     return ir.Model(stage, ir_version=_IR_VERSION, producer_name="adainfer-export")
-
-
-def _add_features(graph: ir.Graph) -> None:
-    """AdaInfer's features beside the logits: token, p(first), and p(first) − p(second)."""
-    logits = graph.outputs[0]
-    logits.name = "logits"
-    two = _constant(graph, "two", [2])
-    zero, one = _constant(graph, "zero", [0]), _constant(graph, "one", [1])
-    minus_one = _constant(graph, "minus_one", [-1])
-    top = ir.Node("", "TopK", [logits, two], num_outputs=2)
-    total = ir.Node("", "ReduceLogSumExp", [logits, minus_one], [ir.AttrInt64("keepdims", 1)])
-    shifted = ir.Node("", "Sub", [top.outputs[0], total.outputs[0]])
-    probability = ir.Node("", "Exp", [shifted.outputs[0]])
-    axis = [ir.AttrInt64("axis", -1)]
-    first_id = ir.Node("", "Gather", [top.outputs[1], zero], axis)
-    first = ir.Node("", "Gather", [probability.outputs[0], zero], axis)
-    second = ir.Node("", "Gather", [probability.outputs[0], one], axis)
-    difference = ir.Node("", "Sub", [first.outputs[0], second.outputs[0]])
-    nodes = [top, total, shifted, probability, first_id, first, second, difference]
-    for name, source, dtype in (
-        ("token", first_id, ir.DataType.INT64),
-        ("top_prob", first, ir.DataType.FLOAT),
-        ("gap", difference, ir.DataType.FLOAT),
-    ):
-        squeeze = ir.Node("", "Squeeze", [source.outputs[0], minus_one])
-        squeeze.outputs[0].name = name
-        squeeze.outputs[0].type = ir.TensorType(dtype)
-        squeeze.outputs[0].shape = ir.Shape(["batch", "tokens"])
-        nodes.append(squeeze)
-        graph.outputs.append(squeeze.outputs[0])
-    graph.extend(nodes)
-
-
-def _constant(graph: ir.Graph, name: str, values: list[int]) -> ir.Value:
-    value = add_initializer(graph, f"const_{name}", ir.DataType.INT64, [len(values)])
-    value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=value.name)
-    return value
 
 
 def _graph_input(graph: ir.Graph, name: str) -> ir.Value:

@@ -1,7 +1,8 @@
 """The `ort-cpu` dialect: com.microsoft operators on float32 activations.
 
 Per stage: residual addition and norm become SkipSimplifiedLayerNormalization, Q, K and V one
-product, SiLU one operator, and linear layers MatMulNBits (int4, int8) or MatMul (fp32).
+product, gate and up another, SiLU one operator, and linear layers MatMulNBits (int4, int8) or
+MatMul (fp32).
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
     _fuse_skip_norms(graph)
     _fuse_silu(graph)
     weights: Weights = {}
-    packed = _packed_projections(graph)
-    for linears in packed:
-        _lower_packed(graph, linears, precision, weights)
+    for linears in _attention_inputs(graph):
+        _lower_attention_inputs(graph, linears, precision, weights)
+    for siblings in _siblings(graph):
+        _lower_siblings(graph, siblings, precision, weights)
     for linear in list(find_linears(graph)):
         _replace_linear(graph, (linear,), precision, weights)
     remove_dead_nodes(graph)
@@ -136,7 +138,7 @@ def _fuse_silu(graph: ir.Graph) -> None:
     remove_dead_nodes(graph)
 
 
-def _packed_projections(graph: ir.Graph) -> list[tuple[Linear, Linear, Linear]]:
+def _attention_inputs(graph: ir.Graph) -> list[tuple[Linear, Linear, Linear]]:
     """Q, K, V whose results go to the attention as they are (no norm in between)."""
     by_output = {linear.output: linear for linear in find_linears(graph)}
     packed = []
@@ -152,7 +154,7 @@ def _packed_projections(graph: ir.Graph) -> list[tuple[Linear, Linear, Linear]]:
     return packed
 
 
-def _lower_packed(
+def _lower_attention_inputs(
     graph: ir.Graph,
     linears: tuple[Linear, Linear, Linear],
     precision: Precision,
@@ -163,6 +165,32 @@ def _lower_packed(
     output = _replace_linear(graph, linears, precision, weights)
     for index, value in enumerate((output, None, None)):
         attention.replace_input_with(index, value)
+
+
+def _siblings(graph: ir.Graph) -> list[tuple[Linear, ...]]:
+    """Linear layers that read the same input (an MLP's gate and up), where there are several."""
+    by_input: dict[tuple[ir.Value, bool], list[Linear]] = {}
+    for linear in find_linears(graph):
+        by_input.setdefault((linear.input, linear.bias is None), []).append(linear)
+    return [tuple(linears) for linears in by_input.values() if len(linears) > 1]
+
+
+def _lower_siblings(
+    graph: ir.Graph, linears: tuple[Linear, ...], precision: Precision, weights: Weights
+) -> None:
+    """One product, then a split: 4% less time per layer at one row, 1.5% more at 128 (SmolLM2)."""
+    output = _replace_linear(graph, linears, precision, weights)
+    sizes = [linear.out_features for linear in linears]
+    split = ir.Node(
+        "",
+        "Split",
+        [output, _ints(graph, "split", sizes)],
+        [ir.AttrInt64("axis", -1)],
+        num_outputs=len(sizes),
+    )
+    insert_before(linears[0].matmul, [split])
+    for linear, part in zip(linears, split.outputs, strict=True):
+        _take_over(linear.output, part)
 
 
 def _replace_linear(
@@ -239,9 +267,10 @@ def _quantised_pair(
 
 def _head_by_rows(graph: ir.Graph, linear: Linear) -> None:
     # Gemm takes the head as [vocabulary, hidden], the embedding's own layout: stored once.
-    flat = ir.Node("", "Reshape", [linear.input, _shape_of(graph, [-1, linear.in_features])])
+    flat = ir.Node("", "Reshape", [linear.input, _ints(graph, "shape", [-1, linear.in_features])])
     gemm = ir.Node("", "Gemm", [flat.outputs[0], linear.weight], [ir.AttrInt64("transB", 1)])
-    back = ir.Node("", "Reshape", [gemm.outputs[0], _shape_of(graph, [1, -1, linear.out_features])])
+    shape = _ints(graph, "shape", [1, -1, linear.out_features])
+    back = ir.Node("", "Reshape", [gemm.outputs[0], shape])
     nodes = [flat, gemm, back]
     if linear.bias is not None:
         nodes.append(ir.Node("", "Add", [back.outputs[0], linear.bias]))
@@ -249,10 +278,10 @@ def _head_by_rows(graph: ir.Graph, linear: Linear) -> None:
     _take_over(linear.output, nodes[-1].outputs[0])
 
 
-def _shape_of(graph: ir.Graph, shape: list[int]) -> ir.Value:
-    name = "shape_" + "_".join(str(size).replace("-", "m") for size in shape)
-    value = add_initializer(graph, name, ir.DataType.INT64, [len(shape)])
-    value.const_value = ir.tensor(shape, dtype=ir.DataType.INT64, name=name)
+def _ints(graph: ir.Graph, kind: str, values: list[int]) -> ir.Value:
+    name = "_".join([kind, *(str(value).replace("-", "m") for value in values)])
+    value = add_initializer(graph, name, ir.DataType.INT64, [len(values)])
+    value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
     return value
 
 
