@@ -99,8 +99,13 @@ def run_export(
     ] = "ort-cpu",
     precision: Annotated[str, typer.Option(help=f"One of: {', '.join(PRECISIONS)}.")] = "int4",
     layers_per_engine: Annotated[
-        int, typer.Option(help="Layers in one graph; exits lie between graphs.", min=1)
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Layers in one graph; exits lie between graphs. "
+            "Default: one, and what has no exit in between is joined after calibration.",
+            min=1,
+        ),
+    ] = None,
     max_seq_len: Annotated[
         int | None, typer.Option(help="Positions of the KV cache; default 2048 at most.")
     ] = None,

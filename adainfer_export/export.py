@@ -50,7 +50,8 @@ class ExportRequest:
 
     Attributes:
         model: alias, folder, `.gguf` file or Hugging Face id.
-        layers_per_engine: layers that share one graph; exits lie between engines.
+        layers_per_engine: layers that share one graph; exits lie between graphs. None cuts after
+            every layer and, once calibrated, joins what has no exit point in between.
         max_seq_len: positions of the KV cache; default: 2048, or the model's own limit if less.
         calibration: how the exit graph is fitted; None leaves the folder without one.
     """
@@ -59,7 +60,7 @@ class ExportRequest:
     out: Path
     target: str = "ort-cpu"
     precision: str = "int4"
-    layers_per_engine: int = 1
+    layers_per_engine: int | None = None
     max_seq_len: int | None = None
     calibration: CalibrationRequest | None = None
     revision: str | None = None
@@ -86,7 +87,7 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     start = time.perf_counter()
     reporter = reporter or SilentReporter()
     _, dialect, precision = find_target(request.target, request.precision)
-    if request.layers_per_engine < 1:
+    if request.layers_per_engine is not None and request.layers_per_engine < 1:
         raise UnsupportedError("--layers-per-engine must be at least 1")
     check_output(request.out, force=request.force)
     checkpoint = resolve(request.model, revision=request.revision)
@@ -121,7 +122,7 @@ def _write_stages(
     dialect.lower_decoder(decoder, window=sliding_window(config, max_seq_len))
     _crop_tables(decoder.graph, config.max_position_embeddings, max_seq_len)
     num_layers = int(config.num_hidden_layers)
-    groups = layer_groups(num_layers, request.layers_per_engine)
+    groups = layer_groups(num_layers, request.layers_per_engine or 1)
     writer = StageWriter(folder, checkpoint)
     reporter.begin("exporting layers", num_layers)
     specs = []
@@ -140,6 +141,7 @@ def _write_stages(
         target=request.target,
         precision=precision.name,
         quantisation=_quantisation(precision),
+        layers_per_engine=request.layers_per_engine,
         max_seq_len=max_seq_len,
         kv=_kv_geometry(config, max_seq_len),
         stages=tuple(specs),
@@ -170,10 +172,14 @@ def _write_stage(
         weights = dialect.lower_layers(graph, precision)
         dialect.check_layers(graph, stage.last_layer - stage.first_layer + 1, precision)
     file = writer.write(stage.model, weights)
+    wide_file = None
+    if stage.kind == "layers" and dialect.widen(graph):
+        wide_file = writer.write_variant(stage.model, "wide")
     return StageSpec(
         name=stage.name,
         kind=stage.kind,
         file=file,
+        wide_file=wide_file,
         first_layer=stage.first_layer,
         last_layer=stage.last_layer,
         inputs=tuple(str(value.name) for value in graph.inputs),
@@ -251,6 +257,7 @@ def _quantisation(precision: Precision) -> Quantisation | None:
         bits=precision.bits,
         block_size=precision.block_size,
         accuracy_level=precision.accuracy_level,
+        wide_rows=precision.wide_rows,
     )
 
 

@@ -20,8 +20,7 @@ from .sources import Checkpoint, resolve
 __all__ = ["StageDifference", "ValidationReport", "reference_model", "validate_folder"]
 
 _TOLERANCE = {"fp32": 1e-3}
-_PROMPTS = 6
-_TOKENS = 48
+_LENGTHS = (24, 96) * 3  # quantised engines compute few and many positions differently
 
 
 @dataclass(frozen=True)
@@ -67,16 +66,20 @@ def validate_folder(
     """
     engine = Engine.load(folder, verify=True)
     manifest = engine.manifest
+    cut = engine
+    if manifest.joined:  # what runs, and the single stages behind it
+        cut = Engine.of_manifest(folder, manifest.uncalibrated())
     checkpoint = resolve(reference or manifest.source.id)
     _require_same_shape(checkpoint, manifest)
     model = reference_model(checkpoint)
     random = np.random.default_rng(seed)
-    length = min(_TOKENS, manifest.max_seq_len)
-    prompts = [random.integers(0, manifest.model.vocab_size, length) for _ in range(_PROMPTS)]
+    lengths = [min(length, manifest.max_seq_len) for length in _LENGTHS]
+    prompts = [random.integers(0, manifest.model.vocab_size, length) for length in lengths]
+    by_stage = [_compare(cut, model, prompt) for prompt in prompts]
     comparisons = [_compare(engine, model, prompt) for prompt in prompts]
     return ValidationReport(
         reference=checkpoint.source.id,
-        stages=_worst_stages(manifest, comparisons),
+        stages=_worst_stages(cut.manifest, by_stage),
         logits=max(comparison.logits for comparison in comparisons),
         same_tokens=float(np.mean([comparison.same_tokens for comparison in comparisons])),
         tolerance=_TOLERANCE.get(PRECISIONS[manifest.precision].name),

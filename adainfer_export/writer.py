@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from adainfer_runtime.manifest import FileRecord
+from adainfer_runtime.manifest import FileRecord, file_sha256
 
 from .sources.checkpoint import Checkpoint
 from .weights import Dense, Quantised, WeightExpr, evaluate
@@ -57,14 +57,11 @@ class StageWriter:
                 self._place_weight(f"{name}.data", value, weights)
             elif value.const_value.nbytes > _INLINE_BYTES:
                 self._place_table(value)
-        path = self._folder / f"{name}.onnx"
-        ir.save(model, path)
-        relative = f"stages/{name}.onnx"
-        content = path.read_bytes()
-        self._records[relative] = FileRecord(
-            bytes=len(content), sha256=hashlib.sha256(content).hexdigest()
-        )
-        return relative
+        return self._save(model, str(name))
+
+    def write_variant(self, model: ir.Model, variant: str) -> str:
+        """Writes a changed graph of a stage that was written, on the same weights."""
+        return self._save(model, f"{model.graph.name}.{variant}")
 
     @property
     def read(self) -> frozenset[str]:
@@ -77,6 +74,13 @@ class StageWriter:
         for name, file in self._data.items():
             self._records[f"stages/{name}"] = file.close()
         return dict(sorted(self._records.items()))
+
+    def _save(self, model: ir.Model, name: str) -> str:
+        path = self._folder / f"{name}.onnx"
+        ir.save(model, path)
+        relative = f"stages/{name}.onnx"
+        self._records[relative] = FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
+        return relative
 
     def _place_weight(self, file: str, value: ir.Value, weights: dict[str, WeightExpr]) -> None:
         assert value.name is not None  # initialisers are keyed by name

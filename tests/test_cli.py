@@ -92,7 +92,7 @@ def test_inspect(folder):
     done = command("adainfer", "inspect", folder / "engines", "--verify")
     assert "4 in 4 engines" in done.stdout
     data = json.loads(command("adainfer", "inspect", folder / "engines", "--json").stdout)
-    assert data["schema_version"] == 1
+    assert data["schema_version"] == 2
 
 
 def test_validate(folder):

@@ -72,8 +72,9 @@ def compete(
     workers = [start(kind, folder, work) for kind, folder in contestants]
     results: list[list[tuple[float, float]]] = [[] for _ in workers]
     for round_number in range(rounds + 1):
-        order = list(range(len(workers)))
-        for index in order if round_number % 2 else reversed(order):
+        for place in range(len(workers)):
+            # Nobody goes twice in a row, which would find its weights still in the cache.
+            index = (place + round_number) % len(workers)
             speeds = turn(workers[index])
             if round_number:
                 results[index].append(speeds)

@@ -23,6 +23,8 @@ from adainfer_runtime.manifest import (
 from adainfer_runtime.tasks import TaskExample
 
 from ..errors import CalibrationError, OutputError
+from ..join import join_engines
+from ..lower import find_target
 from ..progress import Reporter
 from .classifier import ExitClassifier
 from .convert import (
@@ -56,7 +58,8 @@ def calibrate(
         TaskFileError: a task file cannot be read.
         CalibrationError: too few usable prompts, or no room for an exit point.
     """
-    engine = Engine.of_manifest(folder, manifest.model_copy(update={"exit": None}))
+    manifest = manifest.uncalibrated()
+    engine = Engine.of_manifest(folder, manifest)
     parts, skipped = _usable_parts(engine, request)
     if not candidate_layers(engine):
         raise CalibrationError(
@@ -219,16 +222,15 @@ def _write(
 def _with_exit(folder: Path, manifest: Manifest, spec: ExitSpec, written: list[str]) -> Manifest:
     report = (json.dumps(spec.model_dump(mode="json"), indent=1) + "\n").encode()
     written = [*written, _save(folder, "reports/calibration", report, ".json")]
-    kept = {
-        name: record
-        for name, record in manifest.files.items()
-        if name.split("/")[0] not in ("exit", "adapters", "reports")
-    }
     new = {
         name: FileRecord(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
         for name in written
     }
-    return manifest.model_copy(update={"exit": spec, "files": kept | new})
+    calibrated = manifest.model_copy(update={"exit": spec, "files": dict(manifest.files) | new})
+    if manifest.layers_per_engine is not None:
+        return calibrated
+    _, dialect, _ = find_target(manifest.target, manifest.precision)
+    return join_engines(folder, calibrated, dialect)
 
 
 def _serialise(model: ir.Model) -> bytes:

@@ -23,7 +23,14 @@ from .graph import (
 )
 from .precision import Precision
 
-__all__ = ["check_layers", "lower_embedding", "lower_layers", "lower_probe"]
+__all__ = [
+    "check_layers",
+    "fuse_skip_norms",
+    "lower_embedding",
+    "lower_layers",
+    "lower_probe",
+    "widen",
+]
 
 Weights = dict[str, WeightExpr]
 
@@ -31,7 +38,7 @@ Weights = dict[str, WeightExpr]
 def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
     """Lowers a stage of decoder layers in place; returns what its new initialisers hold."""
     graph.opset_imports[CONTRIB] = 1
-    _fuse_skip_norms(graph)
+    fuse_skip_norms(graph)
     _fuse_silu(graph)
     weights: Weights = {}
     for linears in _attention_inputs(graph):
@@ -106,7 +113,16 @@ def check_layers(graph: ir.Graph, layers: int, precision: Precision) -> None:
             )
 
 
-def _fuse_skip_norms(graph: ir.Graph) -> None:
+def widen(graph: ir.Graph) -> bool:
+    """Sets every MatMulNBits to float32 arithmetic; False where there is none."""
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    for node in products:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    return bool(products)
+
+
+def fuse_skip_norms(graph: ir.Graph) -> None:
+    """Residual addition and the norm behind it become SkipSimplifiedLayerNormalization."""
     for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
         add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
         if add is None or add.op_type != "Add" or add.outputs[0].is_graph_output():

@@ -20,13 +20,19 @@ Weights = dict[str, WeightExpr]
 
 @dataclass(frozen=True)
 class Dialect:
-    """The passes of a target, in the order they are applied."""
+    """The passes of a target, in the order they are applied.
+
+    `widen` turns a lowered stage into its form for many positions and says whether there is one;
+    `fuse_joined` mends the seams of lowered stages that were put into one graph.
+    """
 
     lower_decoder: Callable[..., None]
     lower_embedding: Callable[..., Weights]
     lower_layers: Callable[[ir.Graph, Precision], Weights]
     lower_probe: Callable[[ir.Graph, Precision], Weights]
     check_layers: Callable[[ir.Graph, int, Precision], None]
+    widen: Callable[[ir.Graph], bool]
+    fuse_joined: Callable[[ir.Graph], None]
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,8 @@ _ORT_CPU = Dialect(
     lower_layers=ort.lower_layers,
     lower_probe=ort.lower_probe,
     check_layers=ort.check_layers,
+    widen=ort.widen,
+    fuse_joined=ort.fuse_skip_norms,
 )
 
 TARGETS: tuple[Target, ...] = (

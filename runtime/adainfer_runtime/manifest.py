@@ -33,7 +33,8 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_EXIT_FOLDERS = ("adapters", "exit", "reports")
 
 
 class _Record(BaseModel):
@@ -79,11 +80,15 @@ class KvGeometry(_Record):
 
 
 class Quantisation(_Record):
-    """Block-wise symmetric weight quantisation of the linear operators."""
+    """Block-wise symmetric weight quantisation of the linear operators.
+
+    From `wide_rows` positions in one pass on, a stage's wide graph is the faster one.
+    """
 
     bits: Literal[4, 8]
     block_size: int
     accuracy_level: int
+    wide_rows: int
 
 
 class FileRecord(_Record):
@@ -94,11 +99,15 @@ class FileRecord(_Record):
 
 
 class StageSpec(_Record):
-    """One graph. Layer numbers are 1-based and inclusive; 0 for stages that hold no layer."""
+    """One graph. Layer numbers are 1-based and inclusive; 0 for stages that hold no layer.
+
+    `wide_file` is the same stage on the same weights, for passes of many positions.
+    """
 
     name: str
     kind: Literal["embed", "layers", "probe"]
     file: str
+    wide_file: str | None = None
     first_layer: int = 0
     last_layer: int = 0
     inputs: tuple[str, ...]
@@ -156,7 +165,12 @@ class TokenizerSpec(_Record):
 
 
 class Manifest(_Record):
-    """Everything a runtime needs to know about an engine folder."""
+    """Everything a runtime needs to know about an engine folder.
+
+    `stages` is the decoder as it was cut. Where `joined` is not empty, neighbouring stages without
+    an exit point between them were joined: these graphs run the layers instead. That is done
+    unless the user fixed `layers_per_engine`.
+    """
 
     schema_version: int
     exporter: dict[str, str]
@@ -166,8 +180,10 @@ class Manifest(_Record):
     precision: Literal["fp32", "int8", "int4"]
     quantisation: Quantisation | None = None
     max_seq_len: int
+    layers_per_engine: int | None = None
     kv: KvGeometry
     stages: tuple[StageSpec, ...]
+    joined: tuple[StageSpec, ...] = ()
     exit: ExitSpec | None = None
     tokenizer: TokenizerSpec | None = None
     files: dict[str, FileRecord]
@@ -184,8 +200,25 @@ class Manifest(_Record):
 
     @property
     def layer_stages(self) -> tuple[StageSpec, ...]:
-        """The stages that hold decoder layers, in order."""
+        """The graphs that run the decoder layers, in order."""
+        return self.joined or self.cut
+
+    @property
+    def cut(self) -> tuple[StageSpec, ...]:
+        """The stages that hold decoder layers as they were cut, in order."""
         return tuple(stage for stage in self.stages if stage.kind == "layers")
+
+    def uncalibrated(self) -> Manifest:
+        """Without exit graph, and with every boundary of the cut: what calibration starts from."""
+        bare = self.model_copy(update={"exit": None, "joined": (), "files": {}})
+        joined = {name for stage in self.joined for name in (stage.file, stage.wide_file)}
+        gone = joined - {*bare.referenced_files()}
+        files = {
+            name: record
+            for name, record in self.files.items()
+            if name not in gone and name.split("/")[0] not in _EXIT_FOLDERS
+        }
+        return bare.model_copy(update={"files": files})
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -197,13 +230,8 @@ class Manifest(_Record):
         kinds = [stage.kind for stage in self.stages]
         if kinds.count("embed") != 1 or kinds.count("probe") != 1 or "layers" not in kinds:
             raise ValueError("stages must hold one embed, one probe and at least one of layers")
-        expected = 1
-        for stage in self.layer_stages:
-            if stage.first_layer != expected or stage.last_layer < stage.first_layer:
-                raise ValueError(f"stage {stage.name} does not continue at layer {expected}")
-            expected = stage.last_layer + 1
-        if expected != self.model.num_layers + 1:
-            raise ValueError(f"stages hold {expected - 1} of {self.model.num_layers} layers")
+        _check_layers(self.cut, self.model.num_layers)
+        _check_layers(self.layer_stages, self.model.num_layers)
         exits = self.exit.points if self.exit else ()
         for point in exits:
             if point.exit_layer not in self.boundaries[:-1]:
@@ -212,7 +240,9 @@ class Manifest(_Record):
 
     def referenced_files(self) -> tuple[str, ...]:
         """Every path that the manifest names, relative to the folder."""
-        paths = [*self.files, *(stage.file for stage in self.stages)]
+        stages = (*self.stages, *self.joined)
+        paths = [*self.files, *(stage.file for stage in stages)]
+        paths += [stage.wide_file for stage in stages if stage.wide_file]
         if self.exit:
             paths += [point.adapter for point in self.exit.points if point.adapter]
             if self.exit.classifier:
@@ -294,6 +324,16 @@ def file_sha256(path: Path) -> str:
     """Hexadecimal sha256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_layers(stages: tuple[StageSpec, ...], num_layers: int) -> None:
+    expected = 1
+    for stage in stages:
+        if stage.first_layer != expected or stage.last_layer < stage.first_layer:
+            raise ValueError(f"stage {stage.name} does not continue at layer {expected}")
+        expected = stage.last_layer + 1
+    if expected != num_layers + 1:
+        raise ValueError(f"stages hold {expected - 1} of {num_layers} layers")
 
 
 def _check_inside(folder: Path, name: str) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from adainfer_runtime import Engine
+
 from ..checkpoints import VARIANTS
 from ..reference import reference_greedy, reference_logits
 
@@ -58,10 +60,8 @@ def test_prompt_in_chunks_equals_one_pass(tiny, monkeypatch):
     np.testing.assert_allclose(chunked.hidden(), whole.hidden(), atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int4"])
-@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2", "qwen3"])
-def test_quantised_chain_equals_its_dequantised_weights(tiny, variant, precision):
-    """Against transformers with the weights that the engine really has."""
+def dequantised_reference(made, variant, precision):
+    """The transformers model with the weights that the engine really has."""
     import copy
 
     import torch
@@ -69,7 +69,6 @@ def test_quantised_chain_equals_its_dequantised_weights(tiny, variant, precision
     from adainfer_export.lower import PRECISIONS
     from adainfer_export.quantise import dequantise_blocks, quantise_blocks
 
-    made = tiny(variant, precision=precision)
     record = PRECISIONS[precision]
     model = copy.deepcopy(made.reference)
     tied = variant == "llama-tied"
@@ -82,12 +81,44 @@ def test_quantised_chain_equals_its_dequantised_weights(tiny, variant, precision
                 bits = record.embedding_bits(tied=tied)
             packed, scales = quantise_blocks(parameter.numpy(), bits, record.block_size)
             parameter.copy_(torch.from_numpy(dequantise_blocks(packed, scales, bits)))
+    return model
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "qwen2", "qwen3"])
+def test_quantised_chain_equals_its_dequantised_weights(tiny, variant, precision):
+    made = tiny(variant, precision=precision)
     session = made.engine.session()
     session.extend(PROMPT)
     session.complete()
     logits = made.engine.backend.probe_logits(session.hidden())
-    expected = reference_logits(model, PROMPT)
+    expected = reference_logits(dequantised_reference(made, variant, precision), PROMPT)
     # Activations are rounded to int8 (accuracy level 4): close, not equal.
     scale = np.abs(expected).max()
     assert np.abs(logits - expected).max() <= 0.06 * scale
     assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral-window"])
+def test_wide_passes_compute_in_float32(tiny, variant, precision):
+    import torch
+
+    made = tiny(variant, precision=precision)
+    wide_rows = made.engine.manifest.quantisation.wide_rows
+    prompt = [int(token) for token in np.random.default_rng(0).integers(2, 320, wide_rows)]
+    model = dequantised_reference(made, variant, precision)
+    with torch.no_grad():
+        expected = model.model(torch.tensor([prompt])).last_hidden_state[0].numpy()
+
+    def largest_difference(engine):
+        session = engine.session()
+        session.extend(prompt)
+        session.complete()
+        hidden = session.hidden()
+        weight = model.model.norm.weight.detach().numpy()
+        norm = hidden / np.sqrt((hidden**2).mean(-1, keepdims=True) + 1e-6) * weight
+        return np.abs(norm - expected).max()
+
+    assert largest_difference(made.engine) < 1e-4
+    assert largest_difference(Engine.load(made.folder, low_memory=True)) > 1e-3  # int8 activations

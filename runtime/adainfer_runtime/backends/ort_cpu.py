@@ -25,14 +25,16 @@ _MAX_ROWS = 512
 _KEPT_ROW_COUNTS = 8
 
 
-def load(folder: Path, manifest: Manifest, *, threads: int | None) -> OrtCpuBackend:
-    """Loads every stage of the folder.
+def load(
+    folder: Path, manifest: Manifest, *, threads: int | None, low_memory: bool
+) -> OrtCpuBackend:
+    """Loads every stage of the folder; with `low_memory` without their wide graphs.
 
     Raises:
         DeviceError: onnxruntime is not installed.
         StageError: ONNX Runtime refuses a file.
     """
-    return OrtCpuBackend(folder, manifest, _Sessions(threads))
+    return OrtCpuBackend(folder, manifest, _Sessions(threads), low_memory=low_memory)
 
 
 def open_session(path: Path) -> Any:
@@ -123,13 +125,18 @@ class OrtCpuBackend:
 
     max_rows = _MAX_ROWS
 
-    def __init__(self, folder: Path, manifest: Manifest, sessions: _Sessions) -> None:
+    def __init__(
+        self, folder: Path, manifest: Manifest, sessions: _Sessions, *, low_memory: bool
+    ) -> None:
         def open_stage(file: str) -> Any:
             return sessions.open(folder / file)
 
         self.manifest = manifest
         self.embed = open_stage(manifest.embed.file)
-        self.stages = [open_stage(stage.file) for stage in manifest.layer_stages]
+        self._stages = [open_stage(stage.file) for stage in manifest.layer_stages]
+        wide = [stage.wide_file for stage in manifest.layer_stages if stage.wide_file]
+        self._wide = [] if low_memory else [open_stage(file) for file in wide]
+        self._wide_rows = manifest.quantisation.wide_rows if manifest.quantisation else 0
         self._probe = open_stage(manifest.probe.file)
         self._adapters: dict[int, Any] = {}
         self._classifier: Any = None
@@ -138,6 +145,11 @@ class OrtCpuBackend:
             for point in manifest.exit.points:
                 if point.adapter is not None:
                     self._adapters[point.exit_layer] = open_stage(point.adapter)
+
+    def stage(self, index: int, rows: int) -> Any:
+        """The session that runs layer stage `index` over so many positions."""
+        wide = bool(self._wide) and rows >= self._wide_rows
+        return (self._wide if wide else self._stages)[index]
 
     def open_sequence(self) -> _OrtSequence:
         """Memory and bindings for one sequence."""
@@ -239,7 +251,7 @@ class _OrtSequence:
         return _runner(session, binding)
 
     def _bind_stage(self, index: int, spec: StageSpec, rows: int) -> Callable[[], None]:
-        session = self._backend.stages[index]
+        session = self._backend.stage(index, rows)
         binding = session.io_binding()
         width = self._rows[0].shape[1]
         _bind_input(binding, "hidden", self._rows[index % 2], (1, rows, width))

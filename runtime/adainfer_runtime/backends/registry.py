@@ -23,7 +23,14 @@ class _Entry:
 _ENTRIES = (_Entry("ort-cpu", "cpu", "adainfer_runtime.backends.ort_cpu"),)
 
 
-def load_backend(folder: Path, manifest: Manifest, *, device: str, threads: int | None) -> Backend:
+def load_backend(
+    folder: Path,
+    manifest: Manifest,
+    *,
+    device: str,
+    threads: int | None,
+    low_memory: bool = False,
+) -> Backend:
     """Loads the stages of a checked manifest.
 
     Raises:
@@ -33,7 +40,7 @@ def load_backend(folder: Path, manifest: Manifest, *, device: str, threads: int 
     for entry in _ENTRIES:
         if entry.target == manifest.target and entry.device == device:
             module = importlib.import_module(entry.module)
-            backend: Backend = module.load(folder, manifest, threads=threads)
+            backend: Backend = module.load(folder, manifest, threads=threads, low_memory=low_memory)
             return backend
     runs_on = [entry.device for entry in _ENTRIES if entry.target == manifest.target]
     known = ", ".join(runs_on) if runs_on else "no device of this version"

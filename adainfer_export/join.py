@@ -1,0 +1,140 @@
+"""Joins neighbouring stages into one graph each: fewer runs, and seams that can be fused.
+
+Works on written stages: graphs are put end to end, weights stay in the files where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+
+from adainfer_runtime.manifest import FileRecord, Manifest, StageSpec
+
+from .lower.attention import SEQLENS_K, TOTAL_LENGTH
+from .lower.targets import Dialect
+
+__all__ = ["join_engines"]
+
+_SHARED_INPUTS = (SEQLENS_K, TOTAL_LENGTH)
+
+
+def join_engines(folder: Path, manifest: Manifest, dialect: Dialect) -> Manifest:
+    """The manifest with one graph between two exit points, and those graphs in the folder."""
+    points = manifest.exit.points if manifest.exit else ()
+    joined, written = [], {}
+    for group in _groups(manifest.cut, {point.exit_layer for point in points}):
+        if len(group) == 1:
+            joined.append(group[0])
+            continue
+        spec = _join(folder, group, dialect)
+        joined.append(spec)
+        for name in (spec.file, spec.wide_file):
+            if name is not None:
+                content = (folder / name).read_bytes()
+                digest = hashlib.sha256(content).hexdigest()
+                written[name] = FileRecord(bytes=len(content), sha256=digest)
+    return manifest.model_copy(
+        update={"joined": tuple(joined), "files": dict(manifest.files) | written}
+    )
+
+
+def _groups(stages: Sequence[StageSpec], exits: set[int]) -> Iterator[list[StageSpec]]:
+    group: list[StageSpec] = []
+    for stage in stages:
+        group.append(stage)
+        if stage.last_layer in exits or stage is stages[-1]:
+            yield group
+            group = []
+
+
+def _join(folder: Path, group: Sequence[StageSpec], dialect: Dialect) -> StageSpec:
+    first, last = group[0].first_layer, group[-1].last_layer
+    name = f"layers_{first:03d}_{last:03d}"
+    model = _concatenate(name, [ir.load(folder / stage.file) for stage in group])
+    dialect.fuse_joined(model.graph)
+    file = _save(folder, model, f"stages/{name}.onnx")
+    wide = dialect.widen(model.graph)
+    return StageSpec(
+        name=name,
+        kind="layers",
+        file=file,
+        wide_file=_save(folder, model, f"stages/{name}.wide.onnx") if wide else None,
+        first_layer=first,
+        last_layer=last,
+        inputs=tuple(str(value.name) for value in model.graph.inputs),
+        outputs=tuple(str(value.name) for value in model.graph.outputs),
+    )
+
+
+def _concatenate(name: str, models: Sequence[ir.Model]) -> ir.Model:
+    joined = models[0]
+    graph = joined.graph
+    graph.name = name
+    _rename(graph, 0)
+    for number, model in enumerate(models[1:], 1):
+        _append(graph, model.graph, number)
+    return joined
+
+
+def _append(graph: ir.Graph, stage: ir.Graph, number: int) -> None:
+    """Moves a stage behind what is there: its `hidden` is the `next_hidden` so far."""
+    _rename(stage, number)
+    shared = {value.name: value for value in graph.inputs if value.name in _SHARED_INPUTS}
+    for value in list(stage.inputs):
+        stage.inputs.remove(value)
+        if value.name == "hidden":
+            _replace(value, graph.outputs[0])
+        elif value.name in shared:
+            _replace(value, shared[value.name])
+        else:
+            graph.inputs.append(value)
+    for key, value in list(stage.initializers.items()):
+        del stage.initializers[key]
+        if key in graph.initializers:  # rotary tables and the like: the same place in a file
+            _replace(value, graph.initializers[key])
+        else:
+            graph.initializers[key] = value
+    seam = graph.outputs[0]
+    seam.name = f"hidden.{number}"
+    outputs = list(stage.outputs)
+    stage.outputs.clear()
+    graph.outputs[0] = outputs[0]
+    graph.outputs.extend(outputs[1:])
+    nodes = list(stage)
+    stage.remove(nodes)
+    graph.extend(nodes)
+
+
+def _rename(graph: ir.Graph, number: int) -> None:
+    """Names of inner values become unique to the stage; constants keep theirs, by content."""
+    kept = {*graph.inputs, *graph.outputs}
+    for node in graph:
+        for value in node.outputs:
+            if value not in kept and value.name:
+                value.name = f"{value.name}.s{number}"
+        node.name = f"{node.name}.s{number}" if node.name else None
+    for key, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None and not isinstance(tensor, ir.ExternalTensor):
+            del graph.initializers[key]
+            digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:8]
+            value.name = f"{key}.{digest}"
+            graph.initializers[value.name] = value
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    ir.convenience.replace_all_uses_with(old, new)
+
+
+def _save(folder: Path, model: ir.Model, name: str) -> str:
+    """Writes under a name with the content's hash: an engine in use keeps its own."""
+    temporary = folder / f"{name}.partial"
+    ir.save(model, temporary)
+    digest = hashlib.sha256(temporary.read_bytes()).hexdigest()[:8]
+    stem, _, suffix = name.partition(".")
+    final = f"{stem}.{digest}.{suffix}"
+    temporary.rename(folder / final)
+    return final
