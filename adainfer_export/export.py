@@ -173,7 +173,7 @@ def _write_stage(
         dialect.check_layers(graph, stage.last_layer - stage.first_layer + 1, precision)
     file = writer.write(stage.model, weights)
     wide_file = None
-    if stage.kind == "layers" and dialect.widen(graph):
+    if stage.kind == "layers" and dialect.widen(graph, precision):
         wide_file = writer.write_variant(stage.model, "wide")
     return StageSpec(
         name=stage.name,

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from adainfer_runtime.manifest import FileRecord, Manifest, StageSpec
 
 from .lower.attention import SEQLENS_K, TOTAL_LENGTH
+from .lower.precision import Precision
 from .lower.targets import Dialect
 
 __all__ = ["join_engines"]
@@ -21,7 +22,9 @@ __all__ = ["join_engines"]
 _SHARED_INPUTS = (SEQLENS_K, TOTAL_LENGTH)
 
 
-def join_engines(folder: Path, manifest: Manifest, dialect: Dialect) -> Manifest:
+def join_engines(
+    folder: Path, manifest: Manifest, dialect: Dialect, precision: Precision
+) -> Manifest:
     """The manifest with one graph between two exit points, and those graphs in the folder."""
     points = manifest.exit.points if manifest.exit else ()
     joined, written = [], {}
@@ -29,7 +32,7 @@ def join_engines(folder: Path, manifest: Manifest, dialect: Dialect) -> Manifest
         if len(group) == 1:
             joined.append(group[0])
             continue
-        spec = _join(folder, group, dialect)
+        spec = _join(folder, group, dialect, precision)
         joined.append(spec)
         for name in (spec.file, spec.wide_file):
             if name is not None:
@@ -50,13 +53,15 @@ def _groups(stages: Sequence[StageSpec], exits: set[int]) -> Iterator[list[Stage
             group = []
 
 
-def _join(folder: Path, group: Sequence[StageSpec], dialect: Dialect) -> StageSpec:
+def _join(
+    folder: Path, group: Sequence[StageSpec], dialect: Dialect, precision: Precision
+) -> StageSpec:
     first, last = group[0].first_layer, group[-1].last_layer
     name = f"layers_{first:03d}_{last:03d}"
     model = _concatenate(name, [ir.load(folder / stage.file) for stage in group])
     dialect.fuse_joined(model.graph)
     file = _save(folder, model, f"stages/{name}.onnx")
-    wide = dialect.widen(model.graph)
+    wide = dialect.widen(model.graph, precision)
     return StageSpec(
         name=name,
         kind="layers",

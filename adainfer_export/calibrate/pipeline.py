@@ -229,8 +229,8 @@ def _with_exit(folder: Path, manifest: Manifest, spec: ExitSpec, written: list[s
     calibrated = manifest.model_copy(update={"exit": spec, "files": dict(manifest.files) | new})
     if manifest.layers_per_engine is not None:
         return calibrated
-    _, dialect, _ = find_target(manifest.target, manifest.precision)
-    return join_engines(folder, calibrated, dialect)
+    _, dialect, precision = find_target(manifest.target, manifest.precision)
+    return join_engines(folder, calibrated, dialect, precision)
 
 
 def _serialise(model: ir.Model) -> bytes:

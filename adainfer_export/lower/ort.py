@@ -113,12 +113,14 @@ def check_layers(graph: ir.Graph, layers: int, precision: Precision) -> None:
             )
 
 
-def widen(graph: ir.Graph) -> bool:
-    """Sets every MatMulNBits to float32 arithmetic; False where there is none."""
-    products = [node for node in graph if node.op_type == "MatMulNBits"]
-    for node in products:
-        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-    return bool(products)
+def widen(graph: ir.Graph, precision: Precision) -> bool:
+    """Sets every MatMulNBits to float32 arithmetic; False where that is no faster."""
+    if precision.wide_rows is None:
+        return False
+    for node in graph:
+        if node.op_type == "MatMulNBits":
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    return True
 
 
 def fuse_skip_norms(graph: ir.Graph) -> None:

@@ -16,14 +16,15 @@ class Precision:
         bits: of the linear layers and the LM head; None keeps float32.
         accuracy_level: MatMulNBits' least accuracy of activations; 4 is int8.
         wide_rows: positions from which on float32 arithmetic (unpacking weights once for all of
-            them) beats int8's: 0.94 of its time at 32, 0.74 at 64, 0.68 at 128 on AVX-512.
+            them) beats int8's. On AVX-512, int4: 0.94 of its time at 32, 0.74 at 64, 0.68 at 128;
+            with 8-bit weights never (1.5 at 128).
     """
 
     name: Literal["fp32", "int8", "int4"]
     bits: Literal[4, 8] | None
     block_size: int = 32
     accuracy_level: int = 4
-    wide_rows: int = 48
+    wide_rows: int | None = None
 
     def embedding_bits(self, *, tied: bool) -> Literal[4, 8] | None:
         """Bits of the token embedding. A tied head reads the same copy; else 8 lose nothing."""
@@ -33,5 +34,5 @@ class Precision:
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision("fp32", None),
     "int8": Precision("int8", 8),
-    "int4": Precision("int4", 4),
+    "int4": Precision("int4", 4, wide_rows=48),
 }

@@ -31,7 +31,7 @@ class Dialect:
     lower_layers: Callable[[ir.Graph, Precision], Weights]
     lower_probe: Callable[[ir.Graph, Precision], Weights]
     check_layers: Callable[[ir.Graph, int, Precision], None]
-    widen: Callable[[ir.Graph], bool]
+    widen: Callable[[ir.Graph, Precision], bool]
     fuse_joined: Callable[[ir.Graph], None]
 
 

@@ -90,8 +90,8 @@ class Engine:
         Args:
             device: `cpu`.
             threads: of the process's one ONNX Runtime pool; default: the cores it may use.
-            low_memory: hold the weights once. Otherwise quantised engines hold them a second time,
-                laid out for passes of many positions: prompts are then read 1.4 times as fast.
+            low_memory: hold the weights once. Otherwise int4 engines hold them a second time, laid
+                out for passes of many positions: prompts are then read 1.4 times as fast.
             verify: also compare every file's sha256 with the manifest's (sizes always are).
 
         Raises:

@@ -82,13 +82,14 @@ class KvGeometry(_Record):
 class Quantisation(_Record):
     """Block-wise symmetric weight quantisation of the linear operators.
 
-    From `wide_rows` positions in one pass on, a stage's wide graph is the faster one.
+    From `wide_rows` positions in one pass on, a stage's wide graph is the faster one; None where
+    stages have none.
     """
 
     bits: Literal[4, 8]
     block_size: int
     accuracy_level: int
-    wide_rows: int
+    wide_rows: int | None = None
 
 
 class FileRecord(_Record):

@@ -136,7 +136,8 @@ class OrtCpuBackend:
         self._stages = [open_stage(stage.file) for stage in manifest.layer_stages]
         wide = [stage.wide_file for stage in manifest.layer_stages if stage.wide_file]
         self._wide = [] if low_memory else [open_stage(file) for file in wide]
-        self._wide_rows = manifest.quantisation.wide_rows if manifest.quantisation else 0
+        quantisation = manifest.quantisation
+        self._wide_rows = (quantisation.wide_rows if quantisation else None) or 0
         self._probe = open_stage(manifest.probe.file)
         self._adapters: dict[int, Any] = {}
         self._classifier: Any = None

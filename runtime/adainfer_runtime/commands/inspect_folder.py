@@ -51,7 +51,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
     return [
         ("source", f"{source.kind} {source.id}{revision}"),
         ("architecture", model.architecture),
-        ("layers", f"{model.num_layers} in {len(manifest.layer_stages)} engines"),
+        ("layers", _layers(manifest)),
         ("hidden size", str(model.hidden_size)),
         ("vocabulary", f"{model.vocab_size:,}"),
         ("target", f"{manifest.target}, {manifest.precision}"),
@@ -76,6 +76,11 @@ def describe_exit(spec: ExitSpec | None) -> str:
         f"{spec.target_agreement}, on held-out prompts {figures.get('agreement', '?')} "
         f"with {figures.get('layers_saved', 0):.1%} of layers saved"
     )
+
+
+def _layers(manifest: Manifest) -> str:
+    engines = len(manifest.layer_stages)
+    return f"{manifest.model.num_layers} in {engines} engine{'s' if engines > 1 else ''}"
 
 
 def _kv_bytes(manifest: Manifest) -> int:
