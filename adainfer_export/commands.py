@@ -52,6 +52,17 @@ class AdapterChoice(str, Enum):
     none = "none"
 
 
+class ClassifierChoice(str, Enum):
+    """Values of --classifier: the kinds of `calibrate.classifiers`, and auto."""
+
+    svm = "svm"
+    crf = "crf"
+    logistic = "logistic"
+    boosting = "boosting"
+    threshold = "threshold"
+    auto = "auto"
+
+
 CalibrationOption = Annotated[
     list[str],
     typer.Option(
@@ -74,6 +85,10 @@ AgreementOption = Annotated[
 AdaptersOption = Annotated[
     AdapterChoice,
     typer.Option("--adapters", help="Affine map before each probe, or none (plain AdaInfer)."),
+]
+ClassifierOption = Annotated[
+    ClassifierChoice,
+    typer.Option("--classifier", help="What decides; auto takes the one that saves most."),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -113,6 +128,7 @@ def run_export(
     calibration_limit: LimitOption = None,
     target_agreement: AgreementOption = 0.99,
     adapters: AdaptersOption = AdapterChoice.ridge,
+    classifier: ClassifierOption = ClassifierChoice.svm,
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
@@ -128,7 +144,9 @@ def run_export(
         precision=precision,
         layers_per_engine=layers_per_engine,
         max_seq_len=max_seq_len,
-        calibration=_calibration(calibration, calibration_limit, target_agreement, adapters),
+        calibration=_calibration(
+            calibration, calibration_limit, target_agreement, adapters, classifier
+        ),
         revision=revision,
         force=force,
     )
@@ -153,11 +171,12 @@ def run_calibrate(
     calibration_limit: LimitOption = None,
     target_agreement: AgreementOption = 0.99,
     adapters: AdaptersOption = AdapterChoice.ridge,
+    classifier: ClassifierOption = ClassifierChoice.svm,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Fit the exit graph of an engine folder again."""
-    request = _calibration(calibration, calibration_limit, target_agreement, adapters)
+    request = _calibration(calibration, calibration_limit, target_agreement, adapters, classifier)
     if request is None:
         raise CalibrationError("`none` calibrates nothing: give `builtin` or task files")
     from .calibrate.pipeline import recalibrate
@@ -203,7 +222,11 @@ def run_list(json_output: JsonOption = False) -> None:
 
 
 def _calibration(
-    values: list[str], limit: int | None, target_agreement: float, adapters: AdapterChoice
+    values: list[str],
+    limit: int | None,
+    target_agreement: float,
+    adapters: AdapterChoice,
+    classifier: ClassifierChoice,
 ) -> CalibrationRequest | None:
     words = {"builtin", "none"} & set(values)
     if words and len(values) > 1:
@@ -215,6 +238,7 @@ def _calibration(
         limit=limit,
         target_agreement=target_agreement,
         adapters=adapters.value,
+        classifier=classifier.value,
     )
 
 

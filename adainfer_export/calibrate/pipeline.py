@@ -26,13 +26,12 @@ from ..errors import CalibrationError, OutputError
 from ..join import join_engines
 from ..lower import find_target
 from ..progress import Reporter
-from .classifier import ExitClassifier
+from .classifiers import CLASSIFIERS, ExitClassifier, score_all
 from .convert import (
     STATE_SIZE,
     check_parity,
     lower_adapter,
     lower_classifier,
-    reference_graph,
 )
 from .data import Parts, load_examples, split_parts
 from .predictions import Predictions, predict_layers
@@ -73,8 +72,9 @@ def calibrate(
         "threshold": _predict(engine, parts.threshold, adapters, reporter),
     }
     target = request.target_agreement
+    kinds = tuple(CLASSIFIERS) if request.classifier == "auto" else (request.classifier,)
     classifier = select_classifier(
-        predictions["classifier"], predictions["selection"], target, request.seed
+        predictions["classifier"], predictions["selection"], target, request.seed, kinds
     )
     outcome = _threshold(classifier, predictions["threshold"], target)
     figures = _figures(request, parts, skipped, predictions, outcome)
@@ -146,7 +146,7 @@ def _threshold(
     if classifier is None:
         return None
     chosen = predictions.at(classifier.layers)
-    outcome = choose_threshold(classifier.scores(predictions), chosen, target)
+    outcome = choose_threshold(score_all(classifier, predictions), chosen, target)
     return outcome if outcome.net_saved > 0 else None
 
 
@@ -191,10 +191,10 @@ def _write(
     figures: dict[str, Any],
 ) -> Manifest:
     graph = _save(folder, "exit/classifier", _serialise(lower_classifier(classifier)))
-    reference = _save(folder, "exit/classifier_reference", reference_graph(classifier))
-    difference = check_parity(classifier, folder / graph, folder / reference)
+    content = classifier.reference()
+    reference = _save(folder, "exit/classifier_reference", content) if content else None
+    difference = check_parity(classifier, folder / graph, folder / reference if reference else None)
     figures["classifier_difference"] = float(f"{difference:.2g}")
-    figures["support_vectors"] = len(classifier.rbf_form().coef)
     points = []
     for layer in classifier.layers:
         adapter = adapters.get(layer)
@@ -205,7 +205,7 @@ def _write(
     spec = ExitSpec(
         points=tuple(points),
         classifier=ClassifierSpec(
-            kind="svm",
+            kind=classifier.kind,
             graph=graph,
             reference=reference,
             state_size=STATE_SIZE,
@@ -215,8 +215,8 @@ def _write(
         target_agreement=target,
         calibration=figures,
     )
-    written = [graph, reference, *(point.adapter for point in points if point.adapter)]
-    return _with_exit(folder, manifest, spec, written)
+    written = [graph, reference, *(point.adapter for point in points)]
+    return _with_exit(folder, manifest, spec, [name for name in written if name])
 
 
 def _with_exit(folder: Path, manifest: Manifest, spec: ExitSpec, written: list[str]) -> Manifest:

@@ -14,12 +14,20 @@ from adainfer_runtime import Engine
 from .ridge import Adapter
 from .traces import AnswerTraces
 
-__all__ = ["Predictions", "predict_layers"]
+__all__ = ["LOG_ODDS_CLIP", "Predictions", "log_odds", "predict_layers"]
 
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
+LOG_ODDS_CLIP = 1e-4
 _BATCH = 64
+
+
+def log_odds(probability: Float32) -> Float32:
+    """Of probabilities cut to `LOG_ODDS_CLIP` … 1 − that: linear models need the ends stretched."""
+    clipped = np.clip(probability, LOG_ODDS_CLIP, 1.0 - LOG_ODDS_CLIP)
+    odds: Float32 = np.log(clipped / (1.0 - clipped)).astype(np.float32)
+    return odds
 
 
 @dataclass(frozen=True)
@@ -68,12 +76,21 @@ class Predictions:
         )
 
     def features(self, names: tuple[str, ...]) -> Float32:
-        """`[prompts, layers, features]`, in the order of the names."""
+        """`[prompts, layers, features]`, in the order of the names.
+
+        `stability` is 1 where the token is that of the exit point before, `rise` the change of
+        `log_odds` (of the top prob) since then; both are 0 at the first point.
+        """
         prompts, points = self.token.shape
         depth = np.array(self.layers, np.float32) / self.num_layers
         stability = np.zeros((prompts, points), np.float32)
         stability[:, 1:] = self.token[:, 1:] == self.token[:, :-1]
+        odds = log_odds(self.top_prob)
+        rise = np.zeros((prompts, points), np.float32)
+        rise[:, 1:] = odds[:, 1:] - odds[:, :-1]
         table: dict[str, Float32] = {
+            "log_odds": odds,
+            "rise": rise,
             "top_prob": self.top_prob,
             "gap": self.gap,
             "depth": np.tile(depth, (prompts, 1)),

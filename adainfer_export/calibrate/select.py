@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
-from .classifier import COST_OF_WRONG_EXIT, ExitClassifier, fit_svm
+from .classifiers import CLASSIFIERS, ExitClassifier, FitData, score_all
+from .classifiers.base import COST_OF_WRONG_EXIT
 from .predictions import Predictions
 
 __all__ = ["Outcome", "choose_threshold", "evaluate", "select_classifier"]
@@ -20,11 +21,7 @@ Float64 = npt.NDArray[np.float64]
 
 _MOST_POINTS = 3
 _SHORTLIST = 8
-_RANKING_ROWS = 2000
-_FEATURE_SETS = (
-    ("top_prob", "gap", "depth"),
-    ("top_prob", "gap", "depth", "stability"),
-)
+_RANKING_FEATURES = ("log_odds", "gap", "depth", "stability")
 # Savings are compared at several levels around the wanted one: a few hundred prompts say little
 # about a single level.
 _LEVELS = (1.0, 1.5, 2.0, 3.0)
@@ -100,12 +97,16 @@ def choose_threshold(
 
 
 def select_classifier(
-    fit: Predictions, selection: Predictions, target_agreement: float, seed: int
+    fit: Predictions,
+    selection: Predictions,
+    target_agreement: float,
+    seed: int,
+    kinds: Sequence[str] = ("svm",),
 ) -> ExitClassifier | None:
-    """The exit points and features whose SVM saves most on the selection part, net of checks.
+    """The classifier that saves most on the selection part, net of checks.
 
     All sets of up to three exit points are ranked with a logistic regression; the best of them
-    get SVMs, with and without the stability feature. None where no set saves anything.
+    are tried with every kind and its sets of features. None where nothing saves anything.
     """
     ranked = sorted(
         _subsets(fit.layers),
@@ -113,17 +114,20 @@ def select_classifier(
     )
     best: ExitClassifier | None = None
     best_value = 0.0
-    for layers, features in itertools.product(ranked[:_SHORTLIST], _FEATURE_SETS):
-        if len(layers) == 1 and "stability" in features:
-            continue
-        classifier = fit_svm(fit, layers, features, seed, most_rows=_RANKING_ROWS)
-        if classifier is None:
-            continue
-        scores = classifier.scores(selection)
-        value = _value(scores, selection.at(layers), target_agreement)
-        if value > best_value:
-            best, best_value = classifier, value
-    return best and fit_svm(fit, best.layers, best.features, seed)
+    for layers, kind in itertools.product(ranked[:_SHORTLIST], kinds):
+        entry = CLASSIFIERS[kind]
+        for features in entry.feature_sets:
+            data = FitData.of(fit, layers, features)
+            classifier = entry.fit(data, seed, most_rows=entry.most_rows_to_rank)
+            if classifier is None:
+                continue
+            scores = score_all(classifier, selection)
+            value = _value(scores, selection.at(layers), target_agreement)
+            if value > best_value:
+                best, best_value = classifier, value
+    if best is None:
+        return None
+    return CLASSIFIERS[best.kind].fit(FitData.of(fit, best.layers, best.features), seed)
 
 
 def _subsets(layers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -134,25 +138,15 @@ def _subsets(layers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 def _logistic_value(
     fit: Predictions, selection: Predictions, layers: tuple[int, ...], target: float
 ) -> float:
-    names = _FEATURE_SETS[-1]
-    x = _shaped(fit.at(layers).features(names)).reshape(-1, len(names))
-    y = fit.at(layers).agrees.reshape(-1)
-    if y.all() or not y.any():
+    data = FitData.of(fit, layers, _RANKING_FEATURES)
+    if data.one_class:
         return 0.0
+    x, y = data.rows
     model = LogisticRegression(max_iter=200, class_weight={0: COST_OF_WRONG_EXIT, 1: 1.0}).fit(x, y)
     chosen = selection.at(layers)
-    features = _shaped(chosen.features(names))
-    scores = model.decision_function(features.reshape(-1, len(names)))
+    features = chosen.features(_RANKING_FEATURES)
+    scores = model.decision_function(features.reshape(-1, features.shape[-1]))
     return _value(scores.reshape(features.shape[:2]), chosen, target)
-
-
-def _shaped(features: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The first column, top prob, as log-odds: linear models need its upper end stretched."""
-    odds = np.clip(features[..., :1], 1e-4, 1 - 1e-4)
-    shaped: npt.NDArray[np.float32] = np.concatenate(
-        [np.log(odds / (1 - odds)), features[..., 1:]], axis=-1
-    )
-    return shaped
 
 
 def _value(scores: Float64, predictions: Predictions, target: float) -> float:

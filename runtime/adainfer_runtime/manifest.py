@@ -126,11 +126,15 @@ class ExitPoint(_Record):
 
 
 class ClassifierSpec(_Record):
-    """The exit decision: `graph` in plain operators, `reference` as skl2onnx wrote it."""
+    """The exit decision: `graph` in plain operators, `reference` as skl2onnx wrote it, if it did.
 
-    kind: Literal["svm"]
+    `graph` takes token int64 `[n]`, top_prob, gap, depth float `[n]` and state float
+    `[n, state_size]` (zeros at the first exit point), and gives score `[n]` and next_state.
+    """
+
+    kind: str
     graph: str
-    reference: str
+    reference: str | None = None
     state_size: int
     features: tuple[str, ...]
 
@@ -247,7 +251,9 @@ class Manifest(_Record):
         if self.exit:
             paths += [point.adapter for point in self.exit.points if point.adapter]
             if self.exit.classifier:
-                paths += [self.exit.classifier.graph, self.exit.classifier.reference]
+                paths.append(self.exit.classifier.graph)
+                if self.exit.classifier.reference:
+                    paths.append(self.exit.classifier.reference)
         if self.tokenizer:
             paths += [self.tokenizer.file, *self.tokenizer.files]
         return tuple(dict.fromkeys(paths))

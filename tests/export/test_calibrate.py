@@ -10,46 +10,21 @@ import pytest
 
 from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.builtin import builtin_examples
-from adainfer_export.calibrate.classifier import fit_svm
-from adainfer_export.calibrate.convert import (
-    check_parity,
-    lower_adapter,
-    lower_classifier,
-    reference_graph,
-)
+from adainfer_export.calibrate.classifiers import score_all
+from adainfer_export.calibrate.convert import lower_adapter
 from adainfer_export.calibrate.data import load_examples, split_parts
 from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.ridge import Adapter, Moments
 from adainfer_export.calibrate.select import choose_threshold, evaluate, select_classifier
 from adainfer_export.calibrate.traces import answer_positions
-from adainfer_export.errors import CalibrationError, LoweringError
+from adainfer_export.errors import CalibrationError
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
 from adainfer_runtime.errors import ManifestError, TaskFileError
 from adainfer_runtime.manifest import load_manifest, verify_files
 
-
-def synthetic(prompts=600, seed=0, noise=0.0):
-    """Predictions in which confidence tells whether a layer agrees, the more the deeper."""
-    random = np.random.default_rng(seed)
-    layers = (4, 6, 8)
-    ease = random.random((prompts, 1))
-    probability = np.clip(ease + np.array([0.0, 0.15, 0.3]), 0.01, 0.99)
-    agrees = probability > 0.75
-    agrees ^= random.random(agrees.shape) < noise
-    final = random.integers(0, 50, prompts)
-    token = np.where(agrees, final[:, None], 99)
-    return Predictions(
-        layers,
-        10,
-        ("a",) * prompts,
-        final,
-        token,
-        probability.astype(np.float32),
-        (probability * 0.9).astype(np.float32),
-        0.1,
-    )
+from .synthetic import fit_classifier, synthetic
 
 
 def test_ridge_finds_an_affine_map_and_ignores_the_scale_of_coordinates():
@@ -91,55 +66,6 @@ def test_adapter_graph_equals_its_map(tmp_path):
     np.testing.assert_allclose(found[0], adapter.apply(hidden[0]), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "features", [("top_prob", "gap", "depth"), ("top_prob", "gap", "depth", "stability")]
-)
-def test_classifier_graphs_equal_scikit_learn(tmp_path, features):
-    import onnx_ir as ir
-
-    classifier = fit_svm(synthetic(noise=0.05), (4, 8), features, seed=0)
-    ir.save(lower_classifier(classifier), tmp_path / "lowered.onnx")
-    (tmp_path / "reference.onnx").write_bytes(reference_graph(classifier))
-    onnx.checker.check_model(str(tmp_path / "lowered.onnx"), full_check=True)
-    lowered = onnx.load(tmp_path / "lowered.onnx")
-    assert {node.domain for node in lowered.graph.node} <= {"", "ai.onnx"}
-    found = check_parity(classifier, tmp_path / "lowered.onnx", tmp_path / "reference.onnx")
-    assert found <= 1e-3
-    other = fit_svm(synthetic(seed=1, noise=0.2), (4, 6), features, seed=0)
-    with pytest.raises(LoweringError, match="differs from scikit-learn"):
-        check_parity(other, tmp_path / "lowered.onnx", tmp_path / "reference.onnx")
-
-
-def test_stability_is_carried_by_the_state(tmp_path):
-    """The graph's state gives the feature that the classifier was fitted with."""
-    import onnx_ir as ir
-
-    from adainfer_runtime.backends.ort_cpu import open_session
-
-    names = ("top_prob", "gap", "depth", "stability")
-    predictions = synthetic(40, noise=0.2)
-    classifier = fit_svm(synthetic(noise=0.05), (4, 6, 8), names, seed=0)
-    ir.save(lower_classifier(classifier), tmp_path / "c.onnx")
-    session = open_session(tmp_path / "c.onnx")
-    state = np.zeros((40, 1), np.float32)
-    for column, layer in enumerate(predictions.layers):
-        feed = {
-            "token": predictions.token[:, column],
-            "top_prob": predictions.top_prob[:, column],
-            "gap": predictions.gap[:, column],
-            "depth": np.full(40, layer / 10, np.float32),
-            "state": state,
-        }
-        score, state = session.run(["score", "next_state"], feed)
-        np.testing.assert_allclose(score, classifier.scores(predictions)[:, column], atol=1e-3)
-
-
-def test_labels_of_one_class_give_no_classifier():
-    predictions = synthetic()
-    always = Predictions(**{**vars(predictions), "token": predictions.final[:, None].repeat(3, 1)})
-    assert fit_svm(always, (4, 6), ("top_prob", "gap"), 0) is None
-
-
 def test_threshold_counts_layers_checks_and_agreement():
     predictions = synthetic(3)
     scores = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 0]])
@@ -151,10 +77,10 @@ def test_threshold_counts_layers_checks_and_agreement():
 
 def test_threshold_keeps_the_target_on_new_prompts():
     fit, chosen, new = (synthetic(2000, seed, noise=0.03) for seed in (0, 1, 2))
-    classifier = fit_svm(fit, (4, 6, 8), ("top_prob", "gap", "depth"), 0)
-    outcome = choose_threshold(classifier.scores(chosen), chosen, 0.97)
+    classifier = fit_classifier("svm", fit)
+    outcome = choose_threshold(score_all(classifier, chosen), chosen, 0.97)
     assert outcome.agreement >= 0.97
-    assert evaluate(classifier.scores(new), new, outcome.threshold).agreement >= 0.96
+    assert evaluate(score_all(classifier, new), new, outcome.threshold).agreement >= 0.96
 
 
 def test_too_few_prompts_give_no_exit():

@@ -1,0 +1,55 @@
+"""A plain confidence threshold, the usual baseline: nothing is fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..graphs import GraphBuilder
+from .base import FitData
+
+__all__ = ["ThresholdClassifier", "fit"]
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ThresholdClassifier:
+    """score(x) is the first feature; with `stability` second, only where the token stood before."""
+
+    layers: tuple[int, ...]
+    features: tuple[str, ...]
+    kind: str = "threshold"
+
+    def decide(self, x: Float64, previous: Float64) -> Float64:
+        """See `ExitClassifier.decide`."""
+        if len(self.features) == 1:
+            return x[:, 0]
+        changed = ~np.isnan(previous) & (x[:, 1] < 0.5)
+        scores: Float64 = x[:, 0] - changed
+        return scores
+
+    def lower(
+        self, graph: GraphBuilder, x: ir.Value, previous: ir.Value, first: ir.Value
+    ) -> ir.Value:
+        """See `ExitClassifier.lower`."""
+        confidence = graph.op("Gather", x, graph.ints([0]), axis=1)
+        if len(self.features) == 1:
+            return confidence
+        same = graph.op("Gather", x, graph.ints([1]), axis=1)
+        changed = graph.op("Less", same, graph.number(0.5))
+        changed = graph.op("And", changed, graph.op("Not", first))
+        return graph.op("Sub", confidence, graph.cast(changed))
+
+    def reference(self) -> bytes | None:
+        """There is nothing for skl2onnx to convert."""
+        return None
+
+
+def fit(data: FitData, seed: int, *, most_rows: int = 0) -> ThresholdClassifier | None:
+    """Takes `top_prob`, and `stability` where the data has it."""
+    features = tuple(name for name in ("top_prob", "stability") if name in data.features)
+    return ThresholdClassifier(data.layers, features)

@@ -1,0 +1,88 @@
+"""A thin builder for the exit graph's ONNX models."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+from onnx_ir.tape import Tape
+
+__all__ = ["GraphBuilder", "graph_input"]
+
+_OPSET, _IR_VERSION = 24, 11
+
+
+class GraphBuilder:
+    """Appends nodes; constants are float32 unless said otherwise."""
+
+    def __init__(self) -> None:
+        self._tape = Tape()
+        self._constants: dict[str, ir.Value] = {}
+
+    def op(self, op_type: str, *inputs: ir.Value, **attributes: int | float) -> ir.Value:
+        """A node with one output."""
+        return self._tape.op(op_type, list(inputs), attributes=attributes or None)
+
+    def const(self, name: str, values: npt.ArrayLike) -> ir.Value:
+        """A float32 initialiser; the name must be new."""
+        return self._add(name, np.asarray(values, np.float32))
+
+    def ints(self, values: list[int]) -> ir.Value:
+        """An int64 initialiser; equal ones are the same."""
+        return self._add("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def index(self, name: str, values: list[int]) -> ir.Value:
+        """A long int64 initialiser."""
+        return self._add(name, np.array(values, np.int64))
+
+    def bools(self, name: str, values: npt.ArrayLike) -> ir.Value:
+        """A boolean initialiser."""
+        return self._add(name, np.asarray(values, np.bool_))
+
+    def number(self, value: float) -> ir.Value:
+        """A float32 of shape `[1]`; equal ones are the same."""
+        return self._add(f"number_{value!r}", np.array([value], np.float32))
+
+    def column(self, value: ir.Value) -> ir.Value:
+        """`[n]` to `[n, 1]`."""
+        return self.op("Unsqueeze", value, self.ints([-1]))
+
+    def row(self, value: ir.Value) -> ir.Value:
+        """`[n, 1]` to `[n]`."""
+        return self.op("Squeeze", value, self.ints([-1]))
+
+    def cast(self, value: ir.Value) -> ir.Value:
+        """To float32."""
+        return self.op("Cast", value, to=ir.DataType.FLOAT.value)
+
+    def output(self, value: ir.Value, name: str, shape: list[int | str]) -> ir.Value:
+        """The value as a float32 output of the graph."""
+        result = self.op("Identity", value)
+        result.name, result.type = name, ir.TensorType(ir.DataType.FLOAT)
+        result.shape = ir.Shape(shape)
+        return result
+
+    def model(self, name: str, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+        """The finished model."""
+        graph = ir.Graph(
+            inputs,
+            outputs,
+            nodes=self._tape.nodes,
+            initializers=self._tape.initializers,
+            opset_imports={"": _OPSET},
+            name=name,
+        )
+        return ir.Model(graph, ir_version=_IR_VERSION, producer_name="adainfer-export")
+
+    def _add(self, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
+        if name not in self._constants:
+            tensor = ir.tensor(values, name=name)
+            self._constants[name] = self._tape.initializer(tensor, name=name)
+        return self._constants[name]
+
+
+def graph_input(
+    name: str, shape: list[int | str], dtype: ir.DataType = ir.DataType.FLOAT
+) -> ir.Value:
+    """An input of a graph."""
+    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))

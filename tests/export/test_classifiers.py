@@ -1,0 +1,100 @@
+"""Every kind of exit classifier: what it learns, and that its ONNX forms say the same."""
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from adainfer_export.calibrate.classifiers import CLASSIFIERS, FitData, score_all
+from adainfer_export.calibrate.convert import STATE_SIZE, check_parity, lower_classifier
+from adainfer_export.calibrate.predictions import Predictions
+from adainfer_export.calibrate.select import choose_threshold, evaluate
+from adainfer_export.commands import ClassifierChoice
+from adainfer_export.errors import LoweringError
+from adainfer_runtime.backends.ort_cpu import open_session
+
+from .synthetic import fit_classifier, synthetic
+
+KINDS = [(kind, features) for kind, entry in CLASSIFIERS.items() for features in entry.feature_sets]
+
+
+def save(classifier, folder):
+    """Writes both graphs; the reference's path is None where there is none."""
+    ir.save(lower_classifier(classifier), folder / "lowered.onnx")
+    content = classifier.reference()
+    if content is None:
+        return folder / "lowered.onnx", None
+    (folder / "reference.onnx").write_bytes(content)
+    return folder / "lowered.onnx", folder / "reference.onnx"
+
+
+def test_command_line_names_every_kind():
+    assert {choice.value for choice in ClassifierChoice} == {*CLASSIFIERS, "auto"}
+
+
+@pytest.mark.parametrize(("kind", "features"), KINDS)
+def test_graphs_equal_the_fitted_classifier(tmp_path, kind, features):
+    classifier = fit_classifier(kind, synthetic(noise=0.05), (4, 8), features)
+    lowered, reference = save(classifier, tmp_path)
+    assert (reference is None) == (kind in ("crf", "threshold"))
+    onnx.checker.check_model(str(lowered), full_check=True)
+    domains = {node.domain for node in onnx.load(lowered).graph.node}
+    assert domains <= {"", "ai.onnx"}  # no ai.onnx.ml: it runs on every target
+    assert check_parity(classifier, lowered, reference, points=100_000) <= 1e-3
+
+
+@pytest.mark.parametrize("kind", ["svm", "crf", "logistic", "boosting"])
+def test_parity_check_notices_another_classifier(tmp_path, kind):
+    lowered, reference = save(fit_classifier(kind, synthetic(noise=0.05), (4, 8)), tmp_path)
+    other = fit_classifier(kind, synthetic(seed=1, noise=0.2), (4, 6))
+    with pytest.raises(LoweringError, match=f"the lowered {kind} differs"):
+        check_parity(other, lowered, reference)
+
+
+@pytest.mark.parametrize(("kind", "features"), KINDS)
+def test_state_carries_what_the_next_exit_point_needs(tmp_path, kind, features):
+    """The runtime's way, point after point, gives the scores that thresholds are chosen on."""
+    predictions = synthetic(40, noise=0.2)
+    classifier = fit_classifier(kind, synthetic(noise=0.05), (4, 6, 8), features)
+    lowered, _ = save(classifier, tmp_path)
+    session = open_session(lowered)
+    state = np.zeros((40, STATE_SIZE), np.float32)
+    expected = score_all(classifier, predictions)
+    for column, layer in enumerate(predictions.layers):
+        feed = {
+            "token": predictions.token[:, column],
+            "top_prob": predictions.top_prob[:, column],
+            "gap": predictions.gap[:, column],
+            "depth": np.full(40, layer / 10, np.float32),
+            "state": state,
+        }
+        score, state = session.run(["score", "next_state"], feed)
+        np.testing.assert_allclose(score, expected[:, column], atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["svm", "crf", "logistic", "boosting"])
+def test_labels_of_one_class_give_no_classifier(kind):
+    predictions = synthetic()
+    always = Predictions(**{**vars(predictions), "token": predictions.final[:, None].repeat(3, 1)})
+    assert CLASSIFIERS[kind].fit(FitData.of(always, (4, 6), ("top_prob", "gap")), 0) is None
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+def test_scores_rank_safe_exits_first(kind):
+    fit, chosen, new = (synthetic(2000, seed, noise=0.02) for seed in (0, 1, 2))
+    classifier = fit_classifier(kind, fit)
+    outcome = choose_threshold(score_all(classifier, chosen), chosen, 0.97)
+    assert outcome.layers_saved > 0.15
+    assert evaluate(score_all(classifier, new), new, outcome.threshold).agreement >= 0.96
+
+
+def test_crf_knows_the_past(tmp_path):
+    """Where points agree or disagree together, an earlier surety raises a later score."""
+    random = np.random.default_rng(0)
+    y = np.repeat(random.random((800, 1)) < 0.5, 3, axis=1)
+    x = np.stack([y + random.normal(size=y.shape), random.normal(size=y.shape)], axis=-1)
+    classifier = CLASSIFIERS["crf"].fit(FitData((4, 6, 8), ("log_odds", "gap"), x, y), 0)
+    now = np.zeros((2, 2))
+    low, high = classifier.decide(now, np.array([-3.0, 3.0]))
+    assert high - low > 2.0
+    assert classifier.transitions[1, 1] > classifier.transitions[1, 0]
