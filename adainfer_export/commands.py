@@ -95,11 +95,13 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 
 def register(app: typer.Typer) -> None:
-    """Adds export, calibrate, validate and list to `adainfer`."""
+    """Adds export, calibrate, certify, validate and list to `adainfer`."""
+    from . import certify_command
     from .validate_command import validate
 
     app.command(name="export", epilog=_EXPORT_EXAMPLES)(run_export)
     app.command(name="calibrate", epilog=_CALIBRATE_EXAMPLES)(run_calibrate)
+    app.command(name="certify", epilog=certify_command.EXAMPLES)(certify_command.certify)
     app.command(name="validate")(validate)
     app.command(name="list")(run_list)
 

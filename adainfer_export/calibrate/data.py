@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from ..errors import CalibrationError
 from .builtin import builtin_examples
 from .request import CalibrationRequest
 
-__all__ = ["PARTS", "Parts", "load_examples", "split_parts"]
+__all__ = ["PARTS", "Parts", "load_examples", "prompt_hash", "split_parts"]
 
 # Share of the prompts that each part gets, within every task.
-PARTS = {"adapters": 0.40, "classifier": 0.25, "selection": 0.15, "threshold": 0.20}
+PARTS = {"adapters": 0.35, "classifier": 0.25, "selection": 0.15, "certification": 0.25}
 _LEAST = 60
 
 
@@ -28,7 +29,7 @@ class Parts:
     adapters: tuple[TaskExample, ...]
     classifier: tuple[TaskExample, ...]
     selection: tuple[TaskExample, ...]
-    threshold: tuple[TaskExample, ...]
+    certification: tuple[TaskExample, ...]
 
 
 def load_examples(request: CalibrationRequest) -> list[TaskExample]:
@@ -47,6 +48,11 @@ def load_examples(request: CalibrationRequest) -> list[TaskExample]:
             "needed, a few hundred are better"
         )
     return [unique[index] for index in order]
+
+
+def prompt_hash(prompt: str) -> str:
+    """What a report keeps of a prompt: enough to find it again, nothing to read."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
 def _sample(tasks: list[str], limit: int | None, seed: int) -> list[int]:

@@ -1,48 +1,46 @@
-"""The calibration, step by step: trace, adapters, classifier, threshold, graphs, manifest."""
+"""The calibration, step by step: trace, adapters, classifier, graphs, threshold, certificate."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
 from adainfer_runtime import Engine
-from adainfer_runtime.manifest import (
-    ClassifierSpec,
-    ExitPoint,
-    ExitSpec,
-    FileRecord,
-    Manifest,
-    file_sha256,
-    write_manifest,
-)
+from adainfer_runtime.manifest import ExitSpec, Manifest, write_manifest
 from adainfer_runtime.tasks import TaskExample
 
 from ..errors import CalibrationError, OutputError
-from ..join import join_engines
-from ..lower import find_target
 from ..progress import Reporter
-from .classifiers import CLASSIFIERS, ExitClassifier, score_all
-from .convert import (
-    STATE_SIZE,
-    check_parity,
-    lower_adapter,
-    lower_classifier,
-)
-from .data import Parts, load_examples, split_parts
+from .certify import make_certificate, threshold_grid
+from .classifiers import CLASSIFIERS, ExitClassifier
+from .data import Parts, load_examples, prompt_hash, split_parts
+from .exit_files import without_exit, write_exit, write_report
 from .predictions import Predictions, predict_layers
 from .request import CalibrationRequest
 from .ridge import Adapter
+from .scored import observe, score_predictions
 from .select import Outcome, choose_threshold, select_classifier
 from .traces import candidate_layers, fits, trace_answers, trace_moments
 
 __all__ = ["calibrate", "recalibrate"]
 
 _RIDGE = 0.01
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What the first three parts gave: everything but the threshold.
+
+    `classifier` is None where no exit pays.
+    """
+
+    parts: Parts
+    skipped: int
+    adapters: Mapping[int, Adapter]
+    classifier: ExitClassifier | None
+    selection: Predictions
 
 
 def calibrate(
@@ -58,30 +56,34 @@ def calibrate(
         CalibrationError: too few usable prompts, or no room for an exit point.
     """
     manifest = manifest.uncalibrated()
-    engine = Engine.of_manifest(folder, manifest)
-    parts, skipped = _usable_parts(engine, request)
-    if not candidate_layers(engine):
-        raise CalibrationError(
-            "no layer boundary in the upper half of the model to exit at: export with fewer "
-            "--layers-per-engine"
-        )
-    adapters = _fit_adapters(engine, parts, request, reporter)
-    predictions = {
-        "classifier": _predict(engine, parts.classifier, adapters, reporter, in_context=True),
-        "selection": _predict(engine, parts.selection, adapters, reporter),
-        "threshold": _predict(engine, parts.threshold, adapters, reporter),
-    }
+    fitted = _fit(folder, manifest, request, reporter)
+    figures = _figures(request, fitted)
     target = request.target_agreement
-    kinds = tuple(CLASSIFIERS) if request.classifier == "auto" else (request.classifier,)
-    classifier = select_classifier(
-        predictions["classifier"], predictions["selection"], target, request.seed, kinds
+    refused = ExitSpec(points=(), target_agreement=target, calibration=figures)
+    if fitted.classifier is None:
+        return _report(folder, without_exit(folder, manifest, refused), fitted.parts)
+    # Threshold and certificate are of the exit graph as it runs: it is written first.
+    written = write_exit(folder, manifest, fitted.classifier, fitted.adapters, refused)
+    reporter.begin("certifying", len(fitted.parts.certification))
+    engine = Engine.of_manifest(folder, written)
+    scored = observe(engine, fitted.parts.certification, fitted.selection.check_layers, reporter)
+    outcome = choose_threshold(scored, target)
+    if outcome.net_saved <= 0:
+        return _report(folder, without_exit(folder, manifest, refused), fitted.parts)
+    grid = threshold_grid(score_predictions(fitted.classifier, fitted.selection))
+    assert written.exit is not None  # just written
+    spec = written.exit.model_copy(
+        update={
+            "threshold": outcome.threshold,
+            "thresholds": tuple(grid.tolist()),
+            "certificate": make_certificate(manifest, scored, grid, figures["data"]),
+            "calibration": {
+                **written.exit.calibration,
+                "held_out": _outcome_figures(outcome),
+            },
+        }
     )
-    outcome = _threshold(classifier, predictions["threshold"], target)
-    figures = _figures(request, parts, skipped, predictions, outcome)
-    if classifier is None or outcome is None:
-        spec = ExitSpec(points=(), target_agreement=target, calibration=figures)
-        return _with_exit(folder, manifest, spec, [])
-    return _write(folder, manifest, classifier, adapters, outcome, target, figures)
+    return _report(folder, written.model_copy(update={"exit": spec}), fitted.parts)
 
 
 def recalibrate(
@@ -102,6 +104,35 @@ def recalibrate(
         reason = error.strerror or str(error)
         raise OutputError(f"{folder} cannot be written: {reason}; it was left as it is") from error
     return renewed
+
+
+def _report(folder: Path, manifest: Manifest, parts: Parts) -> Manifest:
+    """Writes figures, and which prompts were fitted on: those can certify nothing later."""
+    assert manifest.exit is not None  # every calibration ends with a spec
+    fitted_on = (*parts.adapters, *parts.classifier, *parts.selection)
+    report = {
+        "exit": manifest.exit.model_dump(mode="json"),
+        "fitted_on": sorted(prompt_hash(example.prompt) for example in fitted_on),
+    }
+    return write_report(folder, manifest, report)
+
+
+def _fit(
+    folder: Path, manifest: Manifest, request: CalibrationRequest, reporter: Reporter
+) -> _Fitted:
+    engine = Engine.of_manifest(folder, manifest)
+    parts, skipped = _usable_parts(engine, request)
+    if not candidate_layers(engine):
+        raise CalibrationError(
+            "no layer boundary in the upper half of the model to exit at: export with fewer "
+            "--layers-per-engine"
+        )
+    adapters = _fit_adapters(engine, parts, request, reporter)
+    fit = _predict(engine, parts.classifier, adapters, reporter, in_context=True)
+    selection = _predict(engine, parts.selection, adapters, reporter)
+    kinds = tuple(CLASSIFIERS) if request.classifier == "auto" else (request.classifier,)
+    classifier = select_classifier(fit, selection, request.target_agreement, request.seed, kinds)
+    return _Fitted(parts, skipped, adapters, classifier, selection)
 
 
 def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, int]:
@@ -139,108 +170,26 @@ def _predict(
     return predict_layers(engine, traces, adapters)
 
 
-def _threshold(
-    classifier: ExitClassifier | None, predictions: Predictions, target: float
-) -> Outcome | None:
-    """The outcome on the threshold part; None where exits would not pay for their checks."""
-    if classifier is None:
-        return None
-    chosen = predictions.at(classifier.layers)
-    outcome = choose_threshold(score_all(classifier, predictions), chosen, target)
-    return outcome if outcome.net_saved > 0 else None
-
-
-def _figures(
-    request: CalibrationRequest,
-    parts: Parts,
-    skipped: int,
-    predictions: Mapping[str, Predictions],
-    outcome: Outcome | None,
-) -> dict[str, Any]:
-    threshold = predictions["threshold"]
-    agreement = threshold.agrees.mean(axis=0)
-    figures: dict[str, Any] = {
+def _figures(request: CalibrationRequest, fitted: _Fitted) -> dict[str, Any]:
+    agreement = fitted.selection.agrees.mean(axis=0)
+    return {
         "data": [path.name for path in request.files] or ["builtin"],
         "seed": request.seed,
         "adapters": request.adapters,
-        "prompts": {name: len(getattr(parts, name)) for name in Parts.__dataclass_fields__},
-        "prompts_too_long": skipped,
-        "check_layers": round(threshold.check_layers, 3),
+        "prompts": {name: len(getattr(fitted.parts, name)) for name in Parts.__dataclass_fields__},
+        "prompts_too_long": fitted.skipped,
+        "check_layers": round(fitted.selection.check_layers, 3),
         "agreement_by_layer": {
             str(layer): round(float(value), 4)
-            for layer, value in zip(threshold.layers, agreement, strict=True)
+            for layer, value in zip(fitted.selection.layers, agreement, strict=True)
         },
     }
-    if outcome is not None:
-        figures["threshold_part"] = {
-            "layers_saved": round(outcome.layers_saved, 4),
-            "net_saved": round(outcome.net_saved, 4),
-            "agreement": round(outcome.agreement, 4),
-            "task_agreement": round(outcome.task_agreement, 4),
-        }
-    return figures
 
 
-def _write(
-    folder: Path,
-    manifest: Manifest,
-    classifier: ExitClassifier,
-    adapters: Mapping[int, Adapter],
-    outcome: Outcome,
-    target: float,
-    figures: dict[str, Any],
-) -> Manifest:
-    graph = _save(folder, "exit/classifier", _serialise(lower_classifier(classifier)))
-    content = classifier.reference()
-    reference = _save(folder, "exit/classifier_reference", content) if content else None
-    difference = check_parity(classifier, folder / graph, folder / reference if reference else None)
-    figures["classifier_difference"] = float(f"{difference:.2g}")
-    points = []
-    for layer in classifier.layers:
-        adapter = adapters.get(layer)
-        path = None
-        if adapter is not None:
-            path = _save(folder, f"adapters/layer_{layer:03d}", _serialise(lower_adapter(adapter)))
-        points.append(ExitPoint(exit_layer=layer, adapter=path))
-    spec = ExitSpec(
-        points=tuple(points),
-        classifier=ClassifierSpec(
-            kind=classifier.kind,
-            graph=graph,
-            reference=reference,
-            state_size=STATE_SIZE,
-            features=classifier.features,
-        ),
-        threshold=outcome.threshold,
-        target_agreement=target,
-        calibration=figures,
-    )
-    written = [graph, reference, *(point.adapter for point in points)]
-    return _with_exit(folder, manifest, spec, [name for name in written if name])
-
-
-def _with_exit(folder: Path, manifest: Manifest, spec: ExitSpec, written: list[str]) -> Manifest:
-    report = (json.dumps(spec.model_dump(mode="json"), indent=1) + "\n").encode()
-    written = [*written, _save(folder, "reports/calibration", report, ".json")]
-    new = {
-        name: FileRecord(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
-        for name in written
+def _outcome_figures(outcome: Outcome) -> dict[str, float]:
+    return {
+        "layers_saved": round(outcome.layers_saved, 4),
+        "net_saved": round(outcome.net_saved, 4),
+        "agreement": round(outcome.agreement, 4),
+        "task_agreement": round(outcome.task_agreement, 4),
     }
-    calibrated = manifest.model_copy(update={"exit": spec, "files": dict(manifest.files) | new})
-    if manifest.layers_per_engine is not None:
-        return calibrated
-    _, dialect, precision = find_target(manifest.target, manifest.precision)
-    return join_engines(folder, calibrated, dialect, precision)
-
-
-def _serialise(model: ir.Model) -> bytes:
-    content: bytes = ir.to_proto(model).SerializeToString()
-    return content
-
-
-def _save(folder: Path, name: str, content: bytes, suffix: str = ".onnx") -> str:
-    relative = f"{name}.{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
-    path = folder / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return relative

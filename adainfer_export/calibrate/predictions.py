@@ -49,12 +49,6 @@ class Predictions:
     gap: Float32
     check_layers: float
 
-    def task_weights(self) -> npt.NDArray[np.float64]:
-        """`[prompts]`, summing to 1, the same sum for every task: for means over tasks."""
-        _, index, counts = np.unique(self.tasks, return_inverse=True, return_counts=True)
-        weights: npt.NDArray[np.float64] = 1.0 / (counts[index] * len(counts))
-        return weights
-
     @property
     def agrees(self) -> Bool:
         """`[prompts, layers]`: the label, 1 where an exit would give the full model's answer."""

@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.linear_model import LogisticRegression
 
-from .classifiers import CLASSIFIERS, ExitClassifier, FitData, score_all
+from .classifiers import CLASSIFIERS, ExitClassifier, FitData
 from .classifiers.base import COST_OF_WRONG_EXIT
 from .predictions import Predictions
+from .scored import Scored, score_predictions
 
 __all__ = ["Outcome", "choose_threshold", "evaluate", "select_classifier"]
 
@@ -45,30 +46,29 @@ class Outcome:
     task_agreement: float
 
 
-def evaluate(scores: Float64, predictions: Predictions, threshold: float) -> Outcome:
-    """Exits at the first point whose score `[prompts, points]` reaches the threshold."""
-    exits = scores >= threshold
+def evaluate(scored: Scored, threshold: float) -> Outcome:
+    """Exits at the first point whose score reaches the threshold."""
+    exits = scored.scores >= threshold
     any_exit = exits.any(axis=1)
     first = exits.argmax(axis=1)
-    rows = np.arange(len(scores))
-    layers = np.where(any_exit, np.array(predictions.layers)[first], predictions.num_layers)
-    checks = np.where(any_exit, first + 1, scores.shape[1])
-    agrees = np.where(any_exit, predictions.agrees[rows, first], True)
-    saved = 1.0 - float(layers.mean()) / predictions.num_layers
+    rows = np.arange(len(exits))
+    layers = np.where(any_exit, np.array(scored.layers)[first], scored.num_layers)
+    checks = np.where(any_exit, first + 1, exits.shape[1])
+    agrees = np.where(any_exit, scored.agrees[rows, first], True)
+    saved = 1.0 - float(layers.mean()) / scored.num_layers
     # The last check of an exit is the answer's own probe, which the full model pays too.
-    extra = float((checks - any_exit).mean()) * predictions.check_layers
+    extra = float((checks - any_exit).mean()) * scored.check_layers
     return Outcome(
         threshold,
         saved,
-        saved - extra / predictions.num_layers,
+        saved - extra / scored.num_layers,
         float(agrees.mean()),
-        float(agrees @ predictions.task_weights()),
+        float(agrees @ scored.task_weights()),
     )
 
 
 def choose_threshold(
-    scores: Float64,
-    predictions: Predictions,
+    scored: Scored,
     target_agreement: float,
     *,
     steps: int = 1000,
@@ -80,13 +80,13 @@ def choose_threshold(
     the same kind stays within the target. The mean over tasks must reach the target too, so that
     large tasks do not pay for small ones. Where nothing may exit, the threshold is infinite.
     """
-    candidates = np.unique(scores)[::-1]
+    candidates = np.unique(scored.scores)[::-1]
     if len(candidates) > steps:
         candidates = candidates[np.linspace(0, len(candidates) - 1, steps).astype(int)]
-    best = evaluate(scores, predictions, math.inf)
-    prompts = len(scores)
+    best = evaluate(scored, math.inf)
+    prompts = len(scored.scores)
     for threshold in candidates:
-        outcome = evaluate(scores, predictions, float(threshold))
+        outcome = evaluate(scored, float(threshold))
         disagreeing = round((1.0 - outcome.agreement) * prompts)
         if (disagreeing + 1) / (prompts + 1) > 1.0 - target_agreement:
             break
@@ -121,8 +121,7 @@ def select_classifier(
             classifier = entry.fit(data, seed, most_rows=entry.most_rows_to_rank)
             if classifier is None:
                 continue
-            scores = score_all(classifier, selection)
-            value = _value(scores, selection.at(layers), target_agreement)
+            value = _value(score_predictions(classifier, selection), target_agreement)
             if value > best_value:
                 best, best_value = classifier, value
     if best is None:
@@ -146,10 +145,18 @@ def _logistic_value(
     chosen = selection.at(layers)
     features = chosen.features(_RANKING_FEATURES)
     scores = model.decision_function(features.reshape(-1, features.shape[-1]))
-    return _value(scores.reshape(features.shape[:2]), chosen, target)
+    scored = Scored(
+        layers,
+        chosen.num_layers,
+        scores.reshape(features.shape[:2]),
+        chosen.agrees,
+        chosen.tasks,
+        chosen.check_layers,
+    )
+    return _value(scored, target)
 
 
-def _value(scores: Float64, predictions: Predictions, target: float) -> float:
+def _value(scored: Scored, target: float) -> float:
     levels = [1.0 - (1.0 - target) * factor for factor in _LEVELS]
-    outcomes = [choose_threshold(scores, predictions, level, steps=100) for level in levels]
+    outcomes = [choose_threshold(scored, level, steps=100) for level in levels]
     return float(np.mean([outcome.net_saved for outcome in outcomes]))

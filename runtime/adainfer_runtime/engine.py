@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from .backends import Backend, load_backend
+from .certificate import certified_threshold
 from .choose import Chosen, choose, join_label
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, ExitPolicy, NoExit
@@ -141,15 +142,19 @@ class Engine:
         """A sequence of one's own."""
         return Session(self._backend, self._manifest)
 
-    def policy(self, mode: Mode, *, threshold: float | None = None) -> ExitPolicy:
+    def policy(
+        self, mode: Mode, *, threshold: float | None = None, level: float | None = None
+    ) -> ExitPolicy:
         """The exit policy of a mode.
 
         Args:
             threshold: of the classifier's score, instead of the manifest's.
+            level: a certified share of disagreement, such as 0.02, whose threshold is taken.
 
         Raises:
-            ExitUnavailableError: `adaptive`, but the folder has no exit graph.
-            RequestError: no such mode.
+            ExitUnavailableError: `adaptive`, but the folder has no exit graph, or the level is not
+                certified.
+            RequestError: no such mode, or both a threshold and a level.
         """
         if mode == "off":
             return NoExit()
@@ -162,9 +167,13 @@ class Engine:
             )
         if spec.classifier is None or spec.threshold is None:
             return NoExit()  # calibrated, and the answer was "do not exit"
-        level = spec.threshold if threshold is None else threshold
+        if threshold is not None and level is not None:
+            raise RequestError("give a threshold or a certified level, not both")
+        if level is not None:
+            threshold = certified_threshold(spec, level)
+        chosen = spec.threshold if threshold is None else threshold
         layers = self._manifest.model.num_layers
-        return ClassifierExit.of(self._backend, spec.points, spec.classifier, layers, level)
+        return ClassifierExit.of(self._backend, spec.points, spec.classifier, layers, chosen)
 
     def generate(
         self,
@@ -173,6 +182,7 @@ class Engine:
         max_new_tokens: int = 64,
         mode: Mode = "off",
         threshold: float | None = None,
+        level: float | None = None,
         ignore_eos: bool = False,
         timeout: float | None = None,
     ) -> GenerationResult:
@@ -181,7 +191,7 @@ class Engine:
         Args:
             prompt: text, or token ids.
             mode: `off` runs every layer; `adaptive` stops where the exit graph says so.
-            threshold: see `policy`.
+            threshold, level: see `policy`.
             ignore_eos: go on after an end-of-text token (for benchmarks).
             timeout: seconds after which `DeadlineError` is raised.
 
@@ -191,7 +201,7 @@ class Engine:
         """
         eos = frozenset() if ignore_eos else frozenset(self._manifest.model.eos_token_ids)
         request = GenerateRequest(self._tokens(prompt), max_new_tokens, eos, timeout)
-        policy = self.policy(mode, threshold=threshold)
+        policy = self.policy(mode, threshold=threshold, level=level)
         with self.borrow() as session:
             done = generate(session, request, policy, self._manifest.max_seq_len)
         return self._result(done)
@@ -203,6 +213,7 @@ class Engine:
         *,
         mode: Mode = "off",
         threshold: float | None = None,
+        level: float | None = None,
     ) -> ChoiceResult:
         """The label that most likely follows the prompt (labels of several tokens too).
 
@@ -211,7 +222,8 @@ class Engine:
         Raises:
             RequestError: fewer than two labels, empty or equal ones.
         """
-        done = self.choose_with(prompt, labels, self.policy(mode, threshold=threshold))
+        policy = self.policy(mode, threshold=threshold, level=level)
+        done = self.choose_with(prompt, labels, policy)
         return ChoiceResult(
             labels[done.index],
             done.index,

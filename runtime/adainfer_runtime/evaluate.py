@@ -82,7 +82,7 @@ def evaluate(
     examples: Sequence[TaskExample],
     *,
     labels_only: bool = False,
-    threshold: float | None = None,
+    policy: ExitPolicy | None = None,
     on_example: Callable[[], None] = lambda: None,
 ) -> Evaluation:
     """Answers every prompt in both modes, in alternating order.
@@ -90,6 +90,7 @@ def evaluate(
     Args:
         labels_only: choose among the example's labels; else one greedy token over the whole
             vocabulary, right if it is the answer's first token.
+        policy: what is compared with `off`; default: mode `adaptive`.
 
     Raises:
         RequestError: no examples, or `labels_only` with an example that has no labels.
@@ -97,7 +98,7 @@ def evaluate(
     """
     if not examples:
         raise RequestError("there are no examples to evaluate")
-    off, adaptive = engine.policy("off"), engine.policy("adaptive", threshold=threshold)
+    off, adaptive = engine.policy("off"), policy or engine.policy("adaptive")
     ask = _choose_label if labels_only else _greedy_token
     ask(engine, examples[0], off)  # loads what is loaded lazily
     by_task: dict[str, list[_Pair]] = defaultdict(list)

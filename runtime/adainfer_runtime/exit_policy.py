@@ -87,5 +87,9 @@ class ClassifierExit:
 
     def decide(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[bool, Float32]:
         """Evaluates the classifier graph."""
-        score, state = self.backend.classify(result, self.depths[exit_layer], state)
+        score, state = self.score(exit_layer, result, state)
         return score >= self.threshold, state
+
+    def score(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[float, Float32]:
+        """The score before it is compared, and the next state."""
+        return self.backend.classify(result, self.depths[exit_layer], state)

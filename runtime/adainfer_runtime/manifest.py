@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -14,6 +15,9 @@ from .errors import IntegrityError, ManifestError, SchemaVersionError, UnsafePat
 __all__ = [
     "MANIFEST_NAME",
     "SCHEMA_VERSION",
+    "Certificate",
+    "CertificateGroup",
+    "CertificateLevel",
     "ClassifierSpec",
     "ExitPoint",
     "ExitSpec",
@@ -26,6 +30,7 @@ __all__ = [
     "SourceSpec",
     "StageSpec",
     "TokenizerSpec",
+    "device_class",
     "file_sha256",
     "load_manifest",
     "verify_files",
@@ -139,16 +144,54 @@ class ClassifierSpec(_Record):
     features: tuple[str, ...]
 
 
+class CertificateGroup(_Record):
+    """One task at the pooled threshold: its share of disagreement is at most `upper_bound`."""
+
+    prompts: int
+    disagreements: int
+    upper_bound: float
+
+
+class CertificateLevel(_Record):
+    """Disagreement of greedy answers is at most `level`, with `confidence`.
+
+    Without a threshold the level could not be certified; `prompts_needed` then says how many
+    prompts could at best, where there were fewer.
+    """
+
+    level: float
+    confidence: float
+    prompts: int
+    threshold: float | None = None
+    disagreements: int | None = None
+    layers_saved: float | None = None
+    prompts_needed: int | None = None
+    groups: dict[str, CertificateGroup] = {}
+
+
+class Certificate(_Record):
+    """What is certified, and for what: it does not carry over to another target or device class."""
+
+    target: str
+    precision: str
+    device_class: str
+    data: tuple[str, ...]
+    levels: tuple[CertificateLevel, ...]
+
+
 class ExitSpec(_Record):
     """What `adaptive` mode evaluates between layers.
 
     Without points the calibration's answer was "do not exit": adaptive then runs every layer.
+    `thresholds` is the grid that certificates test, from the safest down.
     """
 
     points: tuple[ExitPoint, ...]
     classifier: ClassifierSpec | None = None
     threshold: float | None = None
     target_agreement: float
+    thresholds: tuple[float, ...] = ()
+    certificate: Certificate | None = None
     kv_policy: Literal["deferred"] = "deferred"
     calibration: dict[str, Any] = {}
 
@@ -257,6 +300,11 @@ class Manifest(_Record):
         if self.tokenizer:
             paths += [self.tokenizer.file, *self.tokenizer.files]
         return tuple(dict.fromkeys(paths))
+
+
+def device_class() -> str:
+    """What certificates are tied to: kernels of another kind of device round otherwise."""
+    return f"cpu-{platform.machine().lower() or 'unknown'}"
 
 
 def load_manifest(folder: Path) -> Manifest:

@@ -11,11 +11,11 @@ import numpy.typing as npt
 from .backends import Backend, ProbeResult
 from .chain import Chain
 from .errors import PromptTooLongError, RequestError
-from .exit_policy import ExitPolicy
+from .exit_policy import ClassifierExit, ExitPolicy
 from .ledger import LayerCount
 from .manifest import Manifest
 
-__all__ = ["Prediction", "Session"]
+__all__ = ["Observation", "ObservedPoint", "Prediction", "Session"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,23 @@ class Prediction:
 
     result: ProbeResult
     exit_layer: int
+
+
+@dataclass(frozen=True)
+class ObservedPoint:
+    """What one exit point would have answered, and the classifier's score for it."""
+
+    exit_layer: int
+    token: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Observation:
+    """Every exit point of the last position, and the full model's token."""
+
+    points: tuple[ObservedPoint, ...]
+    token: int
 
 
 class Session:
@@ -103,6 +120,24 @@ class Session:
         self.complete()
         last = self._manifest.model.num_layers
         return Prediction(self._backend.probe(self._chain.last_hidden()), last)
+
+    def observe(self, policy: ClassifierExit) -> Observation:
+        """Looks at every exit point and runs all layers: what certificates are made from.
+
+        Raises:
+            RequestError: the last position is past the first exit point.
+        """
+        if self.length == 0 or self._chain.depth(self.length - 1) > policy.exit_layers[0]:
+            raise RequestError("observe needs a new position: extend the session first")
+        state = np.zeros(policy.state_size, np.float32)
+        points = []
+        for layer in policy.exit_layers:
+            self._chain.advance(layer)
+            result = self._backend.probe(self._backend.adapt(layer, self._chain.last_hidden()))
+            score, state = policy.score(layer, result, state)
+            points.append(ObservedPoint(layer, result.token, score))
+        self.complete()
+        return Observation(tuple(points), self._backend.probe(self._chain.last_hidden()).token)
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""

@@ -10,12 +10,12 @@ import pytest
 
 from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.builtin import builtin_examples
-from adainfer_export.calibrate.classifiers import score_all
 from adainfer_export.calibrate.convert import lower_adapter
 from adainfer_export.calibrate.data import load_examples, split_parts
 from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.ridge import Adapter, Moments
+from adainfer_export.calibrate.scored import Scored, score_predictions
 from adainfer_export.calibrate.select import choose_threshold, evaluate, select_classifier
 from adainfer_export.calibrate.traces import answer_positions
 from adainfer_export.errors import CalibrationError
@@ -67,9 +67,9 @@ def test_adapter_graph_equals_its_map(tmp_path):
 
 
 def test_threshold_counts_layers_checks_and_agreement():
-    predictions = synthetic(3)
     scores = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 0]])
-    outcome = evaluate(scores, predictions, 0.5)
+    scored = Scored((4, 6, 8), 10, scores, np.ones((3, 3), bool), ("a",) * 3, 0.1)
+    outcome = evaluate(scored, 0.5)
     assert outcome.layers_saved == pytest.approx(1 - (4 + 6 + 10) / 30)
     # Failed checks: none, one, three, a tenth of a layer each.
     assert outcome.net_saved == pytest.approx(outcome.layers_saved - 4 / 3 * 0.1 / 10)
@@ -78,15 +78,15 @@ def test_threshold_counts_layers_checks_and_agreement():
 def test_threshold_keeps_the_target_on_new_prompts():
     fit, chosen, new = (synthetic(2000, seed, noise=0.03) for seed in (0, 1, 2))
     classifier = fit_classifier("svm", fit)
-    outcome = choose_threshold(score_all(classifier, chosen), chosen, 0.97)
+    outcome = choose_threshold(score_predictions(classifier, chosen), 0.97)
     assert outcome.agreement >= 0.97
-    assert evaluate(score_all(classifier, new), new, outcome.threshold).agreement >= 0.96
+    assert evaluate(score_predictions(classifier, new), outcome.threshold).agreement >= 0.96
 
 
 def test_too_few_prompts_give_no_exit():
     """With 20 prompts not even none of them disagreeing is evidence for 99%."""
-    predictions = synthetic(20)
-    outcome = choose_threshold(predictions.agrees.astype(float), predictions, 0.99)
+    right = np.ones((20, 1), bool)
+    outcome = choose_threshold(Scored((4,), 10, right * 1.0, right, ("a",) * 20, 0.1), 0.99)
     assert math.isinf(outcome.threshold)
     assert outcome.layers_saved == 0.0
 

@@ -8,6 +8,7 @@ import pytest
 from adainfer_export.calibrate.classifiers import CLASSIFIERS, FitData, score_all
 from adainfer_export.calibrate.convert import STATE_SIZE, check_parity, lower_classifier
 from adainfer_export.calibrate.predictions import Predictions
+from adainfer_export.calibrate.scored import score_predictions
 from adainfer_export.calibrate.select import choose_threshold, evaluate
 from adainfer_export.commands import ClassifierChoice
 from adainfer_export.errors import LoweringError
@@ -83,9 +84,9 @@ def test_labels_of_one_class_give_no_classifier(kind):
 def test_scores_rank_safe_exits_first(kind):
     fit, chosen, new = (synthetic(2000, seed, noise=0.02) for seed in (0, 1, 2))
     classifier = fit_classifier(kind, fit)
-    outcome = choose_threshold(score_all(classifier, chosen), chosen, 0.97)
+    outcome = choose_threshold(score_predictions(classifier, chosen), 0.97)
     assert outcome.layers_saved > 0.15
-    assert evaluate(score_all(classifier, new), new, outcome.threshold).agreement >= 0.96
+    assert evaluate(score_predictions(classifier, new), outcome.threshold).agreement >= 0.96
 
 
 def test_crf_knows_the_past(tmp_path):

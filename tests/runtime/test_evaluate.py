@@ -17,7 +17,7 @@ class HalfwayEngine:
     def __getattr__(self, name):
         return getattr(self._engine, name)
 
-    def policy(self, mode, *, threshold=None):
+    def policy(self, mode):
         if mode == "off":
             return self._engine.policy("off")
         backend = self._engine.backend
@@ -57,7 +57,7 @@ def test_figures_are_counted(tiny, examples):
 
 def test_off_against_itself_agrees(tiny, examples):
     engine = HalfwayEngine(tiny("llama").engine)
-    engine.policy = lambda mode, threshold=None: engine._engine.policy("off")
+    engine.policy = lambda mode: engine._engine.policy("off")
     result = evaluate(engine, examples)
     assert result.mean.agreement == 1.0
     assert result.mean.layers_saved == 0.0

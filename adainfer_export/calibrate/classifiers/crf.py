@@ -41,10 +41,10 @@ class CrfClassifier:
     def decide(self, x: Float64, previous: Float64) -> Float64:
         """See `ExitClassifier.decide`."""
         emission = x @ self.weight + self.bias
-        t = self.transitions
-        carried = np.logaddexp(previous + t[1, 1], t[0, 1])
-        carried -= np.logaddexp(previous + t[1, 0], t[0, 0])
-        scores: Float64 = emission + np.where(np.isnan(previous), 0.0, carried)
+        t, first = self.transitions, np.isnan(previous)
+        last = np.where(first, 0.0, previous)
+        carried = np.logaddexp(last + t[1, 1], t[0, 1]) - np.logaddexp(last + t[1, 0], t[0, 0])
+        scores: Float64 = emission + np.where(first, 0.0, carried)
         return scores
 
     def lower(
@@ -79,9 +79,7 @@ def fit(data: FitData, seed: int, *, most_rows: int = 100_000) -> CrfClassifier 
     trainer = pycrfsuite.Trainer(algorithm="lbfgs", verbose=False)
     trainer.set_params({"c2": 0.1, "max_iterations": 200, "feature.possible_transitions": True})
     for chain, labels in zip((data.x - mean) / scale, data.y, strict=True):
-        items = [
-            dict(zip(names, map(float, point), strict=True)) | {"bias": 1.0} for point in chain
-        ]
+        items = [{"bias": 1.0, **dict(zip(names, point, strict=True))} for point in chain.tolist()]
         trainer.append(pycrfsuite.ItemSequence(items), ["01"[int(label)] for label in labels])
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "crf")

@@ -45,6 +45,9 @@ def run_eval(
     threshold: Annotated[
         float | None, typer.Option(help="Exit threshold, instead of the calibrated one.")
     ] = None,
+    level: Annotated[
+        float | None, typer.Option(help="Certified disagreement, such as 0.02 (see inspect).")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results here; `-` prints them.")
@@ -60,7 +63,7 @@ def run_eval(
             engine,
             examples,
             labels_only=labels_only,
-            threshold=threshold,
+            policy=engine.policy("adaptive", threshold=threshold, level=level),
             on_example=lambda: progress.advance(bar),
         )
     content = json.dumps(asdict(result), indent=1)

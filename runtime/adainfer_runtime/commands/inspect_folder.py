@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..manifest import ExitSpec, Manifest, load_manifest, verify_files
+from ..manifest import Certificate, ExitSpec, Manifest, load_manifest, verify_files
 
-__all__ = ["describe_exit", "register"]
+__all__ = ["certificate_table", "describe_exit", "register"]
 
 _EXAMPLES = """
 Examples:
@@ -42,6 +42,8 @@ def inspect(
     for name, value in _rows(manifest):
         table.add_row(name, value)
     Console().print(table)
+    if manifest.exit is not None and manifest.exit.certificate is not None:
+        Console().print(certificate_table(manifest.exit.certificate))
 
 
 def _rows(manifest: Manifest) -> list[tuple[str, str]]:
@@ -70,12 +72,28 @@ def describe_exit(spec: ExitSpec | None) -> str:
     if spec.classifier is None:
         return "calibrated: no exit pays at the wanted agreement"
     points = ", ".join(str(point.exit_layer) for point in spec.points)
-    figures = spec.calibration.get("threshold_part", {})
+    figures = spec.calibration.get("held_out", {})
     return (
         f"{spec.classifier.kind} after layers {points}; target agreement "
         f"{spec.target_agreement}, on held-out prompts {figures.get('agreement', '?')} "
         f"with {figures.get('layers_saved', 0):.1%} of layers saved"
     )
+
+
+def certificate_table(certificate: Certificate) -> Table:
+    """Levels with what was seen, and what they allow."""
+    title = f"certificate ({certificate.precision}, {certificate.device_class})"
+    table = Table(
+        "disagreement ≤", "confidence", "prompts", "disagreed", "layers saved", title=title
+    )
+    for entry in certificate.levels:
+        row = [f"{entry.level:.1%}", f"{entry.confidence:.0%}", str(entry.prompts)]
+        if entry.threshold is None:
+            needed = f"at least {entry.prompts_needed} prompts" if entry.prompts_needed else ""
+            table.add_row(*row, "not certified", needed)
+        else:
+            table.add_row(*row, str(entry.disagreements), f"{entry.layers_saved:.1%}")
+    return table
 
 
 def _layers(manifest: Manifest) -> str:

@@ -54,6 +54,9 @@ def run(
     threshold: Annotated[
         float | None, typer.Option(help="Exit threshold, instead of the calibrated one.")
     ] = None,
+    level: Annotated[
+        float | None, typer.Option(help="Certified disagreement, such as 0.02 (see inspect).")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Deadline in seconds.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -65,7 +68,7 @@ def run(
         raise RequestError("the prompt is empty")
     if labels is not None:
         names = [label for label in labels.split(",") if label]
-        choice = engine.choose(text, names, mode=mode.value, threshold=threshold)
+        choice = engine.choose(text, names, mode=mode.value, threshold=threshold, level=level)
         _print(asdict(choice) | {"text": choice.label}, json_output, _describe_choice(choice))
         return
     result = engine.generate(
@@ -73,6 +76,7 @@ def run(
         max_new_tokens=max_new_tokens,
         mode=mode.value,
         threshold=threshold,
+        level=level,
         timeout=timeout,
     )
     _print(asdict(result), json_output, _describe(result))

@@ -1,0 +1,157 @@
+"""Certificates: "disagreement ≤ ε with confidence 1 − δ" for one frozen exit graph.
+
+Learn-then-Test (arXiv 2110.01052) with fixed-sequence testing: thresholds from a grid that the
+selection part fixed are tested from the safest down, H: risk(threshold) > ε, by the exact
+binomial p-value P(Bin(n, ε) ≤ disagreements), until the first that is not rejected. The last
+rejected one is certified: its risk exceeds ε with probability at most δ over the draw of the
+prompts. The prompt is the unit; prompts must be drawn like those that will be asked.
+
+A few blind exits keep any level as well. So a level is given only where exits are right
+significantly more often than the same exit points are without being chosen, unless those alone
+would keep the level.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from adainfer_runtime.manifest import (
+    Certificate,
+    CertificateGroup,
+    CertificateLevel,
+    Manifest,
+    device_class,
+)
+
+from .scored import Scored
+from .select import Outcome, evaluate
+
+__all__ = [
+    "CONFIDENCE",
+    "LEVELS",
+    "certify",
+    "make_certificate",
+    "prompts_needed",
+    "threshold_grid",
+]
+
+LEVELS = (0.005, 0.01, 0.02, 0.05, 0.10)
+CONFIDENCE = 0.95
+_GRID = 200
+
+
+@dataclass(frozen=True)
+class _Tested:
+    outcome: Outcome
+    disagreements: int
+
+
+def threshold_grid(scored: Scored) -> npt.NDArray[np.float64]:
+    """Thresholds to test, from the safest down, fixed by prompts that certify nothing."""
+    scores = np.unique(scored.scores)
+    grid: npt.NDArray[np.float64] = np.quantile(scores, np.linspace(1.0, 0.0, _GRID))
+    return grid
+
+
+def certify(
+    scored: Scored,
+    grid: npt.NDArray[np.float64],
+    levels: Sequence[float] = LEVELS,
+    confidence: float = CONFIDENCE,
+) -> tuple[CertificateLevel, ...]:
+    """One entry per level; without a threshold where nothing could be certified."""
+    tested = [_test(scored, float(threshold)) for threshold in grid]
+    return tuple(_certify_level(scored, tested, level, confidence) for level in levels)
+
+
+def make_certificate(
+    manifest: Manifest, scored: Scored, grid: npt.NDArray[np.float64], data: Sequence[str]
+) -> Certificate:
+    """The certificate of one frozen exit graph on prompts that were used for nothing else."""
+    return Certificate(
+        target=manifest.target,
+        precision=manifest.precision,
+        device_class=device_class(),
+        data=tuple(data),
+        levels=certify(scored, grid),
+    )
+
+
+def prompts_needed(level: float, confidence: float = CONFIDENCE) -> int:
+    """The least number of prompts that can certify a level, if none disagrees."""
+    return math.ceil(math.log(1.0 - confidence) / math.log1p(-level))
+
+
+def _test(scored: Scored, threshold: float) -> _Tested:
+    outcome = evaluate(scored, threshold)
+    return _Tested(outcome, round((1.0 - outcome.agreement) * len(scored.scores)))
+
+
+def _certify_level(
+    scored: Scored, tested: Sequence[_Tested], level: float, confidence: float
+) -> CertificateLevel:
+    prompts = len(scored.scores)
+    passed: _Tested | None = None
+    for candidate in tested:
+        if stats.binom.cdf(candidate.disagreements, prompts, level) > 1.0 - confidence:
+            break
+        passed = candidate
+    if passed is None or not _means_something(scored, passed.outcome.threshold, level, confidence):
+        needed = prompts_needed(level, confidence)
+        return CertificateLevel(
+            level=level,
+            confidence=confidence,
+            prompts=prompts,
+            prompts_needed=needed if prompts < needed else None,
+        )
+    return CertificateLevel(
+        level=level,
+        confidence=confidence,
+        prompts=prompts,
+        threshold=passed.outcome.threshold,
+        disagreements=passed.disagreements,
+        layers_saved=round(passed.outcome.layers_saved, 4),
+        groups=_groups(scored, passed.outcome.threshold, confidence),
+    )
+
+
+def _means_something(scored: Scored, threshold: float, level: float, confidence: float) -> bool:
+    exits = scored.scores >= threshold
+    leaving = exits.any(axis=1)
+    if not leaving.any():
+        return False
+    first = exits.argmax(axis=1)[leaving]
+    blind = float((1.0 - scored.agrees.mean(axis=0))[first].mean())
+    wrong = int(_disagreements(scored, threshold).sum())
+    return blind <= level or stats.binom.cdf(wrong, len(first), blind) <= 1.0 - confidence
+
+
+def _groups(scored: Scored, threshold: float, confidence: float) -> dict[str, CertificateGroup]:
+    """Per task at the pooled threshold, each with its own exact upper bound (Clopper-Pearson)."""
+    groups = {}
+    wrong = _disagreements(scored, threshold)
+    tasks = np.array(scored.tasks)
+    for task in sorted(set(scored.tasks)):
+        here = wrong[tasks == task]
+        count, found = len(here), int(here.sum())
+        bound = 1.0
+        if found < count:
+            bound = float(stats.beta.ppf(confidence, found + 1, count - found))
+        groups[task] = CertificateGroup(
+            prompts=count, disagreements=found, upper_bound=round(bound, 4)
+        )
+    return groups
+
+
+def _disagreements(scored: Scored, threshold: float) -> npt.NDArray[np.bool_]:
+    exits = scored.scores >= threshold
+    first = exits.argmax(axis=1)
+    right = scored.agrees[np.arange(len(exits)), first]
+    wrong: npt.NDArray[np.bool_] = exits.any(axis=1) & ~right
+    return wrong

@@ -1,0 +1,79 @@
+"""Renews a certificate on a user's own prompts; nothing of the exit graph is changed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from adainfer_runtime import Engine
+from adainfer_runtime.manifest import Manifest, load_manifest, verify_files, write_manifest
+from adainfer_runtime.tasks import TaskExample, read_tasks
+
+from ..errors import CalibrationError, OutputError
+from ..progress import Reporter
+from .certify import make_certificate
+from .data import prompt_hash
+from .scored import observe
+from .traces import fits
+
+__all__ = ["Renewal", "recertify"]
+
+
+@dataclass(frozen=True)
+class Renewal:
+    """The manifest with its new certificate.
+
+    Attributes:
+        fitted_on: prompts left out because the exit graph was fitted on them.
+        too_long: prompts left out because the engine does not take them.
+    """
+
+    manifest: Manifest
+    fitted_on: int
+    too_long: int
+
+
+def recertify(folder: Path, files: Sequence[Path], reporter: Reporter) -> Renewal:
+    """Runs every exit point on every prompt and tests the frozen grid of thresholds again.
+
+    Raises:
+        CalibrationError: the engine has no exits, or no prompt is left to certify with.
+        TaskFileError: a file cannot be read.
+        OutputError: the folder cannot be written.
+    """
+    manifest = load_manifest(folder)
+    verify_files(folder, manifest)
+    spec = manifest.exit
+    if spec is None or spec.classifier is None:
+        raise CalibrationError(f"{folder} has no exits to certify: run `adainfer calibrate` first")
+    engine = Engine.of_manifest(folder, manifest)
+    examples = list({example.prompt: example for example in read_tasks(files)}.values())
+    unseen = _unseen(folder, manifest, examples)
+    usable = [example for example in unseen if fits(engine, example)]
+    if not usable:
+        raise CalibrationError("no prompt is left that the exit graph was not fitted on")
+    reporter.begin("certifying", len(usable))
+    scored = observe(engine, usable, float(spec.calibration.get("check_layers", 0.0)), reporter)
+    data = [path.name for path in files]
+    certificate = make_certificate(manifest, scored, np.array(spec.thresholds), data)
+    renewed = manifest.model_copy(
+        update={"exit": spec.model_copy(update={"certificate": certificate})}
+    )
+    try:
+        write_manifest(folder, renewed)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{folder} cannot be written: {reason}; it was left as it is") from error
+    return Renewal(renewed, len(examples) - len(unseen), len(unseen) - len(usable))
+
+
+def _unseen(folder: Path, manifest: Manifest, examples: Sequence[TaskExample]) -> list[TaskExample]:
+    report = next((name for name in manifest.files if name.startswith("reports/")), None)
+    if report is None:
+        return list(examples)
+    seen = set(json.loads((folder / report).read_text(encoding="utf-8")).get("fitted_on", ()))
+    return [example for example in examples if prompt_hash(example.prompt) not in seen]

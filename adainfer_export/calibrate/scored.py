@@ -1,0 +1,91 @@
+"""Scores of an exit graph on prompts, with what it would have answered: what thresholds see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from adainfer_runtime import Engine
+from adainfer_runtime.exit_policy import ClassifierExit
+from adainfer_runtime.tasks import TaskExample
+
+from ..progress import Reporter
+from .classifiers import ExitClassifier, score_all
+from .predictions import Predictions
+
+__all__ = ["Scored", "observe", "score_predictions"]
+
+Float64 = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Prompts at the exit points of one frozen exit graph.
+
+    Attributes:
+        layers: exit layers, ascending.
+        scores: `[prompts, points]`.
+        agrees: `[prompts, points]`, whether an exit there gives the full model's answer.
+        tasks: name of each prompt's task.
+        check_layers: time of one check in units of one layer over one prompt.
+    """
+
+    layers: tuple[int, ...]
+    num_layers: int
+    scores: Float64
+    agrees: npt.NDArray[np.bool_]
+    tasks: tuple[str, ...]
+    check_layers: float
+
+    def task_weights(self) -> Float64:
+        """`[prompts]`, summing to 1, the same sum for every task: for means over tasks."""
+        _, index, counts = np.unique(self.tasks, return_inverse=True, return_counts=True)
+        weights: Float64 = 1.0 / (counts[index] * len(counts))
+        return weights
+
+
+def score_predictions(classifier: ExitClassifier, predictions: Predictions) -> Scored:
+    """The fitted classifier on traced predictions."""
+    chosen = predictions.at(classifier.layers)
+    return Scored(
+        classifier.layers,
+        chosen.num_layers,
+        score_all(classifier, chosen),
+        chosen.agrees,
+        chosen.tasks,
+        chosen.check_layers,
+    )
+
+
+def observe(
+    engine: Engine, examples: Iterable[TaskExample], check_layers: float, reporter: Reporter
+) -> Scored:
+    """The exit graph as it runs: every exit point of every prompt, then the full model.
+
+    Raises:
+        ExitUnavailableError: the engine has no exit graph.
+    """
+    policy = engine.policy("adaptive")
+    assert isinstance(policy, ClassifierExit)  # callers have made sure that there are exits
+    scores: list[list[float]] = []
+    agrees: list[list[bool]] = []
+    tasks: list[str] = []
+    for example in examples:
+        with engine.borrow() as session:
+            session.extend(engine.tokenizer.encode(example.prompt))
+            seen = session.observe(policy)
+        scores.append([point.score for point in seen.points])
+        agrees.append([point.token == seen.token for point in seen.points])
+        tasks.append(example.task)
+        reporter.step(example.task)
+    return Scored(
+        policy.exit_layers,
+        engine.manifest.model.num_layers,
+        np.array(scores, np.float64).reshape(len(scores), -1),
+        np.array(agrees, np.bool_).reshape(len(agrees), -1),
+        tuple(tasks),
+        check_layers,
+    )

@@ -1,0 +1,53 @@
+"""`adainfer certify`: a new certificate from a user's own traffic."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from adainfer_runtime.commands.inspect_folder import certificate_table
+
+from .progress import terminal_reporter
+
+__all__ = ["EXAMPLES", "certify"]
+
+EXAMPLES = """
+Examples:
+
+    adainfer certify engines/ --prompts traffic.jsonl
+
+    adainfer run engines/ --mode adaptive --level 0.02 --prompt "…"
+"""
+
+
+def certify(
+    folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
+    prompts: Annotated[
+        list[Path], typer.Option(help="Task file (JSON lines with `prompt`); repeatable.")
+    ],
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the certificate.")] = False,
+) -> None:
+    """Certify the exits of an engine folder on prompts like those that will be asked."""
+    from .calibrate.recertify import recertify
+
+    with terminal_reporter(quiet=quiet or json_output) as reporter:
+        renewal = recertify(folder, prompts, reporter)
+    spec = renewal.manifest.exit
+    assert spec is not None and spec.certificate is not None  # recertify gave it one
+    if json_output:
+        data = spec.certificate.model_dump(mode="json")
+        print(json.dumps(data | {"fitted_on": renewal.fitted_on, "too_long": renewal.too_long}))
+        return
+    console = Console(stderr=True)
+    for count, why in (
+        (renewal.fitted_on, "the exits were fitted on them"),
+        (renewal.too_long, "the engine does not take such long ones"),
+    ):
+        if count:
+            console.print(f"warning: {count} prompts left out: {why}", style="yellow")
+    Console().print(certificate_table(spec.certificate))
