@@ -2,7 +2,8 @@
 
 The classifier's graph has the same inputs and outputs whatever its kind:
 
-    token int64 [n], top_prob, gap, depth float [n], state float [n, 3]  →  score [n], next_state
+    token int64 [n]; top_prob, gap, depth, trust float [n]; state float [n, 3]
+        →  score [n], next_state [n, 3]
 
 `state` holds the last exit point's token plus one (0 where there was none), its top prob and its
 score. skl2onnx's own conversion is kept beside it as a reference: `SVMClassifier` (ai.onnx.ml) runs
@@ -25,10 +26,12 @@ from .classifiers import ExitClassifier
 from .graphs import GraphBuilder, graph_input
 from .predictions import LOG_ODDS_CLIP, log_odds
 from .ridge import Adapter
+from .trust import Trust
 
 __all__ = ["STATE_SIZE", "check_parity", "lower_adapter", "lower_classifier"]
 
 STATE_SIZE = 3
+INPUTS = ("top_prob", "gap", "depth", "trust")
 _MARGIN = 1e-3  # of the scores' range: what float32 may lose of them
 _POINTS = 4000
 
@@ -37,7 +40,7 @@ Float32 = npt.NDArray[np.float32]
 
 def lower_classifier(classifier: ExitClassifier) -> ir.Model:
     """The decision in plain operators."""
-    inputs = {name: graph_input(name, ["n"]) for name in ("top_prob", "gap", "depth")}
+    inputs = {name: graph_input(name, ["n"]) for name in INPUTS}
     token = graph_input("token", ["n"], ir.DataType.INT64)
     state = graph_input("state", ["n", STATE_SIZE])
     graph = GraphBuilder()
@@ -59,14 +62,19 @@ def lower_classifier(classifier: ExitClassifier) -> ir.Model:
     return graph.model("classifier", [token, *inputs.values(), state], outputs)
 
 
-def lower_adapter(adapter: Adapter) -> ir.Model:
-    """`hidden [1, tokens, hidden_size]` to `adapted` of the same shape."""
+def lower_adapter(adapter: Adapter, trust: Trust) -> ir.Model:
+    """`hidden [1, tokens, hidden_size]` to `adapted` of the same shape and `trust [1, tokens]`."""
     width = len(adapter.bias)
     hidden = graph_input("hidden", [1, "tokens", width])
     graph = GraphBuilder()
     product = graph.op("MatMul", hidden, graph.const("matrix", adapter.matrix))
     adapted = graph.op("Add", product, graph.const("bias", adapter.bias))
-    outputs = [graph.output(adapted, "adapted", [1, "tokens", width])]
+    read = graph.op("MatMul", hidden, graph.const("trust_weight", trust.weight[:, None]))
+    read = graph.op("Add", read, graph.const("trust_bias", [trust.bias]))
+    outputs = [
+        graph.output(adapted, "adapted", [1, "tokens", width]),
+        graph.output(graph.row(read), "trust", [1, "tokens"]),
+    ]
     return graph.model("adapter", [hidden], outputs)
 
 
@@ -116,6 +124,7 @@ class _Sample:
         depths = [layer / max(classifier.layers) for layer in classifier.layers]
         depth = random.choice(np.array(depths, np.float32), count)
         scores = random.normal(size=count).astype(np.float32)
+        trust = (3.0 * random.normal(size=count)).astype(np.float32)
         # The token is 0, with the number 1: a last number of 1 is the same token, 2 another.
         number = np.where(first, 0, np.where(same, 1, 2))
         self.feed = {
@@ -123,12 +132,14 @@ class _Sample:
             "top_prob": top_prob,
             "gap": gap,
             "depth": depth,
+            "trust": trust,
             "state": np.stack([number, before, scores], axis=1).astype(np.float32),
         }
         table = {
             "top_prob": top_prob,
             "gap": gap,
             "depth": depth,
+            "trust": trust,
             "stability": same,
             "log_odds": log_odds(top_prob),
             "rise": np.where(first, 0.0, log_odds(top_prob) - log_odds(before)),

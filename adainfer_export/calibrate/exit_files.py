@@ -23,6 +23,7 @@ from ..lower import find_target
 from .classifiers import ExitClassifier
 from .convert import STATE_SIZE, check_parity, lower_adapter, lower_classifier
 from .ridge import Adapter
+from .trust import Trust
 
 __all__ = ["without_exit", "write_exit", "write_report"]
 
@@ -36,7 +37,7 @@ def write_exit(
     folder: Path,
     manifest: Manifest,
     classifier: ExitClassifier,
-    adapters: Mapping[int, Adapter],
+    adapters: Mapping[int, tuple[Adapter, Trust]],
     spec: ExitSpec,
 ) -> Manifest:
     """Writes adapters and classifier. The threshold is 0 until the caller has chosen one.
@@ -53,7 +54,7 @@ def write_exit(
         adapter = adapters.get(layer)
         path = None
         if adapter is not None:
-            path = _save(folder, f"adapters/layer_{layer:03d}", _serialise(lower_adapter(adapter)))
+            path = _save(folder, f"adapters/layer_{layer:03d}", _serialise(lower_adapter(*adapter)))
         points.append(ExitPoint(exit_layer=layer, adapter=path))
     classifier_spec = ClassifierSpec(
         kind=classifier.kind,

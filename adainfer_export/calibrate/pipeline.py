@@ -22,7 +22,8 @@ from .request import CalibrationRequest
 from .ridge import Adapter
 from .scored import observe, score_predictions
 from .select import Outcome, choose_threshold, select_classifier
-from .traces import candidate_layers, fits, trace_answers, trace_moments
+from .traces import AnswerTraces, candidate_layers, fits, trace_answers, trace_moments
+from .trust import Trust, cross_fit, fit_trust, with_trust
 
 __all__ = ["calibrate", "recalibrate"]
 
@@ -38,7 +39,7 @@ class _Fitted:
 
     parts: Parts
     skipped: int
-    adapters: Mapping[int, Adapter]
+    adapters: Mapping[int, tuple[Adapter, Trust]]
     classifier: ExitClassifier | None
     selection: Predictions
 
@@ -128,11 +129,18 @@ def _fit(
             "--layers-per-engine"
         )
     adapters = _fit_adapters(engine, parts, request, reporter)
-    fit = _predict(engine, parts.classifier, adapters, reporter, in_context=True)
-    selection = _predict(engine, parts.selection, adapters, reporter)
+    traces = _trace(engine, parts.classifier, reporter, in_context=True)
+    fit = predict_layers(engine, traces, adapters)
+    new = _trace(engine, parts.selection, reporter)
+    selection = predict_layers(engine, new, adapters)
+    trusts: dict[int, Trust] = {}
+    if adapters:  # plain AdaInfer reads nothing off the hidden state but its prediction
+        trusts = fit_trust(traces, fit)
+        fit, selection = cross_fit(traces, fit), with_trust(new, selection, trusts)
     kinds = tuple(CLASSIFIERS) if request.classifier == "auto" else (request.classifier,)
     classifier = select_classifier(fit, selection, request.target_agreement, request.seed, kinds)
-    return _Fitted(parts, skipped, adapters, classifier, selection)
+    maps = {layer: (adapter, trusts[layer]) for layer, adapter in adapters.items()}
+    return _Fitted(parts, skipped, maps, classifier, selection)
 
 
 def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, int]:
@@ -157,17 +165,15 @@ def _fit_adapters(
     return {layer: moment.solve(_RIDGE) for layer, moment in moments.items()}
 
 
-def _predict(
+def _trace(
     engine: Engine,
     examples: tuple[TaskExample, ...],
-    adapters: Mapping[int, Adapter],
     reporter: Reporter,
     *,
     in_context: bool = False,
-) -> Predictions:
+) -> AnswerTraces:
     reporter.begin("tracing answers", len(examples))
-    traces = trace_answers(engine, examples, reporter, in_context=in_context)
-    return predict_layers(engine, traces, adapters)
+    return trace_answers(engine, examples, reporter, in_context=in_context)
 
 
 def _figures(request: CalibrationRequest, fitted: _Fitted) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ class Predictions:
     Attributes:
         final: `[prompts]`, the full model's answer.
         token, top_prob, gap: `[prompts, layers]`.
+        trust: `[prompts, layers]`, see `trust`; None where it was not fitted.
         check_layers: time of one check (adapter, probe) in units of one layer over one prompt.
     """
 
@@ -48,6 +49,7 @@ class Predictions:
     top_prob: Float32
     gap: Float32
     check_layers: float
+    trust: Float32 | None = None
 
     @property
     def agrees(self) -> Bool:
@@ -67,7 +69,18 @@ class Predictions:
             self.top_prob[:, columns],
             self.gap[:, columns],
             self.check_layers,
+            None if self.trust is None else self.trust[:, columns],
         )
+
+    def with_trust(self, trust: Float32) -> Predictions:
+        """The same with another trust."""
+        return replace(self, trust=trust)
+
+    @property
+    def known_features(self) -> frozenset[str]:
+        """Names that `features` takes here."""
+        always = {"top_prob", "gap", "depth", "stability", "log_odds", "rise"}
+        return frozenset(always if self.trust is None else always | {"trust"})
 
     def features(self, names: tuple[str, ...]) -> Float32:
         """`[prompts, layers, features]`, in the order of the names.
@@ -83,6 +96,7 @@ class Predictions:
         rise = np.zeros((prompts, points), np.float32)
         rise[:, 1:] = odds[:, 1:] - odds[:, :-1]
         table: dict[str, Float32] = {
+            **({} if self.trust is None else {"trust": self.trust}),
             "log_odds": odds,
             "rise": rise,
             "top_prob": self.top_prob,

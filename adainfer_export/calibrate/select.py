@@ -22,7 +22,7 @@ Float64 = npt.NDArray[np.float64]
 
 _MOST_POINTS = 3
 _SHORTLIST = 8
-_RANKING_FEATURES = ("log_odds", "gap", "depth", "stability")
+_RANKING_FEATURES = ("log_odds", "gap", "depth", "stability", "trust")
 # Savings are compared at several levels around the wanted one: a few hundred prompts say little
 # about a single level.
 _LEVELS = (1.0, 1.5, 2.0, 3.0)
@@ -117,6 +117,8 @@ def select_classifier(
     for layers, kind in itertools.product(ranked[:_SHORTLIST], kinds):
         entry = CLASSIFIERS[kind]
         for features in entry.feature_sets:
+            if not fit.known_features.issuperset(features):
+                continue
             data = FitData.of(fit, layers, features)
             classifier = entry.fit(data, seed, most_rows=entry.most_rows_to_rank)
             if classifier is None:
@@ -137,13 +139,14 @@ def _subsets(layers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
 def _logistic_value(
     fit: Predictions, selection: Predictions, layers: tuple[int, ...], target: float
 ) -> float:
-    data = FitData.of(fit, layers, _RANKING_FEATURES)
+    names = tuple(name for name in _RANKING_FEATURES if name in fit.known_features)
+    data = FitData.of(fit, layers, names)
     if data.one_class:
         return 0.0
     x, y = data.rows
     model = LogisticRegression(max_iter=200, class_weight={0: COST_OF_WRONG_EXIT, 1: 1.0}).fit(x, y)
     chosen = selection.at(layers)
-    features = chosen.features(_RANKING_FEATURES)
+    features = chosen.features(names)
     scores = model.decision_function(features.reshape(-1, features.shape[-1]))
     scored = Scored(
         layers,

@@ -42,6 +42,7 @@ class AnswerTraces:
         hidden: `[positions, layers, hidden_size]`, after each candidate layer.
         token: `[positions]`, the full model's own prediction.
         tasks: name of each position's task.
+        prompts: `[positions]`, number of the prompt that each position belongs to.
         seconds_per_layer: mean time of one layer over one prompt.
     """
 
@@ -49,6 +50,7 @@ class AnswerTraces:
     hidden: Float32
     token: Int64
     tasks: tuple[str, ...]
+    prompts: Int64
     seconds_per_layer: float
 
 
@@ -122,6 +124,7 @@ def trace_answers(
     hidden: list[Float32] = []
     tokens: list[Int64] = []
     tasks: list[str] = []
+    prompts: list[int] = []
     seconds, runs = 0.0, 0
     examples = list(examples)
     for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
@@ -133,11 +136,13 @@ def trace_answers(
         hidden.append(np.stack([per_layer[layer] for layer in layers], axis=1))
         tokens.append(engine.backend.probe_features(final)[0])
         tasks += [example.task] * len(rows)
+        prompts += [runs] * len(rows)
     return AnswerTraces(
         layers,
         np.concatenate(hidden),
         np.concatenate(tokens),
         tuple(tasks),
+        np.array(prompts, np.int64),
         seconds / max(runs, 1) / engine.manifest.model.num_layers,
     )
 

@@ -1,4 +1,4 @@
-"""Who decides at an exit point. A policy names its exit points and judges a probe's result."""
+"""Who decides at an exit point. A policy names its exit points and judges the evidence there."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from .backends import Backend, ProbeResult
+from .backends import Backend, ExitEvidence
 from .manifest import ClassifierSpec, ExitPoint
 
 __all__ = ["ClassifierExit", "ExitPolicy", "FixedExit", "NoExit"]
@@ -28,7 +28,9 @@ class ExitPolicy(Protocol):
     def state_size(self) -> int:
         """Length of the state vector."""
 
-    def decide(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[bool, Float32]:
+    def decide(
+        self, exit_layer: int, evidence: ExitEvidence, state: Float32
+    ) -> tuple[bool, Float32]:
         """Whether to stop here, and the state for the next exit point."""
 
 
@@ -39,14 +41,16 @@ class NoExit:
     exit_layers: tuple[int, ...] = ()
     state_size: int = 0
 
-    def decide(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[bool, Float32]:
+    def decide(
+        self, exit_layer: int, evidence: ExitEvidence, state: Float32
+    ) -> tuple[bool, Float32]:
         """Never asked: there are no exit points."""
         return False, state
 
 
 @dataclass(frozen=True)
 class FixedExit:
-    """Stops at the same layer every time, whatever the probe says (a baseline)."""
+    """Stops at the same layer every time, whatever is found there (a baseline)."""
 
     layer: int
     state_size: int = 0
@@ -56,7 +60,9 @@ class FixedExit:
         """The one layer."""
         return (self.layer,)
 
-    def decide(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[bool, Float32]:
+    def decide(
+        self, exit_layer: int, evidence: ExitEvidence, state: Float32
+    ) -> tuple[bool, Float32]:
         """Always stops."""
         return True, state
 
@@ -85,11 +91,15 @@ class ClassifierExit:
         depths = {layer: layer / num_layers for layer in layers}
         return cls(backend, layers, depths, threshold, classifier.state_size)
 
-    def decide(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[bool, Float32]:
+    def decide(
+        self, exit_layer: int, evidence: ExitEvidence, state: Float32
+    ) -> tuple[bool, Float32]:
         """Evaluates the classifier graph."""
-        score, state = self.score(exit_layer, result, state)
+        score, state = self.score(exit_layer, evidence, state)
         return score >= self.threshold, state
 
-    def score(self, exit_layer: int, result: ProbeResult, state: Float32) -> tuple[float, Float32]:
+    def score(
+        self, exit_layer: int, evidence: ExitEvidence, state: Float32
+    ) -> tuple[float, Float32]:
         """The score before it is compared, and the next state."""
-        return self.backend.classify(result, self.depths[exit_layer], state)
+        return self.backend.classify(evidence, self.depths[exit_layer], state)

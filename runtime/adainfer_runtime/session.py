@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from .backends import Backend, ProbeResult
+from .backends import Backend, ExitEvidence, ProbeResult
 from .chain import Chain
 from .errors import PromptTooLongError, RequestError
 from .exit_policy import ClassifierExit, ExitPolicy
@@ -112,11 +112,10 @@ class Session:
             if layer < reached:
                 continue  # the position is past this exit point: its hidden state there is gone
             self._chain.advance(layer)
-            adapted = self._backend.adapt(layer, self._chain.last_hidden())
-            result = self._backend.probe(adapted)
-            stop, state = policy.decide(layer, result, state)
+            evidence = self._evidence(layer)
+            stop, state = policy.decide(layer, evidence, state)
             if stop:
-                return Prediction(result, layer)
+                return Prediction(evidence.result, layer)
         self.complete()
         last = self._manifest.model.num_layers
         return Prediction(self._backend.probe(self._chain.last_hidden()), last)
@@ -133,9 +132,9 @@ class Session:
         points = []
         for layer in policy.exit_layers:
             self._chain.advance(layer)
-            result = self._backend.probe(self._backend.adapt(layer, self._chain.last_hidden()))
-            score, state = policy.score(layer, result, state)
-            points.append(ObservedPoint(layer, result.token, score))
+            evidence = self._evidence(layer)
+            score, state = policy.score(layer, evidence, state)
+            points.append(ObservedPoint(layer, evidence.result.token, score))
         self.complete()
         return Observation(tuple(points), self._backend.probe(self._chain.last_hidden()).token)
 
@@ -173,6 +172,10 @@ class Session:
     def kv(self, layer: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Exact K (after rotary) and V of a layer: `[kv_heads, filled, head_dim]` each."""
         return self._chain.kv(layer)
+
+    def _evidence(self, exit_layer: int) -> ExitEvidence:
+        adapted, trust = self._backend.adapt(exit_layer, self._chain.last_hidden())
+        return ExitEvidence(self._backend.probe(adapted), trust)
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -17,7 +17,8 @@ from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.ridge import Adapter, Moments
 from adainfer_export.calibrate.scored import Scored, score_predictions
 from adainfer_export.calibrate.select import choose_threshold, evaluate, select_classifier
-from adainfer_export.calibrate.traces import answer_positions
+from adainfer_export.calibrate.traces import AnswerTraces, answer_positions
+from adainfer_export.calibrate.trust import Trust, cross_fit, fit_trust
 from adainfer_export.errors import CalibrationError
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
@@ -59,11 +60,43 @@ def test_adapter_graph_equals_its_map(tmp_path):
     )
     import onnx_ir as ir
 
-    ir.save(lower_adapter(adapter), tmp_path / "a.onnx")
+    trust = Trust(random.normal(size=8).astype(np.float32), 0.5)
+    ir.save(lower_adapter(adapter, trust), tmp_path / "a.onnx")
     onnx.checker.check_model(str(tmp_path / "a.onnx"), full_check=True)
     hidden = random.normal(size=(1, 5, 8)).astype(np.float32)
-    found = open_session(tmp_path / "a.onnx").run(["adapted"], {"hidden": hidden})[0]
+    found, read = open_session(tmp_path / "a.onnx").run(["adapted", "trust"], {"hidden": hidden})
     np.testing.assert_allclose(found[0], adapter.apply(hidden[0]), atol=1e-5)
+    np.testing.assert_allclose(read[0], trust.apply(hidden[0]), atol=1e-5)
+
+
+def test_trust_is_read_off_the_hidden_state_without_the_prompt_itself():
+    random = np.random.default_rng(0)
+    predictions = synthetic(400, noise=0.3)
+    hidden = random.normal(size=(400, 3, 16)).astype(np.float32)
+    hidden[:, 1, 4] += predictions.agrees[:, 1] * 4.0  # only the second exit point shows it
+    traces = AnswerTraces(
+        predictions.layers, hidden, predictions.final, predictions.tasks, np.arange(400) // 2, 1.0
+    )
+    trusts = fit_trust(traces, predictions)
+    assert np.abs(trusts[6].weight).argmax() == 4
+    crossed = cross_fit(traces, predictions)
+
+    def difference(column, trust):
+        agrees = predictions.agrees[:, column]
+        return trust[agrees, column].mean() - trust[~agrees, column].mean()
+
+    assert difference(1, crossed.trust) > 0.5
+    # Noise looks like evidence in-sample, and does not once it is cross-fitted.
+    in_sample = np.stack([trusts[4].apply(hidden[:, 0])] * 3, axis=1)
+    assert difference(0, in_sample) > 3 * abs(difference(0, crossed.trust))
+
+
+def test_plain_adainfer_has_no_trust():
+    bare = Predictions(**{**vars(synthetic(500)), "trust": None})
+    assert "trust" not in bare.known_features
+    classifier = select_classifier(bare, bare, 0.98, 0)
+    assert classifier is not None
+    assert "trust" not in classifier.features
 
 
 def test_threshold_counts_layers_checks_and_agreement():

@@ -67,6 +67,7 @@ def test_state_carries_what_the_next_exit_point_needs(tmp_path, kind, features):
             "top_prob": predictions.top_prob[:, column],
             "gap": predictions.gap[:, column],
             "depth": np.full(40, layer / 10, np.float32),
+            "trust": predictions.trust[:, column],
             "state": state,
         }
         score, state = session.run(["score", "next_state"], feed)

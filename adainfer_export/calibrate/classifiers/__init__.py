@@ -11,6 +11,15 @@ from .base import ExitClassifier, FitData, score_all
 __all__ = ["CLASSIFIERS", "Entry", "ExitClassifier", "FitData", "score_all"]
 
 _STATE = ("stability", "rise")
+_LINEAR = (
+    ("log_odds", "gap", "depth", *_STATE),
+    ("log_odds", "gap", "depth", *_STATE, "trust"),
+)
+# Trees step where a feature crosses a limit: none that the graph computes, and rounds, itself.
+_TREES = (
+    ("top_prob", "gap", "depth", "stability"),
+    ("top_prob", "gap", "depth", "stability", "trust"),
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,7 @@ class Entry:
     """How a kind is fitted, and the sets of features that it is tried with.
 
     Attributes:
+        feature_sets: those with a feature that the predictions lack are left out.
         fit: `(data, seed)` or `(data, seed, most_rows=…)` to a classifier, or None.
         most_rows_to_rank: rows that are enough to compare sets of exit points with.
     """
@@ -30,11 +40,15 @@ class Entry:
 CLASSIFIERS: dict[str, Entry] = {
     "svm": Entry(
         svm.fit,
-        (("top_prob", "gap", "depth"), ("top_prob", "gap", "depth", "stability")),
+        (
+            ("top_prob", "gap", "depth"),  # AdaInfer's own
+            ("top_prob", "gap", "depth", "stability"),
+            ("log_odds", "gap", "depth", *_STATE, "trust"),
+        ),
         2000,
     ),
-    "crf": Entry(crf.fit, (("log_odds", "gap", "depth", *_STATE),), 10_000),
-    "logistic": Entry(logistic.fit, (("log_odds", "gap", "depth", *_STATE),), 10_000),
-    "boosting": Entry(boosting.fit, (("top_prob", "gap", "depth", *_STATE),), 10_000),
+    "crf": Entry(crf.fit, _LINEAR, 10_000),
+    "logistic": Entry(logistic.fit, _LINEAR, 10_000),
+    "boosting": Entry(boosting.fit, _TREES, 10_000),
     "threshold": Entry(threshold.fit, (("top_prob",), ("top_prob", "stability")), 0),
 }

@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Backend", "ProbeResult", "SequenceBuffers"]
+__all__ = ["Backend", "ExitEvidence", "ProbeResult", "SequenceBuffers"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -28,6 +28,14 @@ class ProbeResult:
     top_prob: float
     gap: float
     logits: Float32
+
+
+@dataclass(frozen=True)
+class ExitEvidence:
+    """What an exit point knows: the adapted prediction, and the adapter's trust in it."""
+
+    result: ProbeResult
+    trust: float
 
 
 class SequenceBuffers(Protocol):
@@ -69,10 +77,14 @@ class Backend(Protocol):
     def probe_features(self, hidden: Float32) -> tuple[npt.NDArray[np.int64], Float32, Float32]:
         """token, top_prob and gap `[rows]` each, of hidden states `[rows, hidden_size]`."""
 
-    def adapt(self, exit_layer: int, hidden: Float32) -> Float32:
-        """The exit point's adapter applied to `[hidden_size]`; without one, the input."""
+    def adapt(self, exit_layer: int, hidden: Float32) -> tuple[Float32, float]:
+        """The exit point's adapter applied to `[hidden_size]`, and its trust: an affine read-out of
+        the same hidden state. Without an adapter, the input and 0.
+        """
 
-    def classify(self, result: ProbeResult, depth: float, state: Float32) -> tuple[float, Float32]:
+    def classify(
+        self, evidence: ExitEvidence, depth: float, state: Float32
+    ) -> tuple[float, Float32]:
         """Score of the exit classifier, and its next state `[state_size]`.
 
         Args:

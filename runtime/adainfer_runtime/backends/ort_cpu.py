@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..errors import DeviceError, RequestError, StageError
 from ..manifest import Manifest, StageSpec
-from .base import Float32, ProbeResult
+from .base import ExitEvidence, Float32, ProbeResult
 
 __all__ = ["OrtCpuBackend", "load", "open_session"]
 
@@ -174,22 +174,26 @@ class OrtCpuBackend:
         )
         return token[0], top_prob[0], gap[0]
 
-    def adapt(self, exit_layer: int, hidden: Float32) -> Float32:
-        """`[hidden_size]` to `[hidden_size]`."""
+    def adapt(self, exit_layer: int, hidden: Float32) -> tuple[Float32, float]:
+        """`[hidden_size]` to `[hidden_size]`, and the trust."""
         adapter = self._adapters.get(exit_layer)
         if adapter is None:
-            return hidden
+            return hidden, 0.0
         feed = {"hidden": hidden.reshape(1, 1, -1)}
-        adapted: Float32 = adapter.run(["adapted"], feed)[0]
-        return np.asarray(adapted[0, 0])
+        adapted, trust = adapter.run(["adapted", "trust"], feed)
+        return np.asarray(adapted[0, 0]), float(trust[0, 0])
 
-    def classify(self, result: ProbeResult, depth: float, state: Float32) -> tuple[float, Float32]:
+    def classify(
+        self, evidence: ExitEvidence, depth: float, state: Float32
+    ) -> tuple[float, Float32]:
         """Score and next state."""
+        result = evidence.result
         feed = {
             "token": np.array([result.token], np.int64),
             "top_prob": np.array([result.top_prob], np.float32),
             "gap": np.array([result.gap], np.float32),
             "depth": np.array([depth], np.float32),
+            "trust": np.array([evidence.trust], np.float32),
             "state": state[None],
         }
         score, next_state = self._classifier.run(["score", "next_state"], feed)
