@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -197,3 +198,23 @@ def test_runtime_works_without_the_compiler(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.startswith("error: the compiler is not installed: pip install")
+
+
+def test_certify(folder, tmp_path):
+    copy = tmp_path / "engines"
+    shutil.copytree(folder / "engines", copy)
+    prompts = tmp_path / "traffic.jsonl"
+    lines = ({"prompt": f"{n % 7} {n}: x {n % 5}: y {n}:"} for n in range(60, 160))
+    prompts.write_text("\n".join(map(json.dumps, lines)))
+    done = command("adainfer", "certify", copy, "--prompts", prompts, "--json")
+    data = json.loads(done.stdout)
+    assert [level["level"] for level in data["levels"]] == [0.005, 0.01, 0.02, 0.05, 0.1]
+    assert data["fitted_on"] > 0
+    assert data["levels"][0]["prompts_needed"] == 598
+    shown = command("adainfer", "certify", copy, "--prompts", prompts)
+    assert "left out: the exits were fitted on them" in shown.stderr
+    assert "not certified" in shown.stdout
+    failed = command(
+        "adainfer", "run", copy, "--prompt", "x", "--mode", "adaptive", "--level", "0.005", code=2
+    )
+    assert "level 0.005 is not certified" in failed.stderr

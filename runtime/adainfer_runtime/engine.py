@@ -17,6 +17,7 @@ from .exit_policy import ClassifierExit, ExitPolicy, NoExit
 from .generate import Generated, GenerateRequest, generate
 from .manifest import Manifest, load_manifest, verify_files
 from .session import Session
+from .shadow import ShadowEntry, ShadowMonitor
 from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["ChoiceResult", "Engine", "GenerationResult", "Mode"]
@@ -69,7 +70,14 @@ class Engine:
         >>> engine.generate("The sky is", max_new_tokens=8, mode="adaptive").text  # doctest: +SKIP
     """
 
-    def __init__(self, manifest: Manifest, backend: Backend, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        tokenizer: Tokenizer,
+        shadow: ShadowMonitor | None = None,
+    ) -> None:
+        self._shadow = shadow
         self._manifest = manifest
         self._backend = backend
         self._tokenizer = tokenizer
@@ -84,6 +92,7 @@ class Engine:
         threads: int | None = None,
         *,
         low_memory: bool = False,
+        shadow_every: int | None = None,
         verify: bool = False,
     ) -> Engine:
         """Loads an engine folder.
@@ -93,6 +102,7 @@ class Engine:
             threads: of the process's one ONNX Runtime pool; default: the cores it may use.
             low_memory: hold the weights once. Otherwise int4 engines hold them a second time, laid
                 out for passes of many positions: prompts are then read 1.4 times as fast.
+            shadow_every: also run every n-th adaptive request in full and compare: see `shadow`.
             verify: also compare every file's sha256 with the manifest's (sizes always are).
 
         Raises:
@@ -104,7 +114,12 @@ class Engine:
         manifest = load_manifest(folder)
         verify_files(folder, manifest, sha256=verify)
         return cls.of_manifest(
-            folder, manifest, device=device, threads=threads, low_memory=low_memory
+            folder,
+            manifest,
+            device=device,
+            threads=threads,
+            low_memory=low_memory,
+            shadow_every=shadow_every,
         )
 
     @classmethod
@@ -116,12 +131,14 @@ class Engine:
         device: str = "cpu",
         threads: int | None = None,
         low_memory: bool = False,
+        shadow_every: int | None = None,
     ) -> Engine:
         """Loads stages under a manifest that is at hand (the compiler's, before it is written)."""
         backend = load_backend(
             folder, manifest, device=device, threads=threads, low_memory=low_memory
         )
-        return cls(manifest, backend, load_tokenizer(folder, manifest))
+        shadow = None if shadow_every is None else ShadowMonitor(shadow_every)
+        return cls(manifest, backend, load_tokenizer(folder, manifest), shadow)
 
     @property
     def manifest(self) -> Manifest:
@@ -137,6 +154,14 @@ class Engine:
     def tokenizer(self) -> Tokenizer:
         """Raises `TokenizerMissingError` when given text, where the folder has none."""
         return self._tokenizer
+
+    @property
+    def shadow(self) -> tuple[ShadowEntry, ...]:
+        """Live agreement of adaptive answers with the full model's, where `shadow_every` is set.
+
+        Of a text the first token is compared, of a choice the label.
+        """
+        return self._shadow.report() if self._shadow else ()
 
     def session(self) -> Session:
         """A sequence of one's own."""
@@ -204,6 +229,14 @@ class Engine:
         policy = self.policy(mode, threshold=threshold, level=level)
         with self.borrow() as session:
             done = generate(session, request, policy, self._manifest.max_seq_len)
+        if self._compares(policy):
+            with self.borrow() as session:
+                session.extend(request.prompt)
+                full = session.predict(NoExit()).result.token
+            # No token came out where the first was an end-of-text token.
+            first = done.tokens[0] if done.tokens else None
+            agrees = first == full or (first is None and full in eos)
+            self._record(agrees, threshold, level)
         return self._result(done)
 
     def choose(
@@ -224,6 +257,9 @@ class Engine:
         """
         policy = self.policy(mode, threshold=threshold, level=level)
         done = self.choose_with(prompt, labels, policy)
+        if self._compares(policy):
+            full = self.choose_with(prompt, labels, NoExit())
+            self._record(done.index == full.index, threshold, level)
         return ChoiceResult(
             labels[done.index],
             done.index,
@@ -244,6 +280,16 @@ class Engine:
         with self.borrow() as session:
             limit = self._manifest.max_seq_len
             return choose(session, self._tokens(prompt), tokens, policy, limit)
+
+    def _compares(self, policy: ExitPolicy) -> bool:
+        return bool(policy.exit_layers) and self._shadow is not None and self._shadow.due()
+
+    def _record(self, agrees: bool, threshold: float | None, level: float | None) -> None:
+        promised = level
+        if threshold is None and level is None and self._manifest.exit is not None:
+            promised = round(1.0 - self._manifest.exit.target_agreement, 6)
+        if self._shadow is not None:
+            self._shadow.record(promised, agrees=agrees)
 
     def _tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

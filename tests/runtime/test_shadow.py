@@ -1,0 +1,83 @@
+"""Live agreement: what is compared, what is counted, when it warns."""
+
+import logging
+from math import comb
+
+import pytest
+
+from adainfer_runtime import ClassifierExit, Engine
+from adainfer_runtime.errors import RequestError
+from adainfer_runtime.shadow import ShadowMonitor, binomial_tail
+
+
+@pytest.fixture
+def engine(tiny, monkeypatch):
+    """Every second adaptive request is compared; adaptive stops after layer 1 of 4."""
+    engine = Engine.load(tiny("llama").folder, shadow_every=2)
+    policy = engine.policy
+
+    class Sure:
+        def classify(self, evidence, depth, state):
+            return 1.0, state
+
+        def __getattr__(self, name):
+            return getattr(engine.backend, name)
+
+    def exits(mode, *, threshold=None, level=None):
+        return (
+            ClassifierExit(Sure(), (1,), {1: 0.25}, 0.0, 1) if mode == "adaptive" else policy(mode)
+        )
+
+    monkeypatch.setattr(engine, "policy", exits)
+    return engine
+
+
+def test_every_nth_adaptive_request_is_compared(engine):
+    prompts = [[5, 6, n] for n in range(10, 22)]
+    off = [engine.generate(prompt, max_new_tokens=1, ignore_eos=True) for prompt in prompts]
+    assert engine.shadow == ()
+    early = [
+        engine.generate(prompt, max_new_tokens=1, ignore_eos=True, mode="adaptive", level=0.05)
+        for prompt in prompts
+    ]
+    (entry,) = engine.shadow
+    assert (entry.promised, entry.checked) == (0.05, 6)
+    pairs = list(zip(early, off, strict=True))[1::2]
+    assert entry.disagreed == sum(a.tokens != b.tokens for a, b in pairs)
+    assert entry.disagreed > 0  # a random model's first layer does not know its last
+    assert entry.agreement == 1.0 - entry.disagreed / 6
+    assert [result.tokens for result in off] == [
+        engine.generate(prompt, max_new_tokens=1, ignore_eos=True).tokens for prompt in prompts
+    ]
+
+
+def test_choices_are_compared_by_label(engine):
+    for _ in range(4):
+        engine.choose("hello", ["a", "b", "c"], mode="adaptive", threshold=0.0)
+    (entry,) = engine.shadow
+    assert (entry.promised, entry.checked, entry.holds) == (None, 2, True)
+
+
+def test_warns_once_when_the_promise_does_not_fit(caplog):
+    monitor = ShadowMonitor(1)
+    with caplog.at_level(logging.WARNING):
+        for index in range(200):
+            monitor.record(0.02, agrees=index % 50 != 0)  # as promised
+        assert not caplog.records
+        for _ in range(15):
+            monitor.record(0.02, agrees=False)
+    assert len(caplog.records) == 1
+    assert "certificate no longer fits" in caplog.text
+    assert not monitor.report()[0].holds
+
+
+def test_binomial_tail():
+    exact = sum(comb(30, k) * 0.1**k * 0.9 ** (30 - k) for k in range(5, 31))
+    assert binomial_tail(5, 30, 0.1) == pytest.approx(exact)
+    assert binomial_tail(0, 30, 0.1) == 1.0
+    assert binomial_tail(1, 30, 0.0) == 0.0
+
+
+def test_shadow_every_must_be_positive(tiny):
+    with pytest.raises(RequestError, match="shadow_every must be at least 1, found 0"):
+        Engine.load(tiny("llama").folder, shadow_every=0)
