@@ -56,7 +56,7 @@ def calibrate(
         TaskFileError: a task file cannot be read.
         CalibrationError: too few usable prompts, or no room for an exit point.
     """
-    manifest = manifest.uncalibrated()
+    in_use, manifest = manifest, manifest.uncalibrated()
     fitted = _fit(folder, manifest, request, reporter)
     figures = _figures(request, fitted)
     target = request.target_agreement
@@ -70,7 +70,10 @@ def calibrate(
     scored = observe(engine, fitted.parts.certification, fitted.selection.check_layers, reporter)
     outcome = choose_threshold(scored, target)
     if outcome.net_saved <= 0:
-        return _report(folder, without_exit(folder, manifest, refused), fitted.parts)
+        final = _report(folder, without_exit(folder, manifest, refused), fitted.parts)
+        for name in written.files.keys() - final.files.keys() - in_use.files.keys():
+            (folder / name).unlink()
+        return final
     grid = threshold_grid(score_predictions(fitted.classifier, fitted.selection))
     assert written.exit is not None  # just written
     spec = written.exit.model_copy(

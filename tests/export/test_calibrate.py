@@ -16,7 +16,7 @@ from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.ridge import Adapter, Moments
 from adainfer_export.calibrate.scored import Scored, score_predictions
-from adainfer_export.calibrate.select import choose_threshold, evaluate, select_classifier
+from adainfer_export.calibrate.select import Outcome, choose_threshold, evaluate, select_classifier
 from adainfer_export.calibrate.traces import AnswerTraces, answer_positions
 from adainfer_export.calibrate.trust import Trust, cross_fit, fit_trust
 from adainfer_export.errors import CalibrationError
@@ -203,6 +203,18 @@ def test_failed_calibration_leaves_the_folder_as_it_was(folder, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         calibrated(folder)
     assert load_manifest(folder) == before
+
+
+def test_exits_that_do_not_pay_leave_nothing_behind(folder, monkeypatch):
+    from adainfer_export.calibrate import pipeline
+
+    dear = Outcome(0.0, layers_saved=0.1, net_saved=-0.1, agreement=1.0, task_agreement=1.0)
+    monkeypatch.setattr(pipeline, "choose_threshold", lambda *a: dear)
+    manifest = calibrated(folder, target_agreement=0.5)
+    assert manifest.exit.points == ()
+    assert manifest.boundaries == (4,)  # nothing to stop at: one engine
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*manifest.files, "manifest.json"}
 
 
 def test_bad_task_files(folder, tmp_path):

@@ -16,6 +16,7 @@ from rich.table import Table
 from ..engine import Engine
 from ..evaluate import Evaluation, TaskResult, evaluate
 from ..tasks import TaskExample, read_tasks
+from .options import LevelOption, ThreadsOption, ThresholdOption
 
 __all__ = ["register"]
 
@@ -42,13 +43,9 @@ def run_eval(
     labels_only: Annotated[
         bool, typer.Option("--labels-only", help="Choose among each example's labels.")
     ] = False,
-    threshold: Annotated[
-        float | None, typer.Option(help="Exit threshold, instead of the calibrated one.")
-    ] = None,
-    level: Annotated[
-        float | None, typer.Option(help="Certified disagreement, such as 0.02 (see inspect).")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
+    threshold: ThresholdOption = None,
+    level: LevelOption = None,
+    threads: ThreadsOption = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results here; `-` prints them.")
     ] = None,

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ..engine import ChoiceResult, Engine, GenerationResult
 from ..errors import RequestError
+from .options import LevelOption, ThreadsOption, ThresholdOption
 
 __all__ = ["register"]
 
@@ -51,13 +52,9 @@ def run(
     labels: Annotated[
         str | None, typer.Option(help="Choose among these instead (comma-separated).")
     ] = None,
-    threshold: Annotated[
-        float | None, typer.Option(help="Exit threshold, instead of the calibrated one.")
-    ] = None,
-    level: Annotated[
-        float | None, typer.Option(help="Certified disagreement, such as 0.02 (see inspect).")
-    ] = None,
-    threads: Annotated[int | None, typer.Option(help="Threads; default: all cores.")] = None,
+    threshold: ThresholdOption = None,
+    level: LevelOption = None,
+    threads: ThreadsOption = None,
     timeout: Annotated[float | None, typer.Option(help="Deadline in seconds.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

@@ -1,0 +1,17 @@
+"""Options that several subcommands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["LevelOption", "ThreadsOption", "ThresholdOption"]
+
+ThresholdOption = Annotated[
+    float | None, typer.Option(help="Exit threshold, instead of the calibrated one.")
+]
+LevelOption = Annotated[
+    float | None, typer.Option(help="Certified disagreement, such as 0.02 (see inspect).")
+]
+ThreadsOption = Annotated[int | None, typer.Option(help="Threads; default: all cores.")]
