@@ -16,7 +16,8 @@ from rich.table import Table
 
 from adainfer_models import list_recipes
 from adainfer_runtime.commands.inspect_folder import describe_exit
-from adainfer_runtime.manifest import ExitSpec, load_manifest, verify_files
+from adainfer_runtime.engine_folder import load_manifest, verify_files
+from adainfer_runtime.manifest import ExitSpec
 
 from .architectures import ARCHITECTURES
 from .calibrate import CalibrationRequest

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from adainfer_runtime.engine_folder import record_file, write_manifest
 from adainfer_runtime.manifest import (
     SCHEMA_VERSION,
     FileRecord,
@@ -22,8 +23,6 @@ from adainfer_runtime.manifest import (
     Quantisation,
     StageSpec,
     TokenizerSpec,
-    file_sha256,
-    write_manifest,
 )
 
 from .architectures import find_architecture, sliding_window
@@ -219,10 +218,7 @@ def _write_tokenizer(
         raise CheckpointError(f"tokenizer.json of the checkpoint is damaged: {error}") from error
     records = {path.relative_to(folder).as_posix(): path for path in _files(folder / "tokenizer")}
     spec = TokenizerSpec(file="tokenizer/tokenizer.json", files=tuple(sorted(records)))
-    return spec, {
-        name: FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
-        for name, path in records.items()
-    }
+    return spec, {name: record_file(path) for name, path in records.items()}
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -12,95 +12,60 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from .lower.graph import add_initializer
+from .graph_builder import GraphBuilder
 
 __all__ = ["add_features"]
+
+_LOWEST = -3.0e38
 
 
 def add_features(graph: ir.Graph) -> None:
     """Appends the features to a graph whose only output is the logits `[batch, tokens, vocab]`."""
     logits = graph.outputs[0]
     logits.name = "logits"
-    builder = _Builder(graph)
-    values, tokens = builder.top_two(logits)
-    first, second = builder.column(values, 0), builder.column(values, 1)
-    token = builder.column(tokens, 0)
-    probabilities = builder.op("Softmax", [logits], axis=-1)
-    top_prob = builder.op("GatherElements", [probabilities, token], axis=-1)
+    build = GraphBuilder()
+    values, tokens = _top_two(build, logits)
+    first, second = _column(build, values, 0), _column(build, values, 1)
+    token = _column(build, tokens, 0)
+    probabilities = build.op("Softmax", logits, axis=-1)
+    top_prob = build.op("GatherElements", probabilities, token, axis=-1)
     # p(second) = p(first) · exp(second − first)
-    ratio = builder.op("Exp", [builder.op("Sub", [second, first])])
-    gap = builder.op("Sub", [top_prob, builder.op("Mul", [top_prob, ratio])])
-    builder.output("token", token, ir.DataType.INT64)
-    builder.output("top_prob", top_prob, ir.DataType.FLOAT)
-    builder.output("gap", gap, ir.DataType.FLOAT)
+    ratio = build.op("Exp", build.op("Sub", second, first))
+    gap = build.op("Sub", top_prob, build.op("Mul", top_prob, ratio))
+    for name, value, dtype in (
+        ("token", token, ir.DataType.INT64),
+        ("top_prob", top_prob, ir.DataType.FLOAT),
+        ("gap", gap, ir.DataType.FLOAT),
+    ):
+        graph.outputs.append(build.output(build.row(value), name, ["batch", "tokens"], dtype))
+    build.append_to(graph)
 
 
-class _Builder:
-    def __init__(self, graph: ir.Graph) -> None:
-        self._graph = graph
+def _top_two(build: GraphBuilder, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The two largest logits and their tokens, `[batch, tokens, 2]` each.
 
-    def top_two(self, logits: ir.Value) -> tuple[ir.Value, ir.Value]:
-        """The two largest logits and their tokens, `[batch, tokens, 2]` each.
-
-        Of equal logits the lowest token wins, as in ArgMax: TopK prefers low indices, among the
-        chunks and within them.
-        """
-        assert logits.shape is not None
-        vocabulary = int(logits.shape[-1])  # type: ignore[arg-type]
-        chunks, width = _chunks(vocabulary)
-        if padding := chunks * width - vocabulary:
-            pads = self._ints("pads", [0, 0, 0, 0, 0, padding])
-            logits = self.op("Pad", [logits, pads, self._lowest()])
-        table = self.op("Reshape", [logits, self._ints("chunked", [0, 0, chunks, width])])
-        maxima = self.op("ReduceMax", [table, self._last()], keepdims=0)
-        _, best = self._top(maxima)
-        columns = self.op("Unsqueeze", [best, self._last()])
-        candidates = self.op("GatherND", [table, columns], batch_dims=2)
-        flat = self.op("Reshape", [candidates, self._ints("candidates", [0, 0, 2 * width])])
-        values, places = self._top(flat)
-        span = self._ints("width", [width])
-        chunk = self.op("GatherElements", [best, self.op("Div", [places, span])], axis=-1)
-        start = self.op("Mul", [chunk, span])
-        return values, self.op("Add", [start, self.op("Mod", [places, span])])
-
-    def column(self, pair: ir.Value, index: int) -> ir.Value:
-        """One of the two, `[batch, tokens, 1]`."""
-        return self.op("Gather", [pair, self._ints(f"column_{index}", [index])], axis=-1)
-
-    def op(self, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
-        """Appends a node with one output."""
-        attrs = [ir.AttrInt64(name, value) for name, value in attributes.items()]
-        node = ir.Node("", op_type, inputs, attrs)
-        self._graph.append(node)
-        return node.outputs[0]
-
-    def output(self, name: str, source: ir.Value, dtype: ir.DataType) -> None:
-        """Drops the last axis of the source and makes it an output."""
-        value = self.op("Squeeze", [source, self._last()])
-        value.name, value.type = name, ir.TensorType(dtype)
-        value.shape = ir.Shape(["batch", "tokens"])
-        self._graph.outputs.append(value)
-
-    def _top(self, values: ir.Value) -> tuple[ir.Value, ir.Value]:
-        node = ir.Node("", "TopK", [values, self._ints("two", [2])], num_outputs=2)
-        self._graph.append(node)
-        return node.outputs[0], node.outputs[1]
-
-    def _ints(self, name: str, values: list[int]) -> ir.Value:
-        value = add_initializer(self._graph, f"const_{name}", ir.DataType.INT64, [len(values)])
-        value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=value.name)
-        return value
-
-    def _last(self) -> ir.Value:
-        return self._ints("last", [-1])
-
-    def _lowest(self) -> ir.Value:
-        value = add_initializer(self._graph, "const_lowest", ir.DataType.FLOAT, [])
-        value.const_value = ir.tensor(_LOWEST, dtype=ir.DataType.FLOAT, name=value.name)
-        return value
+    Of equal logits the lowest token wins, as in ArgMax: TopK prefers low indices, among the chunks
+    and within them.
+    """
+    assert logits.shape is not None
+    vocabulary = int(logits.shape[-1])  # type: ignore[arg-type]
+    chunks, width = _chunks(vocabulary)
+    if padding := chunks * width - vocabulary:
+        pads = build.ints([0, 0, 0, 0, 0, padding])
+        logits = build.op("Pad", logits, pads, build.row(build.number(_LOWEST)))
+    table = build.op("Reshape", logits, build.ints([0, 0, chunks, width]))
+    maxima = build.op("ReduceMax", table, build.ints([-1]), keepdims=0)
+    _, best = build.top_two(maxima)
+    candidates = build.op("GatherND", table, build.column(best), batch_dims=2)
+    values, places = build.top_two(build.op("Reshape", candidates, build.ints([0, 0, 2 * width])))
+    span = build.ints([width])
+    chunk = build.op("GatherElements", best, build.op("Div", places, span), axis=-1)
+    start = build.op("Mul", chunk, span)
+    return values, build.op("Add", start, build.op("Mod", places, span))
 
 
-_LOWEST = -3.0e38
+def _column(build: GraphBuilder, pair: ir.Value, index: int) -> ir.Value:
+    return build.op("Gather", pair, build.ints([index]), axis=-1)
 
 
 def _chunks(vocabulary: int) -> tuple[int, int]:

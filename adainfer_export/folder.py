@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
 import shutil
 import tempfile
@@ -12,11 +13,11 @@ from pathlib import Path
 
 import psutil
 
-from adainfer_runtime.manifest import MANIFEST_NAME
+from adainfer_runtime.engine_folder import MANIFEST_NAME
 
 from .errors import OutputError
 
-__all__ = ["check_output", "new_folder"]
+__all__ = ["check_output", "new_folder", "save_hashed"]
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -64,6 +65,20 @@ def new_folder(out: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def save_hashed(folder: Path, name: str, content: bytes) -> str:
+    """Writes `stem.HASH.suffix` for `stem.suffix`: an engine that is in use keeps its own file.
+
+    Returns:
+        the path relative to the folder.
+    """
+    stem, _, suffix = name.partition(".")
+    relative = f"{stem}.{hashlib.sha256(content).hexdigest()[:8]}.{suffix}"
+    path = folder / relative
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return relative
 
 
 def _clear_remains(out: Path) -> None:

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from adainfer_runtime.manifest import FileRecord, Manifest, StageSpec
+from adainfer_runtime.engine_folder import record_file
+from adainfer_runtime.manifest import Manifest, StageSpec
 
+from .folder import save_hashed
+from .graph_builder import serialise
 from .lower.attention import SEQLENS_K, TOTAL_LENGTH
 from .lower.precision import Precision
 from .lower.targets import Dialect
@@ -36,9 +39,7 @@ def join_engines(
         joined.append(spec)
         for name in (spec.file, spec.wide_file):
             if name is not None:
-                content = (folder / name).read_bytes()
-                digest = hashlib.sha256(content).hexdigest()
-                written[name] = FileRecord(bytes=len(content), sha256=digest)
+                written[name] = record_file(folder / name)
     return manifest.model_copy(
         update={"joined": tuple(joined), "files": dict(manifest.files) | written}
     )
@@ -60,13 +61,15 @@ def _join(
     name = f"layers_{first:03d}_{last:03d}"
     model = _concatenate(name, [ir.load(folder / stage.file) for stage in group])
     dialect.fuse_joined(model.graph)
-    file = _save(folder, model, f"stages/{name}.onnx")
-    wide = dialect.widen(model.graph, precision)
+    file = save_hashed(folder, f"stages/{name}.onnx", serialise(model))
+    wide_file = None
+    if dialect.widen(model.graph, precision):
+        wide_file = save_hashed(folder, f"stages/{name}.wide.onnx", serialise(model))
     return StageSpec(
         name=name,
         kind="layers",
         file=file,
-        wide_file=_save(folder, model, f"stages/{name}.wide.onnx") if wide else None,
+        wide_file=wide_file,
         first_layer=first,
         last_layer=last,
         inputs=tuple(str(value.name) for value in model.graph.inputs),
@@ -91,15 +94,15 @@ def _append(graph: ir.Graph, stage: ir.Graph, number: int) -> None:
     for value in list(stage.inputs):
         stage.inputs.remove(value)
         if value.name == "hidden":
-            _replace(value, graph.outputs[0])
+            ir.convenience.replace_all_uses_with(value, graph.outputs[0])
         elif value.name in shared:
-            _replace(value, shared[value.name])
+            ir.convenience.replace_all_uses_with(value, shared[value.name])
         else:
             graph.inputs.append(value)
     for key, value in list(stage.initializers.items()):
         del stage.initializers[key]
         if key in graph.initializers:  # rotary tables and the like: the same place in a file
-            _replace(value, graph.initializers[key])
+            ir.convenience.replace_all_uses_with(value, graph.initializers[key])
         else:
             graph.initializers[key] = value
     seam = graph.outputs[0]
@@ -128,18 +131,3 @@ def _rename(graph: ir.Graph, number: int) -> None:
             digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()[:8]
             value.name = f"{key}.{digest}"
             graph.initializers[value.name] = value
-
-
-def _replace(old: ir.Value, new: ir.Value) -> None:
-    ir.convenience.replace_all_uses_with(old, new)
-
-
-def _save(folder: Path, model: ir.Model, name: str) -> str:
-    """Writes under a name with the content's hash: an engine in use keeps its own."""
-    temporary = folder / f"{name}.partial"
-    ir.save(model, temporary)
-    digest = hashlib.sha256(temporary.read_bytes()).hexdigest()[:8]
-    stem, _, suffix = name.partition(".")
-    final = f"{stem}.{digest}.{suffix}"
-    temporary.rename(folder / final)
-    return final

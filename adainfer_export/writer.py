@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from adainfer_runtime.manifest import FileRecord, file_sha256
+from adainfer_runtime.engine_folder import record_file
+from adainfer_runtime.manifest import FileRecord
 
 from .sources.checkpoint import Checkpoint
 from .weights import Dense, Quantised, WeightExpr, evaluate
@@ -79,7 +80,7 @@ class StageWriter:
         path = self._folder / f"{name}.onnx"
         ir.save(model, path)
         relative = f"stages/{name}.onnx"
-        self._records[relative] = FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
+        self._records[relative] = record_file(path)
         return relative
 
     def _place_weight(self, file: str, value: ir.Value, weights: dict[str, WeightExpr]) -> None:

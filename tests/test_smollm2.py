@@ -128,8 +128,8 @@ def test_calibrated_engine_exits_early_and_mostly_agrees(smollm2_int4, tmp_path)
     from adainfer_export.calibrate import CalibrationRequest
     from adainfer_export.calibrate.pipeline import recalibrate
     from adainfer_export.progress import SilentReporter
+    from adainfer_runtime.engine_folder import load_manifest
     from adainfer_runtime.evaluate import evaluate
-    from adainfer_runtime.manifest import load_manifest
 
     folder = tmp_path / "engines"
     shutil.copytree(smollm2_int4, folder)

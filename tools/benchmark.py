@@ -73,7 +73,8 @@ def compete(
     results: list[list[tuple[float, float]]] = [[] for _ in workers]
     for round_number in range(rounds + 1):
         for place in range(len(workers)):
-            # Nobody goes twice in a row, which would find its weights still in the cache.
+            # Of three or more nobody goes twice in a row, and finds its weights in the cache; of
+            # two each does in turn.
             index = (place + round_number) % len(workers)
             speeds = turn(workers[index])
             if round_number:

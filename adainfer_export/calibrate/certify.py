@@ -15,19 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from adainfer_runtime.manifest import (
-    Certificate,
-    CertificateGroup,
-    CertificateLevel,
-    Manifest,
-    device_class,
-)
+from adainfer_runtime.certificate import device_class
+from adainfer_runtime.manifest import Certificate, CertificateGroup, CertificateLevel, Manifest
 
 from .scored import Scored
 from .select import Outcome, evaluate
@@ -46,12 +40,6 @@ CONFIDENCE = 0.95
 _GRID = 200
 
 
-@dataclass(frozen=True)
-class _Tested:
-    outcome: Outcome
-    disagreements: int
-
-
 def threshold_grid(scored: Scored) -> npt.NDArray[np.float64]:
     """Thresholds to test, from the safest down, fixed by prompts that certify nothing."""
     scores = np.unique(scored.scores)
@@ -66,7 +54,7 @@ def certify(
     confidence: float = CONFIDENCE,
 ) -> tuple[CertificateLevel, ...]:
     """One entry per level; without a threshold where nothing could be certified."""
-    tested = [_test(scored, float(threshold)) for threshold in grid]
+    tested = [evaluate(scored, float(threshold)) for threshold in grid]
     return tuple(_certify_level(scored, tested, level, confidence) for level in levels)
 
 
@@ -88,21 +76,16 @@ def prompts_needed(level: float, confidence: float = CONFIDENCE) -> int:
     return math.ceil(math.log(1.0 - confidence) / math.log1p(-level))
 
 
-def _test(scored: Scored, threshold: float) -> _Tested:
-    outcome = evaluate(scored, threshold)
-    return _Tested(outcome, round((1.0 - outcome.agreement) * len(scored.scores)))
-
-
 def _certify_level(
-    scored: Scored, tested: Sequence[_Tested], level: float, confidence: float
+    scored: Scored, tested: Sequence[Outcome], level: float, confidence: float
 ) -> CertificateLevel:
     prompts = len(scored.scores)
-    passed: _Tested | None = None
+    passed: Outcome | None = None
     for candidate in tested:
         if stats.binom.cdf(candidate.disagreements, prompts, level) > 1.0 - confidence:
             break
         passed = candidate
-    if passed is None or not _means_something(scored, passed.outcome.threshold, level, confidence):
+    if passed is None or not _means_something(scored, passed.threshold, level, confidence):
         needed = prompts_needed(level, confidence)
         return CertificateLevel(
             level=level,
@@ -114,28 +97,26 @@ def _certify_level(
         level=level,
         confidence=confidence,
         prompts=prompts,
-        threshold=passed.outcome.threshold,
+        threshold=passed.threshold,
         disagreements=passed.disagreements,
-        layers_saved=round(passed.outcome.layers_saved, 4),
-        groups=_groups(scored, passed.outcome.threshold, confidence),
+        layers_saved=round(passed.layers_saved, 4),
+        groups=_groups(scored, passed.threshold, confidence),
     )
 
 
 def _means_something(scored: Scored, threshold: float, level: float, confidence: float) -> bool:
-    exits = scored.scores >= threshold
-    leaving = exits.any(axis=1)
+    leaving, first = scored.leave(threshold)
     if not leaving.any():
         return False
-    first = exits.argmax(axis=1)[leaving]
-    blind = float((1.0 - scored.agrees.mean(axis=0))[first].mean())
-    wrong = int(_disagreements(scored, threshold).sum())
-    return blind <= level or stats.binom.cdf(wrong, len(first), blind) <= 1.0 - confidence
+    blind = float((1.0 - scored.agrees.mean(axis=0))[first[leaving]].mean())
+    wrong, exits = int(scored.wrong(threshold).sum()), int(leaving.sum())
+    return blind <= level or stats.binom.cdf(wrong, exits, blind) <= 1.0 - confidence
 
 
 def _groups(scored: Scored, threshold: float, confidence: float) -> dict[str, CertificateGroup]:
     """Per task at the pooled threshold, each with its own exact upper bound (Clopper-Pearson)."""
     groups = {}
-    wrong = _disagreements(scored, threshold)
+    wrong = scored.wrong(threshold)
     tasks = np.array(scored.tasks)
     for task in sorted(set(scored.tasks)):
         here = wrong[tasks == task]
@@ -147,11 +128,3 @@ def _groups(scored: Scored, threshold: float, confidence: float) -> dict[str, Ce
             prompts=count, disagreements=found, upper_bound=round(bound, 4)
         )
     return groups
-
-
-def _disagreements(scored: Scored, threshold: float) -> npt.NDArray[np.bool_]:
-    exits = scored.scores >= threshold
-    first = exits.argmax(axis=1)
-    right = scored.agrees[np.arange(len(exits)), first]
-    wrong: npt.NDArray[np.bool_] = exits.any(axis=1) & ~right
-    return wrong

@@ -22,8 +22,8 @@ import onnx_ir as ir
 from adainfer_runtime.backends.ort_cpu import open_session
 
 from ..errors import LoweringError
+from ..graph_builder import GraphBuilder, graph_input
 from .classifiers import ExitClassifier
-from .graphs import GraphBuilder, graph_input
 from .predictions import LOG_ODDS_CLIP, log_odds
 from .ridge import Adapter
 from .trust import Trust

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnx_ir as ir
+from adainfer_runtime.engine_folder import record_file
+from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec, Manifest
 
-from adainfer_runtime.manifest import (
-    ClassifierSpec,
-    ExitPoint,
-    ExitSpec,
-    FileRecord,
-    Manifest,
-    file_sha256,
-)
-
+from ..folder import save_hashed
+from ..graph_builder import serialise
 from ..join import join_engines
 from ..lower import find_target
 from .classifiers import ExitClassifier
@@ -38,23 +31,25 @@ def write_exit(
     manifest: Manifest,
     classifier: ExitClassifier,
     adapters: Mapping[int, tuple[Adapter, Trust]],
-    spec: ExitSpec,
+    draft: ExitSpec,
 ) -> Manifest:
     """Writes adapters and classifier. The threshold is 0 until the caller has chosen one.
 
     Raises:
         LoweringError: a graph does not give what was fitted.
     """
-    graph = _save(folder, "exit/classifier", _serialise(lower_classifier(classifier)))
+    graph = save_hashed(folder, "exit/classifier.onnx", serialise(lower_classifier(classifier)))
     content = classifier.reference()
-    reference = _save(folder, "exit/classifier_reference", content) if content else None
+    reference = save_hashed(folder, "exit/classifier_reference.onnx", content) if content else None
     difference = check_parity(classifier, folder / graph, folder / reference if reference else None)
     points = []
     for layer in classifier.layers:
         adapter = adapters.get(layer)
         path = None
         if adapter is not None:
-            path = _save(folder, f"adapters/layer_{layer:03d}", _serialise(lower_adapter(*adapter)))
+            path = save_hashed(
+                folder, f"adapters/layer_{layer:03d}.onnx", serialise(lower_adapter(*adapter))
+            )
         points.append(ExitPoint(exit_layer=layer, adapter=path))
     classifier_spec = ClassifierSpec(
         kind=classifier.kind,
@@ -63,12 +58,12 @@ def write_exit(
         state_size=STATE_SIZE,
         features=classifier.features,
     )
-    figures = {**spec.calibration, "classifier_difference": float(f"{difference:.2g}")}
+    figures = {**draft.calibration, "classifier_difference": float(f"{difference:.2g}")}
     spec = ExitSpec(
         points=tuple(points),
         classifier=classifier_spec,
         threshold=0.0,
-        target_agreement=spec.target_agreement,
+        target_agreement=draft.target_agreement,
         calibration=figures,
     )
     written = [graph, reference, *(point.adapter for point in points)]
@@ -76,10 +71,7 @@ def write_exit(
 
 
 def _with_spec(folder: Path, manifest: Manifest, spec: ExitSpec, written: list[str]) -> Manifest:
-    new = {
-        name: FileRecord(bytes=(folder / name).stat().st_size, sha256=file_sha256(folder / name))
-        for name in written
-    }
+    new = {name: record_file(folder / name) for name in written}
     calibrated = manifest.model_copy(update={"exit": spec, "files": dict(manifest.files) | new})
     if manifest.layers_per_engine is not None:
         return calibrated
@@ -90,19 +82,6 @@ def _with_spec(folder: Path, manifest: Manifest, spec: ExitSpec, written: list[s
 def write_report(folder: Path, manifest: Manifest, report: Mapping[str, object]) -> Manifest:
     """Adds a JSON report to the folder and its manifest."""
     content = (json.dumps(report, indent=1) + "\n").encode()
-    name = _save(folder, "reports/calibration", content, ".json")
-    record = FileRecord(bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
-    return manifest.model_copy(update={"files": {**manifest.files, name: record}})
-
-
-def _serialise(model: ir.Model) -> bytes:
-    content: bytes = ir.to_proto(model).SerializeToString()
-    return content
-
-
-def _save(folder: Path, name: str, content: bytes, suffix: str = ".onnx") -> str:
-    relative = f"{name}.{hashlib.sha256(content).hexdigest()[:8]}{suffix}"
-    path = folder / relative
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content)
-    return relative
+    name = save_hashed(folder, "reports/calibration.json", content)
+    files = {**manifest.files, name: record_file(folder / name)}
+    return manifest.model_copy(update={"files": files})

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from adainfer_runtime import Engine
-from adainfer_runtime.manifest import ExitSpec, Manifest, write_manifest
+from adainfer_runtime.engine_folder import write_manifest
+from adainfer_runtime.manifest import ExitSpec, Manifest
 from adainfer_runtime.tasks import TaskExample
 
 from ..errors import CalibrationError, OutputError
@@ -60,17 +61,17 @@ def calibrate(
     fitted = _fit(folder, manifest, request, reporter)
     figures = _figures(request, fitted)
     target = request.target_agreement
-    refused = ExitSpec(points=(), target_agreement=target, calibration=figures)
+    draft = ExitSpec(points=(), target_agreement=target, calibration=figures)
     if fitted.classifier is None:
-        return _report(folder, without_exit(folder, manifest, refused), fitted.parts)
+        return _report(folder, without_exit(folder, manifest, draft), fitted.parts)
     # Threshold and certificate are of the exit graph as it runs: it is written first.
-    written = write_exit(folder, manifest, fitted.classifier, fitted.adapters, refused)
+    written = write_exit(folder, manifest, fitted.classifier, fitted.adapters, draft)
     reporter.begin("certifying", len(fitted.parts.certification))
     engine = Engine.of_manifest(folder, written)
     scored = observe(engine, fitted.parts.certification, fitted.selection.check_layers, reporter)
     outcome = choose_threshold(scored, target)
     if outcome.net_saved <= 0:
-        final = _report(folder, without_exit(folder, manifest, refused), fitted.parts)
+        final = _report(folder, without_exit(folder, manifest, draft), fitted.parts)
         for name in written.files.keys() - final.files.keys() - in_use.files.keys():
             (folder / name).unlink()
         return final

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from adainfer_runtime import Engine
-from adainfer_runtime.manifest import Manifest, load_manifest, verify_files, write_manifest
+from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
+from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.tasks import TaskExample, read_tasks
 
 from ..errors import CalibrationError, OutputError

@@ -40,6 +40,18 @@ class Scored:
     tasks: tuple[str, ...]
     check_layers: float
 
+    def leave(self, threshold: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
+        """Which prompts exit, and at which point (the first whose score reaches the threshold)."""
+        exits = self.scores >= threshold
+        leaving: npt.NDArray[np.bool_] = np.asarray(exits.any(axis=1))
+        return leaving, exits.argmax(axis=1)
+
+    def wrong(self, threshold: float) -> npt.NDArray[np.bool_]:
+        """`[prompts]`, whether a prompt exits with another answer than the full model's."""
+        leaving, first = self.leave(threshold)
+        wrong: npt.NDArray[np.bool_] = leaving & ~self.agrees[np.arange(len(first)), first]
+        return wrong
+
     def task_weights(self) -> Float64:
         """`[prompts]`, summing to 1, the same sum for every task: for means over tasks."""
         _, index, counts = np.unique(self.tasks, return_inverse=True, return_counts=True)

@@ -35,6 +35,7 @@ class Outcome:
     Attributes:
         layers_saved: mean share of layers that were not executed.
         net_saved: the same minus the time of the checks, in layers.
+        disagreements: prompts that exit with another answer than the full model's.
         agreement: share of prompts that got the full model's answer.
         task_agreement: the same as a mean over tasks.
     """
@@ -42,28 +43,27 @@ class Outcome:
     threshold: float
     layers_saved: float
     net_saved: float
+    disagreements: int
     agreement: float
     task_agreement: float
 
 
 def evaluate(scored: Scored, threshold: float) -> Outcome:
     """Exits at the first point whose score reaches the threshold."""
-    exits = scored.scores >= threshold
-    any_exit = exits.any(axis=1)
-    first = exits.argmax(axis=1)
-    rows = np.arange(len(exits))
-    layers = np.where(any_exit, np.array(scored.layers)[first], scored.num_layers)
-    checks = np.where(any_exit, first + 1, exits.shape[1])
-    agrees = np.where(any_exit, scored.agrees[rows, first], True)
+    leaving, first = scored.leave(threshold)
+    layers = np.where(leaving, np.array(scored.layers)[first], scored.num_layers)
+    checks = np.where(leaving, first + 1, len(scored.layers))
+    wrong = scored.wrong(threshold)
     saved = 1.0 - float(layers.mean()) / scored.num_layers
     # The last check of an exit is the answer's own probe, which the full model pays too.
-    extra = float((checks - any_exit).mean()) * scored.check_layers
+    extra = float((checks - leaving).mean()) * scored.check_layers
     return Outcome(
         threshold,
         saved,
         saved - extra / scored.num_layers,
-        float(agrees.mean()),
-        float(agrees @ scored.task_weights()),
+        int(wrong.sum()),
+        1.0 - float(wrong.mean()),
+        1.0 - float(wrong @ scored.task_weights()),
     )
 
 
@@ -87,8 +87,7 @@ def choose_threshold(
     prompts = len(scored.scores)
     for threshold in candidates:
         outcome = evaluate(scored, float(threshold))
-        disagreeing = round((1.0 - outcome.agreement) * prompts)
-        if (disagreeing + 1) / (prompts + 1) > 1.0 - target_agreement:
+        if (outcome.disagreements + 1) / (prompts + 1) > 1.0 - target_agreement:
             break
         if outcome.task_agreement < target_agreement:
             break

@@ -3,8 +3,7 @@
 One affine read-out per exit layer, a logistic regression from the hidden state to "this exit gives
 the full model's answer". Top prob and gap do not know what kind of question was asked; the hidden
 state does, so that one threshold serves easy and hard tasks. It costs one more row of the
-adapter. (SmolLM2 int4, 12 tasks: an SVM at 0.98 agreement saves 8.4% of layers with it, 6.7%
-without.)
+adapter.
 
 Classifiers are fitted on scores that their own prompts had no part in (cross-fitting): in-sample
 ones are too sure.

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from adainfer_runtime.manifest import SourceFile, SourceSpec, file_sha256
+from adainfer_runtime.engine_folder import file_sha256
+from adainfer_runtime.manifest import SourceFile, SourceSpec
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..errors import CheckpointError, SourceError, UnsupportedError

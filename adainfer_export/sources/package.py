@@ -12,7 +12,7 @@ from pathlib import Path
 from platformdirs import user_cache_path
 
 from adainfer_models import Source
-from adainfer_runtime.manifest import file_sha256
+from adainfer_runtime.engine_folder import file_sha256
 
 from ..errors import SourceError
 

@@ -12,10 +12,11 @@ from typing import Literal
 from .backends import Backend, load_backend
 from .certificate import certified_threshold
 from .choose import Chosen, choose, join_label
+from .engine_folder import load_manifest, verify_files
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, ExitPolicy, NoExit
 from .generate import Generated, GenerateRequest, generate
-from .manifest import Manifest, load_manifest, verify_files
+from .manifest import Manifest
 from .session import Session
 from .shadow import ShadowEntry, ShadowMonitor
 from .tokenizer import Tokenizer, load_tokenizer

@@ -22,8 +22,8 @@ from adainfer_export.calibrate.trust import Trust, cross_fit, fit_trust
 from adainfer_export.errors import CalibrationError
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
+from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.errors import ManifestError, TaskFileError
-from adainfer_runtime.manifest import load_manifest, verify_files
 
 from .synthetic import fit_classifier, synthetic
 
@@ -208,7 +208,9 @@ def test_failed_calibration_leaves_the_folder_as_it_was(folder, monkeypatch):
 def test_exits_that_do_not_pay_leave_nothing_behind(folder, monkeypatch):
     from adainfer_export.calibrate import pipeline
 
-    dear = Outcome(0.0, layers_saved=0.1, net_saved=-0.1, agreement=1.0, task_agreement=1.0)
+    dear = Outcome(
+        0.0, layers_saved=0.1, net_saved=-0.1, disagreements=0, agreement=1.0, task_agreement=1.0
+    )
     monkeypatch.setattr(pipeline, "choose_threshold", lambda *a: dear)
     manifest = calibrated(folder, target_agreement=0.5)
     assert manifest.exit.points == ()

@@ -14,8 +14,8 @@ from adainfer_export.calibrate.scored import Scored, score_predictions
 from adainfer_export.errors import CalibrationError
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
+from adainfer_runtime.engine_folder import load_manifest, write_manifest
 from adainfer_runtime.errors import ExitUnavailableError, RequestError
-from adainfer_runtime.manifest import load_manifest, write_manifest
 
 from .synthetic import fit_classifier, synthetic
 

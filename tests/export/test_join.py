@@ -13,14 +13,8 @@ from adainfer_export.join import join_engines
 from adainfer_export.lower import find_target
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
-from adainfer_runtime.manifest import (
-    ClassifierSpec,
-    ExitPoint,
-    ExitSpec,
-    load_manifest,
-    verify_files,
-    write_manifest,
-)
+from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
+from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec
 
 PROMPT = [int(token) for token in np.random.default_rng(1).integers(2, 320, 21)]
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 
 from adainfer_runtime import AdaInferError, Engine
+from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.errors import (
     DeviceError,
     IntegrityError,
@@ -16,7 +17,6 @@ from adainfer_runtime.errors import (
     StageError,
     UnsafePathError,
 )
-from adainfer_runtime.manifest import load_manifest, verify_files
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..graphs import GraphBuilder
+from ...graph_builder import GraphBuilder
 from ..predictions import Predictions
 
 __all__ = ["COST_OF_WRONG_EXIT", "ExitClassifier", "FitData", "score_all"]

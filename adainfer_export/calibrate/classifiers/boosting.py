@@ -12,7 +12,7 @@ import onnx_ir as ir
 from sklearn.ensemble import GradientBoostingClassifier
 from sklearn.pipeline import make_pipeline
 
-from ..graphs import GraphBuilder
+from ...graph_builder import GraphBuilder
 from .base import FitData
 from .sklearn_form import PipelineClassifier
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..graphs import GraphBuilder
+from ...graph_builder import GraphBuilder
 from .base import FitData
 
 __all__ = ["CrfClassifier", "fit"]

@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from ..graphs import GraphBuilder
+from ...graph_builder import GraphBuilder
 from .base import COST_OF_WRONG_EXIT, FitData
 from .sklearn_form import PipelineClassifier
 

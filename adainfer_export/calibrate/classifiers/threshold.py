@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..graphs import GraphBuilder
+from ...graph_builder import GraphBuilder
 from .base import FitData
 
 __all__ = ["ThresholdClassifier", "fit"]
@@ -50,6 +50,5 @@ class ThresholdClassifier:
 
 
 def fit(data: FitData, seed: int, *, most_rows: int = 0) -> ThresholdClassifier | None:
-    """Takes `top_prob`, and `stability` where the data has it."""
-    features = tuple(name for name in ("top_prob", "stability") if name in data.features)
-    return ThresholdClassifier(data.layers, features)
+    """There is nothing to fit: the features are a confidence, and perhaps `stability`."""
+    return ThresholdClassifier(data.layers, data.features)

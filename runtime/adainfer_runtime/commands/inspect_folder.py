@@ -9,7 +9,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..manifest import Certificate, ExitSpec, Manifest, load_manifest, verify_files
+from ..engine_folder import load_manifest, verify_files
+from ..manifest import Certificate, ExitSpec, Manifest
 
 __all__ = ["certificate_table", "describe_exit", "register"]
 

@@ -1,4 +1,4 @@
-"""A thin builder for the exit graph's ONNX models."""
+"""A thin builder of ONNX graphs: for the probe's features and the exit graph's models."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-__all__ = ["GraphBuilder", "graph_input"]
+__all__ = ["GraphBuilder", "graph_input", "serialise"]
 
 _OPSET, _IR_VERSION = 24, 11
 
@@ -22,6 +22,11 @@ class GraphBuilder:
     def op(self, op_type: str, *inputs: ir.Value, **attributes: int | float) -> ir.Value:
         """A node with one output."""
         return self._tape.op(op_type, list(inputs), attributes=attributes or None)
+
+    def top_two(self, value: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """The two largest along the last axis, and where they are; of equal ones the first."""
+        values, places = self._tape.op_multi_out("TopK", [value, self.ints([2])], num_outputs=2)
+        return values, places
 
     def const(self, name: str, values: npt.ArrayLike) -> ir.Value:
         """A float32 initialiser; the name must be new."""
@@ -55,12 +60,22 @@ class GraphBuilder:
         """To float32."""
         return self.op("Cast", value, to=ir.DataType.FLOAT.value)
 
-    def output(self, value: ir.Value, name: str, shape: list[int | str]) -> ir.Value:
-        """The value as a float32 output of the graph."""
-        result = self.op("Identity", value)
-        result.name, result.type = name, ir.TensorType(ir.DataType.FLOAT)
-        result.shape = ir.Shape(shape)
-        return result
+    def output(
+        self,
+        value: ir.Value,
+        name: str,
+        shape: list[int | str],
+        dtype: ir.DataType = ir.DataType.FLOAT,
+    ) -> ir.Value:
+        """Names a node's result, which becomes an output of the graph."""
+        value.name, value.type, value.shape = name, ir.TensorType(dtype), ir.Shape(shape)
+        return value
+
+    def append_to(self, graph: ir.Graph) -> None:
+        """Puts what was built behind the nodes of an existing graph."""
+        for value in self._tape.initializers:
+            graph.register_initializer(value)
+        graph.extend(self._tape.nodes)
 
     def model(self, name: str, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
         """The finished model."""
@@ -86,3 +101,9 @@ def graph_input(
 ) -> ir.Value:
     """An input of a graph."""
     return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+
+def serialise(model: ir.Model) -> bytes:
+    """The model as ONNX; external tensors stay references."""
+    content: bytes = ir.to_proto(model).SerializeToString()
+    return content

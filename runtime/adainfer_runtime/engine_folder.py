@@ -1,0 +1,112 @@
+"""The engine folder on disk: reading, verifying and replacing its manifest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path, PurePosixPath
+
+from pydantic import ValidationError
+
+from .errors import IntegrityError, ManifestError, SchemaVersionError, UnsafePathError
+from .manifest import SCHEMA_VERSION, FileRecord, Manifest
+
+__all__ = [
+    "MANIFEST_NAME",
+    "file_sha256",
+    "load_manifest",
+    "record_file",
+    "verify_files",
+    "write_manifest",
+]
+
+MANIFEST_NAME = "manifest.json"
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Reads and checks `manifest.json`: schema, and that every named path stays inside.
+
+    Raises:
+        ManifestError: missing, not JSON, or not of the expected form.
+        SchemaVersionError: written for another schema version.
+        UnsafePathError: a path is absolute or climbs out of the folder.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ManifestError(
+            f"{folder} is no engine folder: {MANIFEST_NAME} is missing; "
+            "write one with `adainfer-export MODEL --out DIR`"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ManifestError(f"{path} cannot be read: {error}; export the model again") from error
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{path}: schema version {version!r} is unknown, this runtime reads "
+            f"{SCHEMA_VERSION}; export again, or install the matching adainfer-export"
+        )
+    try:
+        manifest = Manifest.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "manifest"
+        raise ManifestError(f"{path}: {where}: {first['msg']}; export the model again") from error
+    for name in manifest.referenced_files():
+        _check_inside(folder, name)
+    return manifest
+
+
+def verify_files(folder: Path, manifest: Manifest, *, sha256: bool = False) -> None:
+    """Checks that every file has the size (and, if asked, the sha256) the manifest says.
+
+    Raises:
+        IntegrityError: a file is missing, or differs.
+    """
+    for name in manifest.referenced_files():
+        record = manifest.files.get(name)
+        if record is None:
+            raise IntegrityError(f"{name} is used by the manifest but not listed in its files")
+        path = folder / name
+        try:
+            size = path.stat().st_size
+        except OSError:
+            raise IntegrityError(f"{path} is missing; export the model again") from None
+        if size != record.bytes:
+            raise IntegrityError(
+                f"{path} has {size} bytes, expected {record.bytes}; export the model again"
+            )
+        if sha256 and (found := file_sha256(path)) != record.sha256:
+            raise IntegrityError(
+                f"{path} has sha256 {found[:16]}…, expected {record.sha256[:16]}…; "
+                "the file was changed: export the model again"
+            )
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replaces the folder's manifest atomically."""
+    temporary = folder / f".{MANIFEST_NAME}.partial"
+    temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    temporary.replace(folder / MANIFEST_NAME)
+
+
+def record_file(path: Path) -> FileRecord:
+    """What the manifest keeps of a file."""
+    return FileRecord(bytes=path.stat().st_size, sha256=file_sha256(path))
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_inside(folder: Path, name: str) -> None:
+    pure = PurePosixPath(name)
+    root = folder.resolve()
+    if pure.is_absolute() or "\\" in name or not (root / name).resolve().is_relative_to(root):
+        raise UnsafePathError(
+            f"{folder / MANIFEST_NAME}: path {name!r} leaves the engine folder; "
+            "do not use this folder, export the model again"
+        )
