@@ -49,6 +49,7 @@ Examples:
 class AdapterChoice(str, Enum):
     """Values of --adapters."""
 
+    distilled = "distilled"
     ridge = "ridge"
     none = "none"
 
@@ -88,8 +89,12 @@ AdaptersOption = Annotated[
     typer.Option("--adapters", help="Affine map before each probe, or none (plain AdaInfer)."),
 ]
 ClassifierOption = Annotated[
-    ClassifierChoice,
-    typer.Option("--classifier", help="What decides; auto takes the one that saves most."),
+    list[ClassifierChoice],
+    typer.Option(
+        "--classifier",
+        help="What decides; repeatable: the first is the default one, the others can be asked "
+        "for by name. `auto` takes the one that saves most.",
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -130,8 +135,8 @@ def run_export(
     calibration: CalibrationOption = ["builtin"],  # noqa: B006 - typer copies defaults
     calibration_limit: LimitOption = None,
     target_agreement: AgreementOption = 0.99,
-    adapters: AdaptersOption = AdapterChoice.ridge,
-    classifier: ClassifierOption = ClassifierChoice.svm,
+    adapters: AdaptersOption = AdapterChoice.distilled,
+    classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
@@ -173,8 +178,8 @@ def run_calibrate(
     calibration: CalibrationOption = ["builtin"],  # noqa: B006 - typer copies defaults
     calibration_limit: LimitOption = None,
     target_agreement: AgreementOption = 0.99,
-    adapters: AdaptersOption = AdapterChoice.ridge,
-    classifier: ClassifierOption = ClassifierChoice.svm,
+    adapters: AdaptersOption = AdapterChoice.distilled,
+    classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -229,8 +234,10 @@ def _calibration(
     limit: int | None,
     target_agreement: float,
     adapters: AdapterChoice,
-    classifier: ClassifierChoice,
+    classifiers: list[ClassifierChoice],
 ) -> CalibrationRequest | None:
+    if ClassifierChoice.auto in classifiers and len(classifiers) > 1:
+        raise CalibrationError("--classifier auto goes with no other --classifier")
     words = {"builtin", "none"} & set(values)
     if words and len(values) > 1:
         raise CalibrationError(f"--calibration {words.pop()} goes with no other --calibration")
@@ -241,7 +248,7 @@ def _calibration(
         limit=limit,
         target_agreement=target_agreement,
         adapters=adapters.value,
-        classifier=classifier.value,
+        classifiers=tuple(dict.fromkeys(choice.value for choice in classifiers)),
     )
 
 

@@ -27,6 +27,7 @@ from adainfer_runtime.manifest import (
 
 from .architectures import find_architecture, sliding_window
 from .calibrate import CalibrationRequest
+from .cost import multiply_adds
 from .errors import CheckpointError, UnsupportedError
 from .folder import check_output, new_folder
 from .frontend import build_decoder
@@ -183,6 +184,7 @@ def _write_stage(
         last_layer=stage.last_layer,
         inputs=tuple(str(value.name) for value in graph.inputs),
         outputs=tuple(str(value.name) for value in graph.outputs),
+        multiply_adds=multiply_adds(graph),
     )
 
 

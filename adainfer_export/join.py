@@ -29,9 +29,8 @@ def join_engines(
     folder: Path, manifest: Manifest, dialect: Dialect, precision: Precision
 ) -> Manifest:
     """The manifest with one graph between two exit points, and those graphs in the folder."""
-    points = manifest.exit.points if manifest.exit else ()
     joined, written = [], {}
-    for group in _groups(manifest.cut, {point.exit_layer for point in points}):
+    for group in _groups(manifest.cut, set(manifest.exit_points)):
         if len(group) == 1:
             joined.append(group[0])
             continue
@@ -74,6 +73,7 @@ def _join(
         last_layer=last,
         inputs=tuple(str(value.name) for value in model.graph.inputs),
         outputs=tuple(str(value.name) for value in model.graph.outputs),
+        multiply_adds=sum(stage.multiply_adds for stage in group),
     )
 
 

@@ -94,7 +94,7 @@ def test_inspect(folder):
     done = command("adainfer", "inspect", folder / "engines", "--verify")
     assert re.search(r"4 in [1-4] engines?", done.stdout)
     data = json.loads(command("adainfer", "inspect", folder / "engines", "--json").stdout)
-    assert data["schema_version"] == 2
+    assert data["schema_version"] == 3
 
 
 def test_validate(folder):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,22 @@ from ..progress import Reporter
 from .certify import make_certificate, threshold_grid
 from .classifiers import CLASSIFIERS, ExitClassifier
 from .data import Parts, load_examples, prompt_hash, split_parts
-from .exit_files import without_exit, write_exit, write_report
+from .distil import distil_adapters
+from .exit_files import without_exit, write_exits, write_report
+from .head import read_head
 from .predictions import Predictions, predict_layers
 from .request import CalibrationRequest
 from .ridge import Adapter
-from .scored import observe, score_predictions
-from .select import Outcome, choose_threshold, select_classifier
-from .traces import AnswerTraces, candidate_layers, fits, trace_answers, trace_moments
+from .scored import Scored, observe, score_predictions
+from .select import Outcome, choose_threshold, select_classifiers
+from .traces import (
+    AnswerTraces,
+    PromptTraces,
+    candidate_layers,
+    fits,
+    trace_answers,
+    trace_prompts,
+)
 from .trust import Trust, cross_fit, fit_trust, with_trust
 
 __all__ = ["calibrate", "recalibrate"]
@@ -35,20 +44,21 @@ _RIDGE = 0.01
 class _Fitted:
     """What the first three parts gave: everything but the threshold.
 
-    `classifier` is None where no exit pays.
+    `classifiers` is empty where no exit pays; the first is the default.
     """
 
     parts: Parts
     skipped: int
     adapters: Mapping[int, tuple[Adapter, Trust]]
-    classifier: ExitClassifier | None
+    classifiers: Sequence[ExitClassifier]
+    block_influence: Mapping[int, float]
     selection: Predictions
 
 
 def calibrate(
     folder: Path, manifest: Manifest, request: CalibrationRequest, reporter: Reporter
 ) -> Manifest:
-    """Fits an exit graph to the engine in a folder and writes its files beside the stages.
+    """Fits exit graphs to the engine in a folder and writes their files beside the stages.
 
     The folder's manifest is not touched: the caller writes the one that is returned. New files
     carry their content's hash in their names, so that an engine that is in use keeps its own.
@@ -62,33 +72,47 @@ def calibrate(
     figures = _figures(request, fitted)
     target = request.target_agreement
     draft = ExitSpec(points=(), target_agreement=target, calibration=figures)
-    if fitted.classifier is None:
+    if not fitted.classifiers:
         return _report(folder, without_exit(folder, manifest, draft), fitted.parts)
-    # Threshold and certificate are of the exit graph as it runs: it is written first.
-    written = write_exit(folder, manifest, fitted.classifier, fitted.adapters, draft)
+    # Thresholds and certificates are of the exit graphs as they run: they are written first.
+    written = write_exits(folder, manifest, fitted.classifiers, fitted.adapters, draft)
     reporter.begin("certifying", len(fitted.parts.certification))
     engine = Engine.of_manifest(folder, written)
     scored = observe(engine, fitted.parts.certification, fitted.selection.check_layers, reporter)
-    outcome = choose_threshold(scored, target)
-    if outcome.net_saved <= 0:
-        final = _report(folder, without_exit(folder, manifest, draft), fitted.parts)
-        for name in written.files.keys() - final.files.keys() - in_use.files.keys():
-            (folder / name).unlink()
-        return final
-    grid = threshold_grid(score_predictions(fitted.classifier, fitted.selection))
-    assert written.exit is not None  # just written
-    spec = written.exit.model_copy(
+    outcomes = {kind: choose_threshold(graph, target) for kind, graph in scored.items()}
+    paying = [c for c in fitted.classifiers if outcomes[c.kind].net_saved > 0]
+    if not paying:
+        final = without_exit(folder, manifest, draft)
+    else:
+        final = write_exits(folder, manifest, paying, fitted.adapters, draft)
+        specs = [
+            _finish(manifest, spec, fitted, classifier, scored[kind], outcomes[kind])
+            for classifier, (kind, spec) in zip(paying, final.exit_graphs.items(), strict=True)
+        ]
+        final = final.model_copy(update={"exit": specs[0], "other_exits": tuple(specs[1:])})
+    final = _report(folder, final, fitted.parts)
+    for name in written.files.keys() - final.files.keys() - in_use.files.keys():
+        (folder / name).unlink()
+    return final
+
+
+def _finish(
+    manifest: Manifest,
+    spec: ExitSpec,
+    fitted: _Fitted,
+    classifier: ExitClassifier,
+    scored: Scored,
+    outcome: Outcome,
+) -> ExitSpec:
+    grid = threshold_grid(score_predictions(classifier, fitted.selection))
+    return spec.model_copy(
         update={
             "threshold": outcome.threshold,
             "thresholds": tuple(grid.tolist()),
-            "certificate": make_certificate(manifest, scored, grid, figures["data"]),
-            "calibration": {
-                **written.exit.calibration,
-                "held_out": _outcome_figures(outcome),
-            },
+            "certificate": make_certificate(manifest, scored, grid, spec.calibration["data"]),
+            "calibration": {**spec.calibration, "held_out": _outcome_figures(outcome)},
         }
     )
-    return _report(folder, written.model_copy(update={"exit": spec}), fitted.parts)
 
 
 def recalibrate(
@@ -132,7 +156,8 @@ def _fit(
             "no layer boundary in the upper half of the model to exit at: export with fewer "
             "--layers-per-engine"
         )
-    adapters = _fit_adapters(engine, parts, request, reporter)
+    prompts = _trace_prompts(engine, parts, request, reporter)
+    adapters = _fit_adapters(folder, engine, prompts, request, reporter)
     traces = _trace(engine, parts.classifier, reporter, in_context=True)
     fit = predict_layers(engine, traces, adapters)
     new = _trace(engine, parts.selection, reporter)
@@ -141,10 +166,20 @@ def _fit(
     if adapters:  # plain AdaInfer reads nothing off the hidden state but its prediction
         trusts = fit_trust(traces, fit)
         fit, selection = cross_fit(traces, fit), with_trust(new, selection, trusts)
-    kinds = tuple(CLASSIFIERS) if request.classifier == "auto" else (request.classifier,)
-    classifier = select_classifier(fit, selection, request.target_agreement, request.seed, kinds)
+    classifiers = _select(fit, selection, request)
     maps = {layer: (adapter, trusts[layer]) for layer, adapter in adapters.items()}
-    return _Fitted(parts, skipped, maps, classifier, selection)
+    return _Fitted(parts, skipped, maps, classifiers, prompts.block_influence, selection)
+
+
+def _select(
+    fit: Predictions, selection: Predictions, request: CalibrationRequest
+) -> list[ExitClassifier]:
+    best_alone = request.classifiers == ("auto",)
+    kinds = tuple(CLASSIFIERS) if best_alone else request.classifiers
+    found = select_classifiers(fit, selection, request.target_agreement, request.seed, kinds)
+    if best_alone:
+        return list(found.values())[:1]
+    return [found[kind] for kind in kinds if kind in found]
 
 
 def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, int]:
@@ -159,14 +194,27 @@ def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, i
     return split_parts(usable), skipped
 
 
-def _fit_adapters(
+def _trace_prompts(
     engine: Engine, parts: Parts, request: CalibrationRequest, reporter: Reporter
+) -> PromptTraces:
+    reporter.begin("tracing prompts", len(parts.adapters))
+    return trace_prompts(engine, parts.adapters, reporter, request.seed)
+
+
+def _fit_adapters(
+    folder: Path,
+    engine: Engine,
+    prompts: PromptTraces,
+    request: CalibrationRequest,
+    reporter: Reporter,
 ) -> dict[int, Adapter]:
     if request.adapters == "none":
         return {}
-    reporter.begin("fitting adapters", len(parts.adapters))
-    moments = trace_moments(engine, parts.adapters, reporter, request.seed)
-    return {layer: moment.solve(_RIDGE) for layer, moment in moments.items()}
+    ridge = {layer: moment.solve(_RIDGE) for layer, moment in prompts.moments.items()}
+    head = read_head(folder, engine.manifest) if request.adapters == "distilled" else None
+    if head is None:
+        return ridge
+    return distil_adapters(engine, head, prompts.answers, ridge, reporter, request.seed)
 
 
 def _trace(
@@ -188,6 +236,9 @@ def _figures(request: CalibrationRequest, fitted: _Fitted) -> dict[str, Any]:
         "adapters": request.adapters,
         "prompts": {name: len(getattr(fitted.parts, name)) for name in Parts.__dataclass_fields__},
         "prompts_too_long": fitted.skipped,
+        "block_influence": {
+            str(layer): float(f"{value:.4g}") for layer, value in fitted.block_influence.items()
+        },
         "check_layers": round(fitted.selection.check_layers, 3),
         "agreement_by_layer": {
             str(layer): round(float(value), 4)

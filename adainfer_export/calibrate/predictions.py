@@ -39,6 +39,8 @@ class Predictions:
         token, top_prob, gap: `[prompts, layers]`.
         trust: `[prompts, layers]`, see `trust`; None where it was not fitted.
         check_layers: time of one check (adapter, probe) in units of one layer over one prompt.
+        prompts: `[prompts]`, number of the prompt that each answer is from: the answers of a
+            prompt's own examples come before its own, under the same number. None: one each.
     """
 
     layers: tuple[int, ...]
@@ -50,6 +52,30 @@ class Predictions:
     gap: Float32
     check_layers: float
     trust: Float32 | None = None
+    prompts: npt.NDArray[np.int64] | None = None
+
+    def rows(self, chosen: npt.NDArray[np.int64] | Bool) -> Predictions:
+        """Only these answers."""
+        return replace(
+            self,
+            tasks=tuple(np.array(self.tasks, object)[chosen]),
+            final=self.final[chosen],
+            token=self.token[chosen],
+            top_prob=self.top_prob[chosen],
+            gap=self.gap[chosen],
+            trust=None if self.trust is None else self.trust[chosen],
+            prompts=self.groups[chosen],
+        )
+
+    @property
+    def groups(self) -> npt.NDArray[np.int64]:
+        """`[prompts]`: equal numbers must not be parted by cross-validation."""
+        return np.arange(len(self.final)) if self.prompts is None else self.prompts
+
+    @property
+    def own(self) -> Bool:
+        """`[prompts]`, whether an answer is the prompt's own: the last under its number."""
+        return np.append(self.groups[1:] != self.groups[:-1], True)
 
     @property
     def agrees(self) -> Bool:
@@ -60,16 +86,13 @@ class Predictions:
     def at(self, layers: tuple[int, ...]) -> Predictions:
         """Only these exit layers."""
         columns = [self.layers.index(layer) for layer in layers]
-        return Predictions(
-            layers,
-            self.num_layers,
-            self.tasks,
-            self.final,
-            self.token[:, columns],
-            self.top_prob[:, columns],
-            self.gap[:, columns],
-            self.check_layers,
-            None if self.trust is None else self.trust[:, columns],
+        return replace(
+            self,
+            layers=layers,
+            token=self.token[:, columns],
+            top_prob=self.top_prob[:, columns],
+            gap=self.gap[:, columns],
+            trust=None if self.trust is None else self.trust[:, columns],
         )
 
     def with_trust(self, trust: Float32) -> Predictions:
@@ -131,6 +154,7 @@ def predict_layers(
         top_prob,
         gap,
         _check_seconds(engine, traces, adapters) / traces.seconds_per_layer,
+        prompts=traces.prompts,
     )
 
 

@@ -48,8 +48,7 @@ def recertify(folder: Path, files: Sequence[Path], reporter: Reporter) -> Renewa
     """
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
-    spec = manifest.exit
-    if spec is None or spec.classifier is None:
+    if not manifest.exit_graphs:
         raise CalibrationError(f"{folder} has no exits to certify: run `adainfer calibrate` first")
     engine = Engine.of_manifest(folder, manifest)
     examples = list({example.prompt: example for example in read_tasks(files)}.values())
@@ -58,12 +57,19 @@ def recertify(folder: Path, files: Sequence[Path], reporter: Reporter) -> Renewa
     if not usable:
         raise CalibrationError("no prompt is left that the exit graph was not fitted on")
     reporter.begin("certifying", len(usable))
-    scored = observe(engine, usable, float(spec.calibration.get("check_layers", 0.0)), reporter)
+    scored = observe(engine, usable, 0.0, reporter)
     data = [path.name for path in files]
-    certificate = make_certificate(manifest, scored, np.array(spec.thresholds), data)
-    renewed = manifest.model_copy(
-        update={"exit": spec.model_copy(update={"certificate": certificate})}
-    )
+    specs = [
+        spec.model_copy(
+            update={
+                "certificate": make_certificate(
+                    manifest, scored[kind], np.array(spec.thresholds), data
+                )
+            }
+        )
+        for kind, spec in manifest.exit_graphs.items()
+    ]
+    renewed = manifest.model_copy(update={"exit": specs[0], "other_exits": tuple(specs[1:])})
     try:
         write_manifest(folder, renewed)
     except OSError as error:

@@ -17,15 +17,16 @@ class CalibrationRequest:
         files: task files; empty for the built-in prompts.
         limit: prompts to use at most, a seeded sample of them.
         target_agreement: share of prompts whose answer must equal the full model's.
-        adapters: `ridge` fits an affine map per exit point; `none` reads the hidden state as it
-            is, as AdaInfer does.
-        classifier: a kind of `classifiers.CLASSIFIERS`, or `auto` for the one that saves most on
-            the selection part.
+        adapters: `ridge` fits an affine map per exit point in closed form, `distilled` then
+            trains it on the full model's distribution; `none` reads the hidden state as it is, as
+            AdaInfer does.
+        classifiers: kinds of `classifiers.CLASSIFIERS`, of which each gives an exit graph, the
+            first that pays the default one; or `auto` alone for the one that saves most.
     """
 
     files: tuple[Path, ...] = ()
     limit: int | None = None
     target_agreement: float = 0.99
-    adapters: Literal["ridge", "none"] = "ridge"
-    classifier: str = "svm"
+    adapters: Literal["distilled", "ridge", "none"] = "distilled"
+    classifiers: tuple[str, ...] = ("svm",)
     seed: int = 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,16 @@ class Scored:
     tasks: tuple[str, ...]
     check_layers: float
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[Scored]) -> Scored:
+        """Different prompts at the same exit points."""
+        return replace(
+            parts[0],
+            scores=np.concatenate([part.scores for part in parts]),
+            agrees=np.concatenate([part.agrees for part in parts]),
+            tasks=tuple(task for part in parts for task in part.tasks),
+        )
+
     def leave(self, threshold: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """Which prompts exit, and at which point (the first whose score reaches the threshold)."""
         exits = self.scores >= threshold
@@ -74,30 +84,38 @@ def score_predictions(classifier: ExitClassifier, predictions: Predictions) -> S
 
 def observe(
     engine: Engine, examples: Iterable[TaskExample], check_layers: float, reporter: Reporter
-) -> Scored:
-    """The exit graph as it runs: every exit point of every prompt, then the full model.
+) -> dict[str, Scored]:
+    """The exit graphs as they run, by kind: every exit point of every prompt, and the full model.
 
     Raises:
         ExitUnavailableError: the engine has no exit graph.
     """
-    policy = engine.policy("adaptive")
-    assert isinstance(policy, ClassifierExit)  # callers have made sure that there are exits
-    scores: list[list[float]] = []
+    policies = {
+        kind: engine.policy("adaptive", classifier=kind) for kind in engine.manifest.exit_graphs
+    }
+    layers = tuple(engine.manifest.exit_points)
+    scores: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in policies}
     agrees: list[list[bool]] = []
     tasks: list[str] = []
     for example in examples:
         with engine.borrow() as session:
             session.extend(engine.tokenizer.encode(example.prompt))
-            seen = session.observe(policy)
-        scores.append([point.score for point in seen.points])
-        agrees.append([point.token == seen.token for point in seen.points])
+            seen = session.observe(layers)
+        for kind, policy in policies.items():
+            assert isinstance(policy, ClassifierExit)  # exit graphs have a classifier
+            scores[kind].append(policy.scores(seen.evidence))
+        agrees.append([seen.evidence[n].result.token == seen.full.token for n in layers])
         tasks.append(example.task)
         reporter.step(example.task)
-    return Scored(
-        policy.exit_layers,
-        engine.manifest.model.num_layers,
-        np.array(scores, np.float64).reshape(len(scores), -1),
-        np.array(agrees, np.bool_).reshape(len(agrees), -1),
-        tuple(tasks),
-        check_layers,
-    )
+    agreement = np.array(agrees, np.bool_).reshape(len(tasks), len(layers))
+    return {
+        kind: Scored(
+            policy.exit_layers,
+            engine.manifest.model.num_layers,
+            np.array(scores[kind], np.float64).reshape(len(tasks), -1),
+            agreement[:, [layers.index(layer) for layer in policy.exit_layers]],
+            tuple(tasks),
+            check_layers,
+        )
+        for kind, policy in policies.items()
+    }

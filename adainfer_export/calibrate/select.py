@@ -9,20 +9,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
 
 from .classifiers import CLASSIFIERS, ExitClassifier, FitData
-from .classifiers.base import COST_OF_WRONG_EXIT
 from .predictions import Predictions
 from .scored import Scored, score_predictions
 
-__all__ = ["Outcome", "choose_threshold", "evaluate", "select_classifier"]
+__all__ = ["Outcome", "choose_threshold", "evaluate", "select_classifiers"]
 
 Float64 = npt.NDArray[np.float64]
 
 _MOST_POINTS = 3
 _SHORTLIST = 8
-_RANKING_FEATURES = ("log_odds", "gap", "depth", "stability", "trust")
+_RANKING = "logistic"
+_FOLDS = 3
 # Savings are compared at several levels around the wanted one: a few hundred prompts say little
 # about a single level.
 _LEVELS = (1.0, 1.5, 2.0, 3.0)
@@ -95,67 +95,74 @@ def choose_threshold(
     return best
 
 
-def select_classifier(
+def select_classifiers(
     fit: Predictions,
     selection: Predictions,
     target_agreement: float,
     seed: int,
     kinds: Sequence[str] = ("svm",),
-) -> ExitClassifier | None:
-    """The classifier that saves most on the selection part, net of checks.
+) -> dict[str, ExitClassifier]:
+    """Of every kind the classifier that saves most, net of checks; those that save, best first.
 
     All sets of up to three exit points are ranked with a logistic regression; the best of them
-    are tried with every kind and its sets of features. None where nothing saves anything.
+    are tried with every kind and its sets of features. What a set saves is measured on prompts
+    that the classifier of the trial was not fitted on: the selection part, and the classifier
+    part by cross-validation. (The selection part alone leaves it to chance which set wins.)
     """
-    ranked = sorted(
-        _subsets(fit.layers),
-        key=lambda layers: -_logistic_value(fit, selection, layers, target_agreement),
-    )
-    best: ExitClassifier | None = None
-    best_value = 0.0
-    for layers, kind in itertools.product(ranked[:_SHORTLIST], kinds):
+    data = _Trials(fit, selection, target_agreement, seed)
+    richest = next(f for f in reversed(CLASSIFIERS[_RANKING].feature_sets) if data.knows(f))
+    subsets = list(_subsets(fit.layers))
+    ranked = sorted(subsets, key=lambda layers: -data.saves(_RANKING, layers, richest))
+    found: list[tuple[float, ExitClassifier]] = []
+    for kind in kinds:
+        feature_sets = [f for f in CLASSIFIERS[kind].feature_sets if data.knows(f)]
+        trials = {
+            (layers, features): data.saves(kind, layers, features)
+            for layers, features in itertools.product(ranked[:_SHORTLIST], feature_sets)
+        }
+        (layers, features), value = max(trials.items(), key=lambda trial: trial[1])
+        if value <= 0.0:
+            continue
+        classifier = CLASSIFIERS[kind].fit(FitData.of(fit, layers, features), seed)
+        if classifier is not None:
+            found.append((value, classifier))
+    return {
+        classifier.kind: classifier for _, classifier in sorted(found, key=lambda entry: -entry[0])
+    }
+
+
+class _Trials:
+    """Measures kinds, sets of exit points and of features, on the same folds of prompts."""
+
+    def __init__(self, fit: Predictions, selection: Predictions, target: float, seed: int) -> None:
+        self._target, self._seed = target, seed
+        folds = GroupKFold(min(_FOLDS, len(set(fit.groups.tolist()))))
+        own = fit.own
+        self._splits = [(fit, selection)] + [
+            (fit.rows(known), fit.rows(new[own[new]]))
+            for known, new in folds.split(fit.groups, groups=fit.groups)
+        ]
+
+    def knows(self, features: tuple[str, ...]) -> bool:
+        """Whether the predictions have these features."""
+        return self._splits[0][0].known_features.issuperset(features)
+
+    def saves(self, kind: str, layers: tuple[int, ...], features: tuple[str, ...]) -> float:
+        """Share of layers, net of checks, at agreements around the target; 0 if nothing fits."""
         entry = CLASSIFIERS[kind]
-        for features in entry.feature_sets:
-            if not fit.known_features.issuperset(features):
-                continue
-            data = FitData.of(fit, layers, features)
-            classifier = entry.fit(data, seed, most_rows=entry.most_rows_to_rank)
+        parts = []
+        for known, new in self._splits:
+            data = FitData.of(known, layers, features)
+            classifier = entry.fit(data, self._seed, most_rows=entry.most_rows_to_rank)
             if classifier is None:
-                continue
-            value = _value(score_predictions(classifier, selection), target_agreement)
-            if value > best_value:
-                best, best_value = classifier, value
-    if best is None:
-        return None
-    return CLASSIFIERS[best.kind].fit(FitData.of(fit, best.layers, best.features), seed)
+                return 0.0
+            parts.append(score_predictions(classifier, new))
+        return _value(Scored.concatenate(parts), self._target)
 
 
 def _subsets(layers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     for count in range(1, _MOST_POINTS + 1):
         yield from itertools.combinations(layers, count)
-
-
-def _logistic_value(
-    fit: Predictions, selection: Predictions, layers: tuple[int, ...], target: float
-) -> float:
-    names = tuple(name for name in _RANKING_FEATURES if name in fit.known_features)
-    data = FitData.of(fit, layers, names)
-    if data.one_class:
-        return 0.0
-    x, y = data.rows
-    model = LogisticRegression(max_iter=200, class_weight={0: COST_OF_WRONG_EXIT, 1: 1.0}).fit(x, y)
-    chosen = selection.at(layers)
-    features = chosen.features(names)
-    scores = model.decision_function(features.reshape(-1, features.shape[-1]))
-    scored = Scored(
-        layers,
-        chosen.num_layers,
-        scores.reshape(features.shape[:2]),
-        chosen.agrees,
-        chosen.tasks,
-        chosen.check_layers,
-    )
-    return _value(scored, target)
 
 
 def _value(scored: Scored, target: float) -> float:

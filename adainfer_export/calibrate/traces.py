@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,12 @@ from .ridge import Moments
 
 __all__ = [
     "AnswerTraces",
+    "PromptTraces",
     "answer_positions",
     "candidate_layers",
     "fits",
     "trace_answers",
-    "trace_moments",
+    "trace_prompts",
 ]
 
 Float32 = npt.NDArray[np.float32]
@@ -31,6 +32,7 @@ Int64 = npt.NDArray[np.int64]
 _ANSWER_WEIGHT = 10.0
 _OTHER_POSITIONS = 24
 _EARLIER_ANSWERS = 6
+_MOST_ANSWER_BYTES = 800e6
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class AnswerTraces:
     Attributes:
         layers: candidate exit layers, ascending.
         hidden: `[positions, layers, hidden_size]`, after each candidate layer.
+        final: `[positions, hidden_size]`, after all layers.
         token: `[positions]`, the full model's own prediction.
         tasks: name of each position's task.
         prompts: `[positions]`, number of the prompt that each position belongs to.
@@ -48,6 +51,7 @@ class AnswerTraces:
 
     layers: tuple[int, ...]
     hidden: Float32
+    final: Float32
     token: Int64
     tasks: tuple[str, ...]
     prompts: Int64
@@ -86,29 +90,57 @@ def answer_positions(ids: list[int]) -> Int64:
     return np.array([last], np.int64)
 
 
-def trace_moments(
+@dataclass(frozen=True)
+class PromptTraces:
+    """What adapters are fitted on.
+
+    Attributes:
+        moments: of (hidden after layer, final hidden), per candidate layer.
+        answers: answer positions of the same prompts, or a sample of them.
+        block_influence: per engine of the cut, by its last layer: 1 − mean cosine between what it
+            reads and what it writes (ShortGPT, arXiv 2403.03853): how much the engine does.
+    """
+
+    moments: Mapping[int, Moments]
+    answers: AnswerTraces
+    block_influence: Mapping[int, float]
+
+
+def trace_prompts(
     engine: Engine, examples: Iterable[TaskExample], reporter: Reporter, seed: int
-) -> dict[int, Moments]:
-    """Moments of (hidden after layer, final hidden) per candidate layer.
+) -> PromptTraces:
+    """Runs prompts through all layers and keeps second moments, and answers.
 
     Answer positions count ten times as much as a prompt's other positions, of which a sample is
-    taken.
+    taken. The answers kept are a sample too, where they would not fit into memory.
     """
     width = engine.manifest.model.hidden_size
     layers = candidate_layers(engine)
     moments = {layer: Moments(width) for layer in layers}
     random = np.random.default_rng(seed)
-    for ids in _encode(engine, examples, reporter):
+    examples = list(examples)
+    kept = _Collector(engine, layers)
+    expected = len(examples) * (_EARLIER_ANSWERS + 1) * (len(layers) + 1) * width * 4
+    share = min(1.0, _MOST_ANSWER_BYTES / max(expected, 1))
+    similarity: dict[int, list[float]] = {layer: [] for layer in engine.manifest.boundaries}
+    for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
+        start = time.perf_counter()
         answers = answer_positions(ids)
         others = np.setdiff1d(np.arange(len(ids)), answers)
         others = random.choice(others, min(len(others), _OTHER_POSITIONS), replace=False)
         rows = np.concatenate([others, answers])
         weight = np.ones(len(rows), np.float32)
         weight[len(others) :] = _ANSWER_WEIGHT
-        per_layer, final = _run(engine, ids, layers, rows)
+        per_layer, final = _run(engine, ids, layers, rows, similarity)
+        kept.seconds += time.perf_counter() - start
         for layer, hidden in per_layer.items():
             moments[layer].add(hidden, final, weight)
-    return moments
+        chosen = len(others) + np.flatnonzero(random.random(len(answers)) < share)
+        kept.add(
+            example.task, {n: hidden[chosen] for n, hidden in per_layer.items()}, final[chosen]
+        )
+    influence = {layer: 1.0 - float(np.mean(values)) for layer, values in similarity.items()}
+    return PromptTraces(moments, kept.traces(), influence)
 
 
 def trace_answers(
@@ -120,31 +152,51 @@ def trace_answers(
         in_context: also the answers of a prompt's own examples (to fit on; what is measured or
             chosen on has the prompt as its unit).
     """
-    layers = candidate_layers(engine)
-    hidden: list[Float32] = []
-    tokens: list[Int64] = []
-    tasks: list[str] = []
-    prompts: list[int] = []
-    seconds, runs = 0.0, 0
     examples = list(examples)
+    kept = _Collector(engine, candidate_layers(engine))
     for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
         rows = answer_positions(ids) if in_context else np.array([len(ids) - 1], np.int64)
         start = time.perf_counter()
-        per_layer, final = _run(engine, ids, layers, rows)
-        seconds += time.perf_counter() - start
-        runs += 1
-        hidden.append(np.stack([per_layer[layer] for layer in layers], axis=1))
-        tokens.append(engine.backend.probe_features(final)[0])
-        tasks += [example.task] * len(rows)
-        prompts += [runs] * len(rows)
-    return AnswerTraces(
-        layers,
-        np.concatenate(hidden),
-        np.concatenate(tokens),
-        tuple(tasks),
-        np.array(prompts, np.int64),
-        seconds / max(runs, 1) / engine.manifest.model.num_layers,
-    )
+        per_layer, final = _run(engine, ids, kept.layers, rows)
+        kept.seconds += time.perf_counter() - start
+        kept.add(example.task, per_layer, final)
+    return kept.traces()
+
+
+class _Collector:
+    """Puts answers of prompt after prompt together."""
+
+    def __init__(self, engine: Engine, layers: tuple[int, ...]) -> None:
+        self.layers = layers
+        self.seconds = 0.0
+        self._engine = engine
+        self._hidden: list[Float32] = []
+        self._final: list[Float32] = []
+        self._tasks: list[str] = []
+        self._prompts: list[int] = []
+        self._runs = 0
+
+    def add(self, task: str, per_layer: Mapping[int, Float32], final: Float32) -> None:
+        """One prompt's answers: `[answers, hidden_size]` per layer, and after all layers."""
+        self._runs += 1
+        self._hidden.append(np.stack([per_layer[layer] for layer in self.layers], axis=1))
+        self._final.append(final)
+        self._tasks += [task] * len(final)
+        self._prompts += [self._runs] * len(final)
+
+    def traces(self) -> AnswerTraces:
+        """All of them, with the full model's tokens."""
+        num_layers = self._engine.manifest.model.num_layers
+        features = [self._engine.backend.probe_features(final) for final in self._final]
+        return AnswerTraces(
+            self.layers,
+            np.concatenate(self._hidden),
+            np.concatenate(self._final),
+            np.concatenate([token for token, _, _ in features]),
+            tuple(self._tasks),
+            np.array(self._prompts, np.int64),
+            self.seconds / max(self._runs, 1) / num_layers,
+        )
 
 
 def _encode(
@@ -156,13 +208,33 @@ def _encode(
 
 
 def _run(
-    engine: Engine, ids: list[int], layers: tuple[int, ...], rows: Int64
+    engine: Engine,
+    ids: list[int],
+    layers: tuple[int, ...],
+    rows: Int64,
+    similarity: Mapping[int, list[float]] | None = None,
 ) -> tuple[dict[int, Float32], Float32]:
+    """Hidden states of some rows after some layers, and after the last.
+
+    Args:
+        similarity: takes, at every boundary, the rows' mean cosine with the boundary before.
+    """
     with engine.borrow() as session:
         session.extend(ids)
         per_layer = {}
-        for layer in layers:
+        before = session.hidden()[rows].copy()
+        for layer in engine.manifest.boundaries if similarity is not None else layers:
             session.advance(layer)
-            per_layer[layer] = session.hidden()[rows].copy()
+            hidden = session.hidden()[rows].copy()
+            if layer in layers:
+                per_layer[layer] = hidden
+            if similarity is not None:
+                similarity[layer].append(_mean_cosine(before, hidden))
+                before = hidden
         session.complete()
         return per_layer, session.hidden()[rows].copy()
+
+
+def _mean_cosine(a: Float32, b: Float32) -> float:
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(((a * b).sum(axis=1) / np.maximum(lengths, 1e-12)).mean())

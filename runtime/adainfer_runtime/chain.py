@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends import Backend
-from .ledger import Ledger, Pass
-from .manifest import Manifest
+from .ledger import Ledger, Pass, StageCost
+from .manifest import Manifest, StageSpec
 
 __all__ = ["Chain"]
 
@@ -26,7 +26,7 @@ class Chain:
         self._backend = backend
         self._buffers = backend.open_sequence()
         self._last_layers = tuple(stage.last_layer for stage in stages)
-        self.ledger = Ledger(tuple(s.last_layer - s.first_layer + 1 for s in stages))
+        self.ledger = Ledger(tuple(_cost(stage, manifest) for stage in stages))
         self._pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
         self._tokens = np.zeros(manifest.max_seq_len, np.int64)
 
@@ -100,3 +100,10 @@ class Chain:
 
     def _output(self, done: Pass) -> Float32:
         return self._buffers.hidden(done.stage + 1, done.end - done.start)
+
+
+def _cost(stage: StageSpec, manifest: Manifest) -> StageCost:
+    layers = stage.last_layer - stage.first_layer + 1
+    # Q·K and A·V, over all query heads.
+    per_pair = 2 * manifest.model.num_attention_heads * manifest.kv.head_dim
+    return StageCost(layers, stage.multiply_adds, layers * per_pair)

@@ -10,7 +10,7 @@ import numpy as np
 
 from .errors import PromptTooLongError, RequestError
 from .exit_policy import ExitPolicy
-from .ledger import LayerCount
+from .ledger import WorkCount
 from .session import Session, log_softmax
 
 __all__ = ["Chosen", "choose", "join_label"]
@@ -23,7 +23,7 @@ class Chosen:
     index: int
     scores: tuple[float, ...]
     exit_layer: int
-    count: LayerCount
+    count: WorkCount
     seconds: float
 
 

@@ -16,7 +16,7 @@ from .engine_folder import load_manifest, verify_files
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, ExitPolicy, NoExit
 from .generate import Generated, GenerateRequest, generate
-from .manifest import Manifest
+from .manifest import ExitSpec, Manifest
 from .session import Session
 from .shadow import ShadowEntry, ShadowMonitor
 from .tokenizer import Tokenizer, load_tokenizer
@@ -36,6 +36,7 @@ class GenerationResult:
         exit_layers: layers executed for each token, 1 … `layers_total`.
         layers_saved: 1 − position-layers executed / dense, prompt and decode together, as
             counted by the runtime; `prompt_layers_saved` and `decode_layers_saved` apart.
+        compute_saved: 1 − multiply-adds executed / dense, adapters and probes included.
         finish_reason: `eos`, or `length`.
     """
 
@@ -46,6 +47,7 @@ class GenerationResult:
     layers_saved: float
     prompt_layers_saved: float
     decode_layers_saved: float
+    compute_saved: float
     seconds: float
     finish_reason: Literal["eos", "length"]
 
@@ -60,6 +62,7 @@ class ChoiceResult:
     exit_layer: int
     layers_total: int
     layers_saved: float
+    compute_saved: float
     seconds: float
 
 
@@ -169,28 +172,30 @@ class Engine:
         return Session(self._backend, self._manifest)
 
     def policy(
-        self, mode: Mode, *, threshold: float | None = None, level: float | None = None
+        self,
+        mode: Mode,
+        *,
+        classifier: str | None = None,
+        threshold: float | None = None,
+        level: float | None = None,
     ) -> ExitPolicy:
         """The exit policy of a mode.
 
         Args:
+            classifier: kind of the exit graph, where the folder has several; default: its first.
             threshold: of the classifier's score, instead of the manifest's.
             level: a certified share of disagreement, such as 0.02, whose threshold is taken.
 
         Raises:
-            ExitUnavailableError: `adaptive`, but the folder has no exit graph, or the level is not
-                certified.
+            ExitUnavailableError: `adaptive`, but the folder has no such exit graph, or the level
+                is not certified.
             RequestError: no such mode, or both a threshold and a level.
         """
         if mode == "off":
             return NoExit()
         if mode != "adaptive":
             raise RequestError(f"mode {mode!r} is unknown: off or adaptive")
-        spec = self._manifest.exit
-        if spec is None:
-            raise ExitUnavailableError(
-                "this engine has no exit graph: run `adainfer calibrate DIR`, or use mode off"
-            )
+        spec = self._exit_graph(classifier)
         if spec.classifier is None or spec.threshold is None:
             return NoExit()  # calibrated, and the answer was "do not exit"
         if threshold is not None and level is not None:
@@ -267,7 +272,8 @@ class Engine:
             done.scores,
             done.exit_layer,
             self._manifest.model.num_layers,
-            done.count.saved,
+            done.count.layers_saved,
+            done.count.compute_saved,
             done.seconds,
         )
 
@@ -281,6 +287,23 @@ class Engine:
         with self.borrow() as session:
             limit = self._manifest.max_seq_len
             return choose(session, self._tokens(prompt), tokens, policy, limit)
+
+    def _exit_graph(self, classifier: str | None) -> ExitSpec:
+        spec = self._manifest.exit
+        if spec is None:
+            raise ExitUnavailableError(
+                "this engine has no exit graph: run `adainfer calibrate DIR`, or use mode off"
+            )
+        if classifier is None:
+            return spec
+        graphs = self._manifest.exit_graphs
+        if classifier not in graphs:
+            raise ExitUnavailableError(
+                f"this engine has no exit graph with classifier {classifier!r}: it has "
+                f"{', '.join(graphs) or 'none'}; run `adainfer calibrate DIR --classifier "
+                f"{classifier}`"
+            )
+        return graphs[classifier]
 
     def _compares(self, policy: ExitPolicy) -> bool:
         return bool(policy.exit_layers) and self._shadow is not None and self._shadow.due()
@@ -296,16 +319,16 @@ class Engine:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
 
     def _result(self, done: Generated) -> GenerationResult:
-        executed = done.prompt.executed + done.decode.executed
-        dense = done.prompt.dense + done.decode.dense
+        count = done.prompt + done.decode
         return GenerationResult(
             text=self._tokenizer.decode(list(done.tokens)),
             tokens=done.tokens,
             exit_layers=done.exit_layers,
             layers_total=self._manifest.model.num_layers,
-            layers_saved=1.0 - executed / dense,
-            prompt_layers_saved=done.prompt.saved,
-            decode_layers_saved=done.decode.saved,
+            layers_saved=count.layers_saved,
+            prompt_layers_saved=done.prompt.layers_saved,
+            decode_layers_saved=done.decode.layers_saved,
+            compute_saved=count.compute_saved,
             seconds=done.seconds,
             finish_reason=done.finish_reason,
         )

@@ -72,6 +72,7 @@ class ClassifierExit:
     """Mode `adaptive` (AdaInfer): stops where the classifier's score reaches the threshold."""
 
     backend: Backend
+    kind: str
     exit_layers: tuple[int, ...]
     depths: Mapping[int, float]
     threshold: float
@@ -89,7 +90,7 @@ class ClassifierExit:
         """The manifest's exit graph with a threshold."""
         layers = tuple(point.exit_layer for point in points)
         depths = {layer: layer / num_layers for layer in layers}
-        return cls(backend, layers, depths, threshold, classifier.state_size)
+        return cls(backend, classifier.kind, layers, depths, threshold, classifier.state_size)
 
     def decide(
         self, exit_layer: int, evidence: ExitEvidence, state: Float32
@@ -102,4 +103,13 @@ class ClassifierExit:
         self, exit_layer: int, evidence: ExitEvidence, state: Float32
     ) -> tuple[float, Float32]:
         """The score before it is compared, and the next state."""
-        return self.backend.classify(evidence, self.depths[exit_layer], state)
+        return self.backend.classify(self.kind, evidence, self.depths[exit_layer], state)
+
+    def scores(self, evidence: Mapping[int, ExitEvidence]) -> tuple[float, ...]:
+        """The scores at every exit point, had none of them stopped."""
+        state = np.zeros(self.state_size, np.float32)
+        scores = []
+        for layer in self.exit_layers:
+            score, state = self.score(layer, evidence[layer], state)
+            scores.append(score)
+        return tuple(scores)

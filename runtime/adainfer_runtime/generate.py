@@ -9,7 +9,7 @@ from typing import Literal
 
 from .errors import DeadlineError, PromptTooLongError, RequestError
 from .exit_policy import ExitPolicy
-from .ledger import LayerCount
+from .ledger import WorkCount
 from .session import Session
 
 __all__ = ["GenerateRequest", "Generated", "generate"]
@@ -37,15 +37,15 @@ class Generated:
 
     Attributes:
         exit_layers: layers that each token took, 1 … L.
-        prompt: position-layers up to the first token; `decode`: after it. Debts of early exits
-            count where they are paid, so `decode.saved` can be negative.
+        prompt: work up to the first token; `decode`: after it. Debts of early exits count where
+            they are paid, so decode's savings can be negative.
     """
 
     tokens: tuple[int, ...]
     exit_layers: tuple[int, ...]
     finish_reason: Literal["eos", "length"]
-    prompt: LayerCount
-    decode: LayerCount
+    prompt: WorkCount
+    decode: WorkCount
     seconds: float
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["LayerCount", "Ledger", "Pass"]
+__all__ = ["Ledger", "Pass", "StageCost", "WorkCount"]
 
 
 @dataclass(frozen=True)
@@ -17,19 +17,65 @@ class Pass:
 
 
 @dataclass(frozen=True)
-class LayerCount:
-    """Position-layers executed, against those of the dense model for the same positions."""
+class StageCost:
+    """What a stage costs.
+
+    Attributes:
+        layers: decoder layers in it.
+        per_position: multiply-adds of its weights, for one position.
+        per_pair: multiply-adds of its attention, for one position and one that it attends to.
+    """
+
+    layers: int
+    per_position: int = 0
+    per_pair: int = 0
+
+    def multiply_adds(self, start: int, end: int) -> int:
+        """Of the positions `start … end-1`, each attending to itself and all before it."""
+        pairs = (end * (end + 1) - start * (start + 1)) // 2
+        return (end - start) * self.per_position + pairs * self.per_pair
+
+
+@dataclass(frozen=True)
+class WorkCount:
+    """Work done, against that of the dense model for the same positions and predictions.
+
+    Attributes:
+        executed, dense: position-layers.
+        compute, dense_compute: multiply-adds, adapters and probes included; the dense model
+            needs one probe per prediction.
+    """
 
     executed: int
     dense: int
+    compute: int = 0
+    dense_compute: int = 0
 
     @property
-    def saved(self) -> float:
-        """Share of layers saved: 1 − executed / dense; 0 where nothing was asked for."""
+    def layers_saved(self) -> float:
+        """1 − executed / dense; 0 where nothing was asked for."""
         return 1.0 - self.executed / self.dense if self.dense else 0.0
 
-    def __sub__(self, other: LayerCount) -> LayerCount:
-        return LayerCount(self.executed - other.executed, self.dense - other.dense)
+    @property
+    def compute_saved(self) -> float:
+        """1 − compute / dense_compute; 0 where nothing was asked for."""
+        return 1.0 - self.compute / self.dense_compute if self.dense_compute else 0.0
+
+    def __add__(self, other: WorkCount) -> WorkCount:
+        return WorkCount(
+            self.executed + other.executed,
+            self.dense + other.dense,
+            self.compute + other.compute,
+            self.dense_compute + other.dense_compute,
+        )
+
+    def __sub__(self, other: WorkCount) -> WorkCount:
+        return WorkCount(
+            self.executed - other.executed,
+            self.dense - other.dense,
+            self.compute - other.compute,
+            self.dense_compute - other.dense_compute,
+        )
 
 
 class Ledger:
@@ -40,12 +86,11 @@ class Ledger:
     boundary after stage s, where its hidden state is kept.
     """
 
-    def __init__(self, layers_per_stage: tuple[int, ...]) -> None:
-        self._layers = layers_per_stage
-        self._filled = [0] * len(layers_per_stage)
+    def __init__(self, stages: tuple[StageCost, ...]) -> None:
+        self._stages = stages
+        self._filled = [0] * len(stages)
         self._length = 0
-        self._executed = 0
-        self._admitted = 0
+        self._count = WorkCount(0, 0)
 
     @property
     def length(self) -> int:
@@ -58,14 +103,19 @@ class Ledger:
         return tuple(self._filled)
 
     @property
-    def count(self) -> LayerCount:
+    def count(self) -> WorkCount:
         """Counted since the sequence began; roll-backs give nothing back."""
-        return LayerCount(self._executed, self._admitted * sum(self._layers))
+        return self._count
 
     def admit(self, positions: int) -> None:
         """Adds positions that no layer has seen yet."""
-        self._length += positions
-        self._admitted += positions
+        start, end = self._length, self._length + positions
+        self._length = end
+        self._count += WorkCount(
+            executed=0,
+            dense=positions * sum(stage.layers for stage in self._stages),
+            dense_compute=sum(stage.multiply_adds(start, end) for stage in self._stages),
+        )
 
     def plan(self, stages: int, max_rows: int) -> tuple[Pass, ...]:
         """Passes after which the first `stages` stages have seen every position.
@@ -86,7 +136,16 @@ class Ledger:
     def record(self, done: Pass) -> None:
         """Notes that a pass was executed."""
         self._filled[done.stage] = done.end
-        self._executed += (done.end - done.start) * self._layers[done.stage]
+        stage = self._stages[done.stage]
+        self._count += WorkCount(
+            executed=(done.end - done.start) * stage.layers,
+            dense=0,
+            compute=stage.multiply_adds(done.start, done.end),
+        )
+
+    def record_probe(self, compute: int, dense_compute: int) -> None:
+        """Notes multiply-adds of adapters and probes, and what the dense model needs instead."""
+        self._count += WorkCount(0, 0, compute, dense_compute)
 
     def truncate(self, length: int) -> None:
         """Forgets positions from `length` on, in every layer."""

@@ -25,7 +25,7 @@ __all__ = [
     "TokenizerSpec",
 ]
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _EXIT_FOLDERS = ("adapters", "exit", "reports")
 
 
@@ -95,6 +95,7 @@ class StageSpec(_Record):
     """One graph. Layer numbers are 1-based and inclusive; 0 for stages that hold no layer.
 
     `wide_file` is the same stage on the same weights, for passes of many positions.
+    `multiply_adds` counts one position through the stage's weight matrices.
     """
 
     name: str
@@ -105,16 +106,19 @@ class StageSpec(_Record):
     last_layer: int = 0
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    multiply_adds: int
 
 
 class ExitPoint(_Record):
     """A layer boundary at which the exit graph is evaluated.
 
     Without an adapter the probe reads the hidden state as it is (AdaInfer's own form).
+    `multiply_adds` are the adapter's.
     """
 
     exit_layer: int
     adapter: str | None = None
+    multiply_adds: int = 0
 
 
 class ClassifierSpec(_Record):
@@ -205,6 +209,10 @@ class Manifest(_Record):
     `stages` is the decoder as it was cut. Where `joined` is not empty, neighbouring stages without
     an exit point between them were joined: these graphs run the layers instead. That is done
     unless the user fixed `layers_per_engine`.
+
+    `exit` is the exit graph of mode `adaptive`, `other_exits` are further ones, each with another
+    kind of classifier, that requests and evaluations may name. They share the adapters: there is
+    at most one per exit layer.
     """
 
     schema_version: int
@@ -220,6 +228,7 @@ class Manifest(_Record):
     stages: tuple[StageSpec, ...]
     joined: tuple[StageSpec, ...] = ()
     exit: ExitSpec | None = None
+    other_exits: tuple[ExitSpec, ...] = ()
     tokenizer: TokenizerSpec | None = None
     files: dict[str, FileRecord]
 
@@ -245,7 +254,7 @@ class Manifest(_Record):
 
     def uncalibrated(self) -> Manifest:
         """Without exit graph, and with every boundary of the cut: what calibration starts from."""
-        bare = self.model_copy(update={"exit": None, "joined": (), "files": {}})
+        bare = self.model_copy(update={"exit": None, "other_exits": (), "joined": (), "files": {}})
         joined = {name for stage in self.joined for name in (stage.file, stage.wide_file)}
         gone = joined - {*bare.referenced_files()}
         files = {
@@ -254,6 +263,18 @@ class Manifest(_Record):
             if name not in gone and name.split("/")[0] not in _EXIT_FOLDERS
         }
         return bare.model_copy(update={"files": files})
+
+    @property
+    def exit_graphs(self) -> dict[str, ExitSpec]:
+        """Exit graphs by their classifier's kind, the default first."""
+        specs = (self.exit, *self.other_exits)
+        return {spec.classifier.kind: spec for spec in specs if spec and spec.classifier}
+
+    @property
+    def exit_points(self) -> dict[int, ExitPoint]:
+        """The exit points of all exit graphs by layer, ascending."""
+        points = [point for spec in self.exit_graphs.values() for point in spec.points]
+        return {point.exit_layer: point for point in sorted(points, key=lambda p: p.exit_layer)}
 
     @property
     def boundaries(self) -> tuple[int, ...]:
@@ -267,10 +288,9 @@ class Manifest(_Record):
             raise ValueError("stages must hold one embed, one probe and at least one of layers")
         _check_layers(self.cut, self.model.num_layers)
         _check_layers(self.layer_stages, self.model.num_layers)
-        exits = self.exit.points if self.exit else ()
-        for point in exits:
-            if point.exit_layer not in self.boundaries[:-1]:
-                raise ValueError(f"exit point {point.exit_layer} is no boundary between engines")
+        for layer in self.exit_points:
+            if layer not in self.boundaries[:-1]:
+                raise ValueError(f"exit point {layer} is no boundary between engines")
         return self
 
     def referenced_files(self) -> tuple[str, ...]:
@@ -278,12 +298,12 @@ class Manifest(_Record):
         stages = (*self.stages, *self.joined)
         paths = [*self.files, *(stage.file for stage in stages)]
         paths += [stage.wide_file for stage in stages if stage.wide_file]
-        if self.exit:
-            paths += [point.adapter for point in self.exit.points if point.adapter]
-            if self.exit.classifier:
-                paths.append(self.exit.classifier.graph)
-                if self.exit.classifier.reference:
-                    paths.append(self.exit.classifier.reference)
+        paths += [point.adapter for point in self.exit_points.values() if point.adapter]
+        for spec in self.exit_graphs.values():
+            assert spec.classifier is not None  # see exit_graphs
+            paths.append(spec.classifier.graph)
+            if spec.classifier.reference:
+                paths.append(spec.classifier.reference)
         if self.tokenizer:
             paths += [self.tokenizer.file, *self.tokenizer.files]
         return tuple(dict.fromkeys(paths))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,11 @@ import numpy.typing as npt
 from .backends import Backend, ExitEvidence, ProbeResult
 from .chain import Chain
 from .errors import PromptTooLongError, RequestError
-from .exit_policy import ClassifierExit, ExitPolicy
-from .ledger import LayerCount
+from .exit_policy import ExitPolicy
+from .ledger import WorkCount
 from .manifest import Manifest
 
-__all__ = ["Observation", "ObservedPoint", "Prediction", "Session"]
+__all__ = ["Observation", "Prediction", "Session"]
 
 
 @dataclass(frozen=True)
@@ -27,20 +27,13 @@ class Prediction:
 
 
 @dataclass(frozen=True)
-class ObservedPoint:
-    """What one exit point would have answered, and the classifier's score for it."""
-
-    exit_layer: int
-    token: int
-    score: float
-
-
-@dataclass(frozen=True)
 class Observation:
-    """Every exit point of the last position, and the full model's token."""
+    """What exits of the last position would have answered, by exit layer, and the full model's
+    answer.
+    """
 
-    points: tuple[ObservedPoint, ...]
-    token: int
+    evidence: Mapping[int, ExitEvidence]
+    full: ProbeResult
 
 
 class Session:
@@ -55,6 +48,8 @@ class Session:
         self._backend = backend
         self._manifest = manifest
         self._chain = Chain(backend, manifest)
+        self._probe_cost = manifest.probe.multiply_adds
+        self._adapter_costs = {n: p.multiply_adds for n, p in manifest.exit_points.items()}
 
     @property
     def length(self) -> int:
@@ -67,8 +62,8 @@ class Session:
         return tuple(int(token) for token in self._chain.tokens)
 
     @property
-    def count(self) -> LayerCount:
-        """Position-layers executed since the session was opened, against the dense model's."""
+    def count(self) -> WorkCount:
+        """Work done since the session was opened, against the dense model's."""
         return self._chain.ledger.count
 
     @property
@@ -106,6 +101,7 @@ class Session:
         """
         if self.length == 0:
             raise RequestError("the session is empty: extend it with a prompt first")
+        self._chain.ledger.record_probe(0, self._probe_cost)
         state = np.zeros(policy.state_size, np.float32)
         reached = self._chain.depth(self.length - 1)
         for layer in policy.exit_layers:
@@ -117,26 +113,25 @@ class Session:
             if stop:
                 return Prediction(evidence.result, layer)
         self.complete()
+        self._chain.ledger.record_probe(self._probe_cost, 0)
         last = self._manifest.model.num_layers
         return Prediction(self._backend.probe(self._chain.last_hidden()), last)
 
-    def observe(self, policy: ClassifierExit) -> Observation:
-        """Looks at every exit point and runs all layers: what certificates are made from.
+    def observe(self, exit_layers: Iterable[int]) -> Observation:
+        """Looks at exit points without stopping: what certificates are made from.
 
         Raises:
             RequestError: the last position is past the first exit point.
         """
-        if self.length == 0 or self._chain.depth(self.length - 1) > policy.exit_layers[0]:
+        layers = sorted(exit_layers)
+        if self.length == 0 or self._chain.depth(self.length - 1) > min(layers, default=0):
             raise RequestError("observe needs a new position: extend the session first")
-        state = np.zeros(policy.state_size, np.float32)
-        points = []
-        for layer in policy.exit_layers:
+        evidence = {}
+        for layer in layers:
             self._chain.advance(layer)
-            evidence = self._evidence(layer)
-            score, state = policy.score(layer, evidence, state)
-            points.append(ObservedPoint(layer, evidence.result.token, score))
+            evidence[layer] = self._evidence(layer)
         self.complete()
-        return Observation(tuple(points), self._backend.probe(self._chain.last_hidden()).token)
+        return Observation(evidence, self._backend.probe(self._chain.last_hidden()))
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""
@@ -174,6 +169,8 @@ class Session:
         return self._chain.kv(layer)
 
     def _evidence(self, exit_layer: int) -> ExitEvidence:
+        cost = self._probe_cost + self._adapter_costs.get(exit_layer, 0)
+        self._chain.ledger.record_probe(cost, 0)
         adapted, trust = self._backend.adapt(exit_layer, self._chain.last_hidden())
         return ExitEvidence(self._backend.probe(adapted), trust)
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -16,7 +17,7 @@ from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.ridge import Adapter, Moments
 from adainfer_export.calibrate.scored import Scored, score_predictions
-from adainfer_export.calibrate.select import Outcome, choose_threshold, evaluate, select_classifier
+from adainfer_export.calibrate.select import Outcome, choose_threshold, evaluate, select_classifiers
 from adainfer_export.calibrate.traces import AnswerTraces, answer_positions
 from adainfer_export.calibrate.trust import Trust, cross_fit, fit_trust
 from adainfer_export.errors import CalibrationError
@@ -75,7 +76,13 @@ def test_trust_is_read_off_the_hidden_state_without_the_prompt_itself():
     hidden = random.normal(size=(400, 3, 16)).astype(np.float32)
     hidden[:, 1, 4] += predictions.agrees[:, 1] * 4.0  # only the second exit point shows it
     traces = AnswerTraces(
-        predictions.layers, hidden, predictions.final, predictions.tasks, np.arange(400) // 2, 1.0
+        predictions.layers,
+        hidden,
+        hidden[:, -1],
+        predictions.final,
+        predictions.tasks,
+        np.arange(400) // 2,
+        1.0,
     )
     trusts = fit_trust(traces, predictions)
     assert np.abs(trusts[6].weight).argmax() == 4
@@ -94,8 +101,7 @@ def test_trust_is_read_off_the_hidden_state_without_the_prompt_itself():
 def test_plain_adainfer_has_no_trust():
     bare = Predictions(**{**vars(synthetic(500)), "trust": None})
     assert "trust" not in bare.known_features
-    classifier = select_classifier(bare, bare, 0.98, 0)
-    assert classifier is not None
+    classifier = select_classifiers(bare, bare, 0.98, 0)["svm"]
     assert "trust" not in classifier.features
 
 
@@ -126,10 +132,9 @@ def test_too_few_prompts_give_no_exit():
 
 def test_selection_finds_paying_exits_and_refuses_dear_ones():
     fit, selection = synthetic(500, 0), synthetic(400, 1)
-    classifier = select_classifier(fit, selection, 0.98, 0)
-    assert classifier is not None
-    dear = Predictions(**{**vars(selection), "check_layers": 50.0})
-    assert select_classifier(fit, dear, 0.98, 0) is None
+    assert list(select_classifiers(fit, selection, 0.98, 0)) == ["svm"]
+    dear = replace(selection, check_layers=50.0)
+    assert select_classifiers(fit, dear, 0.98, 0) == {}
 
 
 def test_parts_are_disjoint_and_hold_every_task():
@@ -199,7 +204,7 @@ def test_failed_calibration_leaves_the_folder_as_it_was(folder, monkeypatch):
     from adainfer_export.calibrate import pipeline
 
     before = load_manifest(folder)
-    monkeypatch.setattr(pipeline, "select_classifier", lambda *a: 1 / 0)
+    monkeypatch.setattr(pipeline, "select_classifiers", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         calibrated(folder)
     assert load_manifest(folder) == before

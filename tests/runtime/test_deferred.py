@@ -69,11 +69,11 @@ def test_waiting_positions_are_counted_when_they_are_filled(tiny):
     policy.next()
     assert session.predict(policy).exit_layer == 2
     assert session.count.executed == 2 * len(PROMPT)
-    assert session.count.saved == pytest.approx(0.5)
+    assert session.count.layers_saved == pytest.approx(0.5)
     session.extend([9])
     policy.next()
     assert session.predict(policy).exit_layer == 4
-    assert session.count.saved == 0.0  # the debt of the first exit was paid
+    assert session.count.layers_saved == 0.0  # the debt of the first exit was paid
 
 
 def test_more_waiting_positions_than_a_pass_carries(tiny, monkeypatch):
@@ -104,7 +104,7 @@ def test_predicting_again_after_a_deeper_pass_uses_the_full_model(tiny):
 def test_impossible_threshold_equals_off(tiny):
     engine = tiny("llama").engine
     always_asked = ClassifierExit(
-        _Scorer(engine.backend, 1e9), (1, 2, 3), {1: 0.25, 2: 0.5, 3: 0.75}, float("inf"), 1
+        _Scorer(engine.backend, 1e9), "svm", (1, 2, 3), {1: 0.25, 2: 0.5, 3: 0.75}, float("inf"), 1
     )
     session = engine.session()
     session.extend(PROMPT)
@@ -126,5 +126,5 @@ class _Scorer:
     def __getattr__(self, name):
         return getattr(self._backend, name)
 
-    def classify(self, result, depth, state):
+    def classify(self, kind, result, depth, state):
         return self._score, state

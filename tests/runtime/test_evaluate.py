@@ -23,14 +23,14 @@ class HalfwayEngine:
         backend = self._engine.backend
 
         class Sure:
-            def classify(self, result, depth, state):
+            def classify(self, kind, result, depth, state):
                 assert depth == 0.5
                 return 1.0, state
 
             def __getattr__(self, name):
                 return getattr(backend, name)
 
-        return ClassifierExit(Sure(), (2,), {2: 0.5}, 0.0, 1)
+        return ClassifierExit(Sure(), "svm", (2,), {2: 0.5}, 0.0, 1)
 
 
 @pytest.fixture

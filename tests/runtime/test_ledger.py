@@ -3,7 +3,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adainfer_runtime.ledger import LayerCount, Ledger, Pass
+from adainfer_runtime.ledger import Ledger, Pass, StageCost, WorkCount
 
 
 @given(
@@ -13,7 +13,7 @@ from adainfer_runtime.ledger import LayerCount, Ledger, Pass
     max_rows=st.integers(1, 6),
 )
 def test_filled_lengths_never_grow_with_depth_and_nothing_is_run_twice(steps, max_rows):
-    ledger = Ledger((1, 2, 1, 3))
+    ledger = Ledger(tuple(map(StageCost, (1, 2, 1, 3))))
     seen = [set() for _ in range(4)]
     for admitted, stages, cut in steps:
         ledger.admit(admitted)
@@ -35,10 +35,19 @@ def test_filled_lengths_never_grow_with_depth_and_nothing_is_run_twice(steps, ma
 
 
 def test_counts():
-    ledger = Ledger((2, 3))
+    ledger = Ledger((StageCost(2, 10, 1), StageCost(3, 100, 1)))
     ledger.admit(4)
     ledger.record(Pass(0, 0, 4))
-    assert ledger.count == LayerCount(8, 20)
-    assert ledger.count.saved == 0.6
-    assert LayerCount(0, 0).saved == 0.0
-    assert LayerCount(5, 9) - LayerCount(2, 4) == LayerCount(3, 5)
+    pairs = 1 + 2 + 3 + 4
+    assert ledger.count == WorkCount(8, 20, 40 + pairs, 440 + 2 * pairs)
+    assert ledger.count.layers_saved == 0.6
+    ledger.record_probe(7, 5)
+    assert ledger.count.compute_saved == 1 - (40 + pairs + 7) / (440 + 2 * pairs + 5)
+    assert WorkCount(0, 0).layers_saved == WorkCount(0, 0).compute_saved == 0.0
+    assert WorkCount(5, 9, 3, 3) - WorkCount(2, 4, 1, 2) == WorkCount(3, 5, 2, 1)
+
+
+@given(st.integers(0, 50), st.integers(0, 50))
+def test_attention_pairs_add_up(start, rows):
+    cost = StageCost(1, 0, 1)
+    assert cost.multiply_adds(start, start + rows) == sum(range(start + 1, start + rows + 1))

@@ -17,7 +17,7 @@ def engine(tiny, monkeypatch):
     policy = engine.policy
 
     class Sure:
-        def classify(self, evidence, depth, state):
+        def classify(self, kind, evidence, depth, state):
             return 1.0, state
 
         def __getattr__(self, name):
@@ -25,7 +25,9 @@ def engine(tiny, monkeypatch):
 
     def exits(mode, *, threshold=None, level=None):
         return (
-            ClassifierExit(Sure(), (1,), {1: 0.25}, 0.0, 1) if mode == "adaptive" else policy(mode)
+            ClassifierExit(Sure(), "svm", (1,), {1: 0.25}, 0.0, 1)
+            if mode == "adaptive"
+            else policy(mode)
         )
 
     monkeypatch.setattr(engine, "policy", exits)

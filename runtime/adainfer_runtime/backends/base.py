@@ -83,11 +83,12 @@ class Backend(Protocol):
         """
 
     def classify(
-        self, evidence: ExitEvidence, depth: float, state: Float32
+        self, kind: str, evidence: ExitEvidence, depth: float, state: Float32
     ) -> tuple[float, Float32]:
-        """Score of the exit classifier, and its next state `[state_size]`.
+        """Score of an exit graph's classifier, and its next state `[state_size]`.
 
         Args:
+            kind: of one of the manifest's exit graphs.
             depth: exit layer divided by the number of layers.
             state: zeros at the first exit point, then what the last call returned.
         """

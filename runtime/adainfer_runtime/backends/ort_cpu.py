@@ -139,13 +139,16 @@ class OrtCpuBackend:
         quantisation = manifest.quantisation
         self._wide_rows = (quantisation.wide_rows if quantisation else None) or 0
         self._probe = open_stage(manifest.probe.file)
-        self._adapters: dict[int, Any] = {}
-        self._classifier: Any = None
-        if manifest.exit is not None and manifest.exit.classifier is not None:
-            self._classifier = open_stage(manifest.exit.classifier.graph)
-            for point in manifest.exit.points:
-                if point.adapter is not None:
-                    self._adapters[point.exit_layer] = open_stage(point.adapter)
+        self._adapters = {
+            layer: open_stage(point.adapter)
+            for layer, point in manifest.exit_points.items()
+            if point.adapter is not None
+        }
+        self._classifiers = {
+            kind: open_stage(spec.classifier.graph)
+            for kind, spec in manifest.exit_graphs.items()
+            if spec.classifier is not None
+        }
 
     def stage(self, index: int, rows: int) -> Any:
         """The session that runs layer stage `index` over so many positions."""
@@ -184,7 +187,7 @@ class OrtCpuBackend:
         return np.asarray(adapted[0, 0]), float(trust[0, 0])
 
     def classify(
-        self, evidence: ExitEvidence, depth: float, state: Float32
+        self, kind: str, evidence: ExitEvidence, depth: float, state: Float32
     ) -> tuple[float, Float32]:
         """Score and next state."""
         result = evidence.result
@@ -196,7 +199,7 @@ class OrtCpuBackend:
             "trust": np.array([evidence.trust], np.float32),
             "state": state[None],
         }
-        score, next_state = self._classifier.run(["score", "next_state"], feed)
+        score, next_state = self._classifiers[kind].run(["score", "next_state"], feed)
         return float(score[0]), next_state[0]
 
 

@@ -63,6 +63,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("files", f"{len(manifest.files)}, {size / 1e6:,.1f} MB"),
         ("tokenizer", "yes" if manifest.tokenizer else "none: token ids only"),
         ("exits", describe_exit(manifest.exit)),
+        *(("further exits", describe_exit(spec)) for spec in manifest.other_exits),
     ]
 
 

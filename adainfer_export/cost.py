@@ -1,0 +1,27 @@
+"""What a graph costs to run, in multiply-adds."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_ir as ir
+
+__all__ = ["multiply_adds"]
+
+
+def multiply_adds(graph: ir.Graph) -> int:
+    """Of one position through the graph's weight matrices (attention's own products depend on
+    the context and are counted by the runtime; norms and activations are not counted).
+    """
+    return sum(_of_node(node) for node in graph)
+
+
+def _of_node(node: ir.Node) -> int:
+    if node.op_type == "MatMulNBits":
+        return node.attributes["K"].as_int() * node.attributes["N"].as_int()
+    if node.op_type not in ("MatMul", "Gemm"):
+        return 0
+    weight = node.inputs[1]
+    if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
+        return 0
+    return math.prod(weight.const_value.shape.numpy())
