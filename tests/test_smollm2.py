@@ -129,7 +129,7 @@ def test_calibrated_engine_exits_early_and_mostly_agrees(smollm2_int4, tmp_path)
     from adainfer_export.calibrate.pipeline import recalibrate
     from adainfer_export.progress import SilentReporter
     from adainfer_runtime.engine_folder import load_manifest
-    from adainfer_runtime.evaluate import evaluate
+    from adainfer_runtime.evaluation import evaluate, make_methods
 
     folder = tmp_path / "engines"
     shutil.copytree(smollm2_int4, folder)
@@ -138,7 +138,7 @@ def test_calibrated_engine_exits_early_and_mostly_agrees(smollm2_int4, tmp_path)
     assert manifest.exit is not None
     engine = Engine.load(folder, verify=True)
     examples = builtin_examples(seed=99)[::30]
-    result = evaluate(engine, examples)
+    result = evaluate(make_methods(["adaptive"], folder, engine), examples)["adaptive"]
     if manifest.exit.points:
         assert 0.0 < result.mean.layers_saved < 0.5
     assert result.mean.agreement >= 0.75  # a loose floor: 160 prompts are few

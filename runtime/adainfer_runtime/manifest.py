@@ -281,6 +281,11 @@ class Manifest(_Record):
         """Layer boundaries between engines: the exit layers that are possible, L included."""
         return tuple(stage.last_layer for stage in self.layer_stages)
 
+    @property
+    def depth(self) -> int:
+        """Layers that a full run executes: all, unless a baseline left some out."""
+        return sum(stage.last_layer - stage.first_layer + 1 for stage in self.layer_stages)
+
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
         kinds = [stage.kind for stage in self.stages]

@@ -114,8 +114,7 @@ class Session:
                 return Prediction(evidence.result, layer)
         self.complete()
         self._chain.ledger.record_probe(self._probe_cost, 0)
-        last = self._manifest.model.num_layers
-        return Prediction(self._backend.probe(self._chain.last_hidden()), last)
+        return Prediction(self._backend.probe(self._chain.last_hidden()), self._manifest.depth)
 
     def observe(self, exit_layers: Iterable[int]) -> Observation:
         """Looks at exit points without stopping: what certificates are made from.
@@ -135,7 +134,7 @@ class Session:
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""
-        self._chain.advance(self._manifest.model.num_layers)
+        self._chain.advance(self._manifest.boundaries[-1])
 
     def advance(self, exit_layer: int) -> None:
         """Brings every position at least to a layer boundary.

@@ -1,4 +1,4 @@
-"""`adainfer eval`: both modes over task files."""
+"""`adainfer eval`: methods side by side on task files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..engine import Engine
-from ..evaluate import Evaluation, TaskResult, evaluate
+from ..evaluation import AnswerLog, Evaluation, TaskResult, evaluate, make_methods
 from ..tasks import TaskExample, read_tasks
 from .options import LevelOption, ThreadsOption, ThresholdOption
 
@@ -25,7 +25,9 @@ Examples:
 
     adainfer eval engines/ --tasks sentiment.test.jsonl --limit 200
 
-    adainfer eval engines/ --tasks a.jsonl --tasks b.jsonl --json report.json
+    adainfer eval engines/ --tasks a.jsonl --tasks b.jsonl --json report.json --log answers.jsonl
+
+    adainfer eval engines/ --tasks a.jsonl --methods svm,crf,fixed:24,shortgpt:3 --plots plots/
 """
 
 
@@ -37,6 +39,13 @@ def register(app: typer.Typer) -> None:
 def run_eval(
     folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
     tasks: Annotated[list[Path], typer.Option(help="Task file (JSON lines); repeatable.")],
+    methods: Annotated[
+        str,
+        typer.Option(
+            help="What is compared with `off`, by commas: adaptive, the kind of an exit graph "
+            "(svm, crf …), fixed:L (stop after layer L), shortgpt:N (leave N layers out)."
+        ),
+    ] = "adaptive",
     limit: Annotated[
         int | None, typer.Option(help="Examples per task at most (a seeded sample).")
     ] = None,
@@ -46,30 +55,81 @@ def run_eval(
     threshold: ThresholdOption = None,
     level: LevelOption = None,
     threads: ThreadsOption = None,
+    log_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--log",
+            help="Append every answer to this file; a run that was stopped goes on from it.",
+        ),
+    ] = None,
+    plots: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for saved-against-agreement curves and exit histograms (one more full "
+            "run per prompt; needs the extra `plots`)."
+        ),
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the results here; `-` prints them.")
     ] = None,
 ) -> None:
-    """Accuracy, agreement, layers and time of `off` and `adaptive`, per task and in the mean."""
+    """Accuracy, agreement, layers, multiply-adds and time, per task and in the mean."""
     examples = _limited(read_tasks(tasks), limit)
     engine = Engine.load(folder, threads=threads)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    chosen = make_methods(names, folder, engine, threshold=threshold, level=level)
+    question = {"labels_only": labels_only, "threshold": threshold, "level": level}
+    log = AnswerLog.open(log_file, engine.manifest, question) if log_file else None
     console = Console(stderr=True)
-    with Progress(console=console, transient=True) as progress:
-        bar = progress.add_task("evaluating", total=len(examples))
+    with _progress(console) as progress:
+        bar = progress.add_task("evaluating", total=len(examples), detail="")
         result = evaluate(
-            engine,
+            chosen,
             examples,
             labels_only=labels_only,
-            policy=engine.policy("adaptive", threshold=threshold, level=level),
-            on_example=lambda: progress.advance(bar),
+            log=log,
+            on_example=lambda example: progress.update(bar, advance=1, detail=example.task),
         )
+    if plots is not None:
+        _draw(plots, result, engine, examples, console)
     content = json.dumps(asdict(result), indent=1)
     if json_file is not None and str(json_file) == "-":
         print(content)
         return
-    Console(width=None if console.is_terminal else 140).print(_table(result))
+    output = Console(width=None if console.is_terminal else 160)
+    for table in _tables(result):
+        output.print(table)
     if json_file is not None:
         json_file.write_text(content + "\n", encoding="utf-8")
+
+
+def _draw(
+    plots: Path, result: Evaluation, engine: Engine, examples: list[TaskExample], console: Console
+) -> None:
+    from ..evaluation.curves import measure_curves
+    from ..evaluation.plots import draw_plots
+
+    with _progress(console) as progress:
+        bar = progress.add_task("measuring curves", total=len(examples), detail="")
+        curves = measure_curves(
+            engine,
+            examples,
+            on_example=lambda example: progress.update(bar, advance=1, detail=example.task),
+        )
+    for path in draw_plots(plots, result, curves):
+        console.print(f"wrote {path}")
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        transient=True,
+    )
 
 
 def _limited(examples: list[TaskExample], limit: int | None) -> list[TaskExample]:
@@ -85,36 +145,54 @@ def _limited(examples: list[TaskExample], limit: int | None) -> list[TaskExample
     return chosen
 
 
-def _table(result: Evaluation) -> Table:
-    table = Table(title="adaptive against off" + (" (labels only)" if result.labels_only else ""))
+def _tables(result: Evaluation) -> list[Table]:
+    """One method: a row per task. Several: a row per method, of the mean over tasks."""
+    labels = " (labels only)" if result.labels_only else ""
+    compared = result.methods[1:] or result.methods
+    if len(compared) == 1:
+        rows = [*compared[0].tasks, compared[0].mean]
+        table = _table(f"{compared[0].method} against off{labels}", "task")
+        for row in rows:
+            table.add_row(row.task, *_cells(row), style="bold" if row is rows[-1] else None)
+        return [table]
+    table = _table(f"methods against off, mean of {len(compared[0].tasks)} tasks{labels}", "method")
+    for method in result.methods:
+        table.add_row(method.method, *_cells(method.mean))
+    return [table]
+
+
+def _table(title: str, first: str) -> Table:
+    table = Table(title=title)
     headings = (
-        "task", "examples", "accuracy off", "adaptive", "agreement", "95% interval",
-        "minority", "mean layers", "layers saved", "s off", "s adaptive",
+        first, "examples", "accuracy", "difference (95%)", "agreement", "95% interval",
+        "minority", "mean layers", "layers saved", "compute saved", "time of off",
     )  # fmt: skip
     for heading in headings:
-        table.add_column(heading, justify="left" if heading == "task" else "right")
-    for task in result.tasks:
-        table.add_row(*_row(task))
-    table.add_section()
-    table.add_row(*_row(result.mean), style="bold")
+        table.add_column(heading, justify="left" if heading == first else "right")
     return table
 
 
-def _row(result: TaskResult) -> tuple[str, ...]:
+def _cells(result: TaskResult) -> tuple[str, ...]:
     low, high = result.agreement_interval
     return (
-        result.task,
         str(result.examples),
-        _share(result.accuracy_off),
-        _share(result.accuracy_adaptive),
+        _share(result.accuracy),
+        _difference(result),
         _share(result.agreement),
         f"{low:.3f}–{high:.3f}",
         f"{_share(result.minority_agreement)} of {result.minority_examples}",
-        f"{result.mean_layers:.2f}",
+        f"{result.mean_layers:.2f} ± {result.layers_deviation:.1f}",
         f"{result.layers_saved:.1%}",
-        f"{result.seconds_off:.2f}",
-        f"{result.seconds_adaptive:.2f}",
+        f"{result.compute_saved:.1%}",
+        f"{result.relative_time:.2f}",
     )
+
+
+def _difference(result: TaskResult) -> str:
+    if result.accuracy_difference is None or result.accuracy_interval is None:
+        return "–"
+    low, high = result.accuracy_interval
+    return f"{result.accuracy_difference:+.3f} ({low:+.3f} {high:+.3f})"
 
 
 def _share(value: float | None) -> str:

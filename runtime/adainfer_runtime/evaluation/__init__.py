@@ -1,0 +1,16 @@
+"""The paper's evaluation: methods side by side on task files, counted and timed."""
+
+from .answer_log import AnswerLog
+from .methods import Method, make_methods
+from .results import Evaluation, MethodResult, TaskResult
+from .runner import evaluate
+
+__all__ = [
+    "AnswerLog",
+    "Evaluation",
+    "Method",
+    "MethodResult",
+    "TaskResult",
+    "evaluate",
+    "make_methods",
+]

@@ -1,0 +1,100 @@
+"""Methods that can be compared: a name, and how it answers. Adding one is an entry here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from ..engine import Engine
+from ..errors import RequestError
+from ..exit_policy import ExitPolicy, FixedExit
+from ..manifest import Manifest
+from .shortgpt import drop_layers
+
+__all__ = ["BASELINE", "Method", "make_methods"]
+
+BASELINE = "off"
+
+
+@dataclass(frozen=True)
+class Method:
+    """An engine, and who decides when it stops."""
+
+    name: str
+    engine: Engine
+    policy: ExitPolicy
+
+
+def make_methods(
+    names: Sequence[str],
+    folder: Path,
+    engine: Engine,
+    *,
+    threshold: float | None = None,
+    level: float | None = None,
+) -> tuple[Method, ...]:
+    """The methods of these names; `off`, which all are compared with, comes first.
+
+    Names are `off`, `adaptive` (the folder's default exit graph), the kind of an exit graph's
+    classifier (`svm`, `crf` …), `fixed:L` (stop after layer L, by the adapter if the folder has one
+    there) and `shortgpt:N` (the N layers of least influence left out).
+
+    Args:
+        engine: of the folder; further engines on the same files are loaded where a method needs
+            other stages.
+        threshold, level: of the methods with a classifier, see `Engine.policy`.
+
+    Raises:
+        RequestError: no such method, or its number makes no sense here.
+        ExitUnavailableError: the folder has no such exit graph.
+    """
+    manifest = engine.manifest
+
+    @cache
+    def load(variant: Callable[[Manifest], Manifest]) -> Engine:
+        return Engine.of_manifest(folder, variant(manifest))
+
+    def make(name: str) -> Method:
+        word, _, number = name.partition(":")
+        if name == BASELINE:
+            return Method(name, engine, engine.policy("off"))
+        if word == "fixed":
+            layer = _number(name, number)
+            stops = engine if layer in manifest.boundaries else load(_as_cut)
+            _check_boundary(name, layer, stops.manifest)
+            return Method(name, stops, FixedExit(layer))
+        if word == "shortgpt":
+            count = _number(name, number)
+            shortened = Engine.of_manifest(folder, drop_layers(manifest, count))
+            return Method(name, shortened, shortened.policy("off"))
+        if number or word not in ("adaptive", *manifest.exit_graphs):
+            graphs = ", ".join(manifest.exit_graphs) or "no exit graph"
+            raise RequestError(
+                f"method {name!r} is unknown: off, adaptive, fixed:L, shortgpt:N, or the kind of "
+                f"an exit graph (this engine has {graphs}; see `adainfer calibrate --classifier`)"
+            )
+        kind = None if word == "adaptive" else word
+        policy = engine.policy("adaptive", classifier=kind, threshold=threshold, level=level)
+        return Method(name, engine, policy)
+
+    return tuple(make(name) for name in dict.fromkeys((BASELINE, *names)))
+
+
+def _as_cut(manifest: Manifest) -> Manifest:
+    return manifest.model_copy(update={"joined": ()})
+
+
+def _number(name: str, text: str) -> int:
+    if not text.isdecimal():
+        raise RequestError(f"method {name!r} needs a number of layers after its colon")
+    return int(text)
+
+
+def _check_boundary(name: str, layer: int, manifest: Manifest) -> None:
+    if layer not in manifest.boundaries[:-1]:
+        raise RequestError(
+            f"method {name!r}: layer {layer} is no boundary between engines: "
+            f"{', '.join(map(str, manifest.boundaries[:-1]))}"
+        )
