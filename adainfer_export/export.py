@@ -168,6 +168,8 @@ def _write_stage(
         weights = dialect.lower_embedding(graph, precision, tied=tied)
     elif stage.kind == "probe":
         weights = dialect.lower_probe(graph, precision)
+    elif stage.kind == "candidates":
+        weights = dialect.lower_candidates(graph, precision)
     else:
         weights = dialect.lower_layers(graph, precision)
         dialect.check_layers(graph, stage.last_layer - stage.first_layer + 1, precision)

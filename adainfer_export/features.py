@@ -10,21 +10,35 @@ with the largest maxima, so the vocabulary is cut into chunks, and two small Top
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from .graph_builder import GraphBuilder
 
-__all__ = ["add_features"]
+__all__ = ["add_candidate_features", "add_features"]
 
 _LOWEST = -3.0e38
 
 
 def add_features(graph: ir.Graph) -> None:
     """Appends the features to a graph whose only output is the logits `[batch, tokens, vocab]`."""
+    _append(graph, _top_two)
+
+
+def add_candidate_features(graph: ir.Graph) -> None:
+    """The same over a few candidate rows: `token` is the place among the candidates."""
+    _append(graph, lambda build, logits: build.top_two(logits))
+
+
+def _append(
+    graph: ir.Graph,
+    top_two: Callable[[GraphBuilder, ir.Value], tuple[ir.Value, ir.Value]],
+) -> None:
     logits = graph.outputs[0]
     logits.name = "logits"
     build = GraphBuilder()
-    values, tokens = _top_two(build, logits)
+    values, tokens = top_two(build, logits)
     first, second = _column(build, values, 0), _column(build, values, 1)
     token = _column(build, tokens, 0)
     probabilities = build.op("Softmax", logits, axis=-1)

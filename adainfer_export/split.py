@@ -1,4 +1,4 @@
-"""Cuts the decoder at its residual stream into `embed`, groups of layers, and `probe`.
+"""Cuts the decoder at its residual stream into `embed`, groups of layers, `probe`, `candidates`.
 
 `hidden` `[batch, tokens, hidden_size]` is the only activation that crosses a layer boundary; a
 decoder in which more crosses is refused. Layer numbers are 1-based, as in exit layers.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from .errors import UnsupportedError
-from .features import add_features
+from .features import add_candidate_features, add_features
 from .frontend import layer_of
 from .lower.attention import SEQLENS_K, TOTAL_LENGTH
 
@@ -42,7 +42,7 @@ def layer_groups(num_layers: int, per_engine: int) -> list[tuple[int, int]]:
 
 
 def split_decoder(model: ir.Model, groups: list[tuple[int, int]]) -> Iterator[StageGraph]:
-    """Yields `embed`, one stage per group of layers, and `probe`, in that order.
+    """Yields `embed`, one stage per group of layers, `probe` and `candidates`, in that order.
 
     Raises:
         UnsupportedError: another tensor than the residual stream crosses a boundary.
@@ -55,9 +55,12 @@ def split_decoder(model: ir.Model, groups: list[tuple[int, int]]) -> Iterator[St
         name = f"layer_{first:03d}" if first == last else f"layers_{first:03d}_{last:03d}"
         yield StageGraph(name, "layers", _layers(graph, name, boundaries, first, last), first, last)
     logits = graph.outputs[0]
+    few = _extract(graph, "candidates", [boundaries[-1]], [logits])
+    add_candidate_features(few.graph)
     probe = _extract(graph, "probe", [boundaries[-1]], [logits])
     add_features(probe.graph)
     yield StageGraph("probe", "probe", probe)
+    yield StageGraph("candidates", "candidates", few)
 
 
 def _boundaries(graph: ir.Graph, num_layers: int) -> list[ir.Value]:

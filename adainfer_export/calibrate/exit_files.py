@@ -14,27 +14,23 @@ from ..folder import save_hashed
 from ..graph_builder import serialise
 from ..join import join_engines
 from ..lower import find_target
-from .classifiers import ExitClassifier
 from .convert import STATE_SIZE, check_parity, lower_adapter, lower_classifier
+from .fitting import FittedGraph
 from .ridge import Adapter
+from .scored import CHOICE
 from .trust import Trust
 
-__all__ = ["without_exit", "write_exits", "write_report"]
-
-
-def without_exit(folder: Path, manifest: Manifest, spec: ExitSpec) -> Manifest:
-    """The answer "do not exit", with the figures that led to it."""
-    return _with_specs(folder, manifest, (spec,), [])
+__all__ = ["write_exits", "write_report"]
 
 
 def write_exits(
     folder: Path,
     manifest: Manifest,
-    classifiers: Sequence[ExitClassifier],
+    graphs: Sequence[FittedGraph],
     adapters: Mapping[int, tuple[Adapter, Trust]],
     draft: ExitSpec,
 ) -> Manifest:
-    """Writes adapters and classifiers, one exit graph each; the first is the default.
+    """Writes adapters and classifiers; the first graph is the default, none means "do not exit".
 
     Their thresholds are 0 until the caller has chosen them.
 
@@ -47,22 +43,37 @@ def write_exits(
         written.append(save_hashed(folder, name, content))
         return written[-1]
 
-    layers = sorted({layer for classifier in classifiers for layer in classifier.layers})
+    layers = sorted({layer for graph in graphs for layer in graph.classifier.layers})
     points = {layer: _write_point(layer, adapters.get(layer), save) for layer in layers}
-    specs = []
-    for classifier in classifiers:
-        spec, difference = _write_classifier(folder, classifier, save)
-        figures = {**draft.calibration, "classifier_difference": float(f"{difference:.2g}")}
-        specs.append(
-            ExitSpec(
-                points=tuple(points[layer] for layer in classifier.layers),
-                classifier=spec,
-                threshold=0.0,
-                target_agreement=draft.target_agreement,
-                calibration=figures,
-            )
+    specs = {}
+    for graph in graphs:
+        classifier, difference = _write_classifier(folder, graph, save)
+        specs[graph.name] = draft.model_copy(
+            update={
+                "points": tuple(points[layer] for layer in graph.classifier.layers),
+                "classifier": classifier,
+                "threshold": 0.0,
+                "calibration": {
+                    **draft.calibration,
+                    "check_layers": round(graph.selection.check_layers, 3),
+                    "classifier_difference": float(f"{difference:.2g}"),
+                },
+            }
         )
-    return _with_specs(folder, manifest, tuple(specs), written)
+    choice = specs.pop(CHOICE, None)
+    default, *others = specs.values() or (draft,)
+    calibrated = manifest.model_copy(
+        update={
+            "exit": default,
+            "other_exits": tuple(others),
+            "choice_exit": choice,
+            "files": dict(manifest.files) | {name: record_file(folder / name) for name in written},
+        }
+    )
+    if manifest.layers_per_engine is not None:
+        return calibrated
+    _, dialect, precision = find_target(manifest.target, manifest.precision)
+    return join_engines(folder, calibrated, dialect, precision)
 
 
 def _write_point(
@@ -77,9 +88,9 @@ def _write_point(
 
 
 def _write_classifier(
-    folder: Path, classifier: ExitClassifier, save: Callable[[str, bytes], str]
+    folder: Path, fitted: FittedGraph, save: Callable[[str, bytes], str]
 ) -> tuple[ClassifierSpec, float]:
-    name = f"exit/{classifier.kind}"
+    name, classifier = f"exit/{fitted.name}", fitted.classifier
     graph = save(f"{name}.onnx", serialise(lower_classifier(classifier)))
     content = classifier.reference()
     reference = save(f"{name}_reference.onnx", content) if content else None
@@ -92,23 +103,6 @@ def _write_classifier(
         features=classifier.features,
     )
     return spec, difference
-
-
-def _with_specs(
-    folder: Path, manifest: Manifest, specs: tuple[ExitSpec, ...], written: list[str]
-) -> Manifest:
-    new = {name: record_file(folder / name) for name in written}
-    calibrated = manifest.model_copy(
-        update={
-            "exit": specs[0],
-            "other_exits": specs[1:],
-            "files": dict(manifest.files) | new,
-        }
-    )
-    if manifest.layers_per_engine is not None:
-        return calibrated
-    _, dialect, precision = find_target(manifest.target, manifest.precision)
-    return join_engines(folder, calibrated, dialect, precision)
 
 
 def write_report(folder: Path, manifest: Manifest, report: Mapping[str, object]) -> Manifest:

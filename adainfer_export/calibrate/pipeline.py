@@ -1,58 +1,26 @@
-"""The calibration, step by step: trace, adapters, classifier, graphs, threshold, certificate."""
+"""The calibration, step by step: fit, write the graphs, choose thresholds, certify, report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from adainfer_runtime import Engine
 from adainfer_runtime.engine_folder import write_manifest
 from adainfer_runtime.manifest import ExitSpec, Manifest
-from adainfer_runtime.tasks import TaskExample
 
-from ..errors import CalibrationError, OutputError
+from ..errors import OutputError
 from ..progress import Reporter
 from .certify import make_certificate, threshold_grid
-from .classifiers import CLASSIFIERS, ExitClassifier
-from .data import Parts, load_examples, prompt_hash, split_parts
-from .distil import distil_adapters
-from .exit_files import without_exit, write_exits, write_report
-from .head import read_head
-from .predictions import Predictions, predict_layers
+from .data import Parts, prompt_hash
+from .exit_files import write_exits, write_report
+from .fitting import Fitted, FittedGraph, fit_graphs
 from .request import CalibrationRequest
-from .ridge import Adapter
-from .scored import Scored, observe, score_predictions
-from .select import Outcome, choose_threshold, select_classifiers
-from .traces import (
-    AnswerTraces,
-    PromptTraces,
-    candidate_layers,
-    fits,
-    trace_answers,
-    trace_prompts,
-)
-from .trust import Trust, cross_fit, fit_trust, with_trust
+from .scored import CHOICE, Scored, observe, score_predictions
+from .select import Outcome, choose_threshold
 
 __all__ = ["calibrate", "recalibrate"]
-
-_RIDGE = 0.01
-
-
-@dataclass(frozen=True)
-class _Fitted:
-    """What the first three parts gave: everything but the threshold.
-
-    `classifiers` is empty where no exit pays; the first is the default.
-    """
-
-    parts: Parts
-    skipped: int
-    adapters: Mapping[int, tuple[Adapter, Trust]]
-    classifiers: Sequence[ExitClassifier]
-    block_influence: Mapping[int, float]
-    selection: Predictions
 
 
 def calibrate(
@@ -68,51 +36,23 @@ def calibrate(
         CalibrationError: too few usable prompts, or no room for an exit point.
     """
     in_use, manifest = manifest, manifest.uncalibrated()
-    fitted = _fit(folder, manifest, request, reporter)
-    figures = _figures(request, fitted)
-    target = request.target_agreement
-    draft = ExitSpec(points=(), target_agreement=target, calibration=figures)
-    if not fitted.classifiers:
-        return _report(folder, without_exit(folder, manifest, draft), fitted.parts)
+    fitted = fit_graphs(folder, manifest, request, reporter)
+    draft = ExitSpec(
+        points=(), target_agreement=request.target_agreement, calibration=_figures(request, fitted)
+    )
     # Thresholds and certificates are of the exit graphs as they run: they are written first.
-    written = write_exits(folder, manifest, fitted.classifiers, fitted.adapters, draft)
-    reporter.begin("certifying", len(fitted.parts.certification))
-    engine = Engine.of_manifest(folder, written)
-    scored = observe(engine, fitted.parts.certification, fitted.selection.check_layers, reporter)
-    outcomes = {kind: choose_threshold(graph, target) for kind, graph in scored.items()}
-    paying = [c for c in fitted.classifiers if outcomes[c.kind].net_saved > 0]
-    if not paying:
-        final = without_exit(folder, manifest, draft)
-    else:
-        final = write_exits(folder, manifest, paying, fitted.adapters, draft)
-        specs = [
-            _finish(manifest, spec, fitted, classifier, scored[kind], outcomes[kind])
-            for classifier, (kind, spec) in zip(paying, final.exit_graphs.items(), strict=True)
-        ]
-        final = final.model_copy(update={"exit": specs[0], "other_exits": tuple(specs[1:])})
+    written = write_exits(folder, manifest, fitted.graphs, fitted.adapters, draft)
+    scored = _observe(folder, written, fitted, reporter)
+    outcomes = {
+        name: choose_threshold(graph, request.target_agreement) for name, graph in scored.items()
+    }
+    paying = tuple(graph for graph in fitted.graphs if outcomes[graph.name].net_saved > 0)
+    final = write_exits(folder, manifest, paying, fitted.adapters, draft)
+    final = _finish(final, paying, scored, outcomes)
     final = _report(folder, final, fitted.parts)
     for name in written.files.keys() - final.files.keys() - in_use.files.keys():
         (folder / name).unlink()
     return final
-
-
-def _finish(
-    manifest: Manifest,
-    spec: ExitSpec,
-    fitted: _Fitted,
-    classifier: ExitClassifier,
-    scored: Scored,
-    outcome: Outcome,
-) -> ExitSpec:
-    grid = threshold_grid(score_predictions(classifier, fitted.selection))
-    return spec.model_copy(
-        update={
-            "threshold": outcome.threshold,
-            "thresholds": tuple(grid.tolist()),
-            "certificate": make_certificate(manifest, scored, grid, spec.calibration["data"]),
-            "calibration": {**spec.calibration, "held_out": _outcome_figures(outcome)},
-        }
-    )
 
 
 def recalibrate(
@@ -135,100 +75,61 @@ def recalibrate(
     return renewed
 
 
+def _observe(
+    folder: Path, written: Manifest, fitted: Fitted, reporter: Reporter
+) -> dict[str, Scored]:
+    if not fitted.graphs:
+        return {}
+    reporter.begin("certifying", len(fitted.parts.certification))
+    checks = {graph.name: graph.selection.check_layers for graph in fitted.graphs}
+    engine = Engine.of_manifest(folder, written)
+    return observe(engine, fitted.parts.certification, checks, reporter)
+
+
+def _finish(
+    manifest: Manifest,
+    graphs: Sequence[FittedGraph],
+    scored: Mapping[str, Scored],
+    outcomes: Mapping[str, Outcome],
+) -> Manifest:
+    """The manifest with every graph's threshold, certificate and held-out figures."""
+    finished = {}
+    for graph in graphs:
+        choice = graph.name == CHOICE
+        spec = manifest.choice_exit if choice else manifest.exit_graphs[graph.name]
+        assert spec is not None  # it was written for this graph
+        outcome, seen = outcomes[graph.name], scored[graph.name]
+        grid = threshold_grid(score_predictions(graph.classifier, graph.selection))
+        finished[graph.name] = spec.model_copy(
+            update={
+                "threshold": outcome.threshold,
+                "thresholds": tuple(grid.tolist()),
+                "certificate": make_certificate(manifest, seen, grid, spec.calibration["data"]),
+                "calibration": {**spec.calibration, "held_out": _outcome_figures(outcome)},
+            }
+        )
+    update: dict[str, Any] = {"choice_exit": finished.pop(CHOICE, manifest.choice_exit)}
+    if finished:
+        default, *others = finished.values()
+        update |= {"exit": default, "other_exits": tuple(others)}
+    return manifest.model_copy(update=update)
+
+
 def _report(folder: Path, manifest: Manifest, parts: Parts) -> Manifest:
     """Writes figures, and which prompts were fitted on: those can certify nothing later."""
-    assert manifest.exit is not None  # every calibration ends with a spec
+    specs = (manifest.exit, *manifest.other_exits)
     fitted_on = (*parts.adapters, *parts.classifier, *parts.selection)
     report = {
-        "exit": manifest.exit.model_dump(mode="json"),
+        "exits": [spec.model_dump(mode="json") for spec in specs if spec],
+        "choice_exit": manifest.choice_exit.model_dump(mode="json")
+        if manifest.choice_exit
+        else None,
         "fitted_on": sorted(prompt_hash(example.prompt) for example in fitted_on),
     }
     return write_report(folder, manifest, report)
 
 
-def _fit(
-    folder: Path, manifest: Manifest, request: CalibrationRequest, reporter: Reporter
-) -> _Fitted:
-    engine = Engine.of_manifest(folder, manifest)
-    parts, skipped = _usable_parts(engine, request)
-    if not candidate_layers(engine):
-        raise CalibrationError(
-            "no layer boundary in the upper half of the model to exit at: export with fewer "
-            "--layers-per-engine"
-        )
-    prompts = _trace_prompts(engine, parts, request, reporter)
-    adapters = _fit_adapters(folder, engine, prompts, request, reporter)
-    traces = _trace(engine, parts.classifier, reporter, in_context=True)
-    fit = predict_layers(engine, traces, adapters)
-    new = _trace(engine, parts.selection, reporter)
-    selection = predict_layers(engine, new, adapters)
-    trusts: dict[int, Trust] = {}
-    if adapters:  # plain AdaInfer reads nothing off the hidden state but its prediction
-        trusts = fit_trust(traces, fit)
-        fit, selection = cross_fit(traces, fit), with_trust(new, selection, trusts)
-    classifiers = _select(fit, selection, request)
-    maps = {layer: (adapter, trusts[layer]) for layer, adapter in adapters.items()}
-    return _Fitted(parts, skipped, maps, classifiers, prompts.block_influence, selection)
-
-
-def _select(
-    fit: Predictions, selection: Predictions, request: CalibrationRequest
-) -> list[ExitClassifier]:
-    best_alone = request.classifiers == ("auto",)
-    kinds = tuple(CLASSIFIERS) if best_alone else request.classifiers
-    found = select_classifiers(fit, selection, request.target_agreement, request.seed, kinds)
-    if best_alone:
-        return list(found.values())[:1]
-    return [found[kind] for kind in kinds if kind in found]
-
-
-def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, int]:
-    examples = load_examples(request)
-    usable = [example for example in examples if fits(engine, example)]
-    skipped = len(examples) - len(usable)
-    if skipped * 2 > len(examples):
-        raise CalibrationError(
-            f"{skipped} of {len(examples)} prompts are longer than this engine's "
-            f"{engine.manifest.max_seq_len} positions: export with a larger --max-seq-len"
-        )
-    return split_parts(usable), skipped
-
-
-def _trace_prompts(
-    engine: Engine, parts: Parts, request: CalibrationRequest, reporter: Reporter
-) -> PromptTraces:
-    reporter.begin("tracing prompts", len(parts.adapters))
-    return trace_prompts(engine, parts.adapters, reporter, request.seed)
-
-
-def _fit_adapters(
-    folder: Path,
-    engine: Engine,
-    prompts: PromptTraces,
-    request: CalibrationRequest,
-    reporter: Reporter,
-) -> dict[int, Adapter]:
-    if request.adapters == "none":
-        return {}
-    ridge = {layer: moment.solve(_RIDGE) for layer, moment in prompts.moments.items()}
-    head = read_head(folder, engine.manifest) if request.adapters == "distilled" else None
-    if head is None:
-        return ridge
-    return distil_adapters(engine, head, prompts.answers, ridge, reporter, request.seed)
-
-
-def _trace(
-    engine: Engine,
-    examples: tuple[TaskExample, ...],
-    reporter: Reporter,
-    *,
-    in_context: bool = False,
-) -> AnswerTraces:
-    reporter.begin("tracing answers", len(examples))
-    return trace_answers(engine, examples, reporter, in_context=in_context)
-
-
-def _figures(request: CalibrationRequest, fitted: _Fitted) -> dict[str, Any]:
+def _figures(request: CalibrationRequest, fitted: Fitted) -> dict[str, Any]:
     agreement = fitted.selection.agrees.mean(axis=0)
     return {
         "data": [path.name for path in request.files] or ["builtin"],

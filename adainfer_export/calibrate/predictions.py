@@ -14,7 +14,7 @@ from adainfer_runtime import Engine
 from .ridge import Adapter
 from .traces import AnswerTraces
 
-__all__ = ["LOG_ODDS_CLIP", "Predictions", "log_odds", "predict_layers"]
+__all__ = ["LOG_ODDS_CLIP", "Predictions", "log_odds", "predict_candidates", "predict_layers"]
 
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
@@ -155,6 +155,41 @@ def predict_layers(
         gap,
         _check_seconds(engine, traces, adapters) / traces.seconds_per_layer,
         prompts=traces.prompts,
+    )
+
+
+def predict_candidates(
+    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, Adapter], vocabulary: Predictions
+) -> Predictions:
+    """The same over the rows of each prompt's labels alone; answers without labels are left out.
+
+    Args:
+        vocabulary: predictions of the same traces, whose trust is taken over.
+    """
+    rows = np.flatnonzero([bool(candidates) for candidates in traces.candidates])
+    shape = (len(rows), len(traces.layers))
+    final, token = np.empty(shape[0], np.int64), np.empty(shape, np.int64)
+    top_prob, gap = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    seconds = []
+    for index, row in enumerate(rows):
+        candidates = np.array(traces.candidates[row], np.int64)
+        final[index] = engine.backend.probe_candidates(traces.final[row], candidates).token
+        for column, layer in enumerate(traces.layers):
+            start = time.perf_counter()
+            hidden = traces.hidden[row, column]
+            adapter = adapters.get(layer)
+            adapted = adapter.apply(hidden[None])[0] if adapter else hidden
+            result = engine.backend.probe_candidates(adapted, candidates)
+            seconds.append(time.perf_counter() - start)
+            token[index, column] = result.token
+            top_prob[index, column], gap[index, column] = result.top_prob, result.gap
+    return replace(
+        vocabulary.rows(rows),
+        final=final,
+        token=token,
+        top_prob=top_prob,
+        gap=gap,
+        check_layers=float(np.median(seconds)) / traces.seconds_per_layer if seconds else 0.0,
     )
 
 

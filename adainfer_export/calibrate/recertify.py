@@ -6,19 +6,20 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from adainfer_runtime import Engine
 from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
-from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.manifest import ExitSpec, Manifest
 from adainfer_runtime.tasks import TaskExample, read_tasks
 
 from ..errors import CalibrationError, OutputError
 from ..progress import Reporter
 from .certify import make_certificate
 from .data import prompt_hash
-from .scored import observe
+from .scored import CHOICE, observe
 from .traces import fits
 
 __all__ = ["Renewal", "recertify"]
@@ -48,7 +49,7 @@ def recertify(folder: Path, files: Sequence[Path], reporter: Reporter) -> Renewa
     """
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
-    if not manifest.exit_graphs:
+    if not manifest.exit_specs:
         raise CalibrationError(f"{folder} has no exits to certify: run `adainfer calibrate` first")
     engine = Engine.of_manifest(folder, manifest)
     examples = list({example.prompt: example for example in read_tasks(files)}.values())
@@ -57,19 +58,20 @@ def recertify(folder: Path, files: Sequence[Path], reporter: Reporter) -> Renewa
     if not usable:
         raise CalibrationError("no prompt is left that the exit graph was not fitted on")
     reporter.begin("certifying", len(usable))
-    scored = observe(engine, usable, 0.0, reporter)
+    scored = observe(engine, usable, {}, reporter)
     data = [path.name for path in files]
-    specs = [
-        spec.model_copy(
-            update={
-                "certificate": make_certificate(
-                    manifest, scored[kind], np.array(spec.thresholds), data
-                )
-            }
-        )
-        for kind, spec in manifest.exit_graphs.items()
-    ]
-    renewed = manifest.model_copy(update={"exit": specs[0], "other_exits": tuple(specs[1:])})
+
+    def renew(name: str, spec: ExitSpec) -> ExitSpec:
+        grid = np.array(spec.thresholds)
+        certificate = make_certificate(manifest, scored[name], grid, data)
+        return spec.model_copy(update={"certificate": certificate})
+
+    specs = [renew(kind, spec) for kind, spec in manifest.exit_graphs.items()]
+    update: dict[str, Any] = {"exit": specs[0], "other_exits": tuple(specs[1:])} if specs else {}
+    choice = manifest.choice_exit
+    if choice is not None and choice.classifier is not None and scored[CHOICE].tasks:
+        update["choice_exit"] = renew(CHOICE, choice)
+    renewed = manifest.model_copy(update=update)
     try:
         write_manifest(folder, renewed)
     except OSError as error:

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine
-from adainfer_runtime.exit_policy import ClassifierExit
+from adainfer_runtime.exit_policy import ClassifierExit, ExitPolicy
+from adainfer_runtime.session import Observation
 from adainfer_runtime.tasks import TaskExample
 
 from ..progress import Reporter
 from .classifiers import ExitClassifier, score_all
 from .predictions import Predictions
+from .traces import candidates_of
 
-__all__ = ["Scored", "observe", "score_predictions"]
+__all__ = ["CHOICE", "Scored", "observe", "score_predictions"]
 
 Float64 = npt.NDArray[np.float64]
+
+CHOICE = "choice"  # name of the graph for choices among labels
 
 
 @dataclass(frozen=True)
@@ -83,39 +87,68 @@ def score_predictions(classifier: ExitClassifier, predictions: Predictions) -> S
 
 
 def observe(
-    engine: Engine, examples: Iterable[TaskExample], check_layers: float, reporter: Reporter
+    engine: Engine,
+    examples: Iterable[TaskExample],
+    check_layers: Mapping[str, float],
+    reporter: Reporter,
 ) -> dict[str, Scored]:
-    """The exit graphs as they run, by kind: every exit point of every prompt, and the full model.
+    """The exit graphs as they run, by name: every exit point of every prompt, and the full model.
+
+    The graph for choices sees the prompts that have labels.
+
+    Args:
+        check_layers: of each graph, see `Scored`; graphs without one get 0.
 
     Raises:
         ExitUnavailableError: the engine has no exit graph.
     """
-    policies = {
-        kind: engine.policy("adaptive", classifier=kind) for kind in engine.manifest.exit_graphs
+    manifest = engine.manifest
+    policies: dict[str, ExitPolicy] = {
+        kind: engine.policy("adaptive", classifier=kind) for kind in manifest.exit_graphs
     }
-    layers = tuple(engine.manifest.exit_points)
-    scores: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in policies}
-    agrees: list[list[bool]] = []
-    tasks: list[str] = []
+    if manifest.choice_exit is not None and manifest.choice_exit.classifier is not None:
+        policies[CHOICE] = engine.choice_policy("adaptive")
+    watches = {name: _Watch(policy) for name, policy in policies.items()}
     for example in examples:
+        candidates = candidates_of(engine, example)
+        questions = [None, np.array(candidates, np.int64)] if candidates else [None]
         with engine.borrow() as session:
             session.extend(engine.tokenizer.encode(example.prompt))
-            seen = session.observe(layers)
-        for kind, policy in policies.items():
-            assert isinstance(policy, ClassifierExit)  # exit graphs have a classifier
-            scores[kind].append(policy.scores(seen.evidence))
-        agrees.append([seen.evidence[n].result.token == seen.full.token for n in layers])
-        tasks.append(example.task)
+            seen = session.observe(manifest.exit_points, questions)
+        for name, watch in watches.items():
+            if name != CHOICE or candidates:
+                watch.add(example.task, seen[-1 if name == CHOICE else 0])
         reporter.step(example.task)
-    agreement = np.array(agrees, np.bool_).reshape(len(tasks), len(layers))
+    layers = manifest.model.num_layers
     return {
-        kind: Scored(
-            policy.exit_layers,
-            engine.manifest.model.num_layers,
-            np.array(scores[kind], np.float64).reshape(len(tasks), -1),
-            agreement[:, [layers.index(layer) for layer in policy.exit_layers]],
-            tuple(tasks),
+        name: watch.scored(layers, check_layers.get(name, 0.0)) for name, watch in watches.items()
+    }
+
+
+class _Watch:
+    """One exit graph, prompt after prompt."""
+
+    def __init__(self, policy: ExitPolicy) -> None:
+        assert isinstance(policy, ClassifierExit)  # it has an exit graph
+        self._policy = policy
+        self._scores: list[tuple[float, ...]] = []
+        self._agrees: list[list[bool]] = []
+        self._tasks: list[str] = []
+
+    def add(self, task: str, seen: Observation) -> None:
+        layers = self._policy.exit_layers
+        self._scores.append(self._policy.scores(seen.evidence))
+        self._agrees.append([seen.evidence[n].result.token == seen.full.token for n in layers])
+        self._tasks.append(task)
+
+    def scored(self, num_layers: int, check_layers: float) -> Scored:
+        layers = self._policy.exit_layers
+        shape = (len(self._tasks), len(layers))
+        return Scored(
+            layers,
+            num_layers,
+            np.array(self._scores, np.float64).reshape(shape),
+            np.array(self._agrees, np.bool_).reshape(shape),
+            tuple(self._tasks),
             check_layers,
         )
-        for kind, policy in policies.items()
-    }

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine
+from adainfer_runtime.choose import first_tokens
 from adainfer_runtime.tasks import TaskExample
 
 from ..progress import Reporter
@@ -20,6 +21,7 @@ __all__ = [
     "PromptTraces",
     "answer_positions",
     "candidate_layers",
+    "candidates_of",
     "fits",
     "trace_answers",
     "trace_prompts",
@@ -46,6 +48,8 @@ class AnswerTraces:
         token: `[positions]`, the full model's own prediction.
         tasks: name of each position's task.
         prompts: `[positions]`, number of the prompt that each position belongs to.
+        candidates: `[positions]`, the different first tokens of the prompt's labels; empty where
+            it has none, or one.
         seconds_per_layer: mean time of one layer over one prompt.
     """
 
@@ -55,6 +59,7 @@ class AnswerTraces:
     token: Int64
     tasks: tuple[str, ...]
     prompts: Int64
+    candidates: tuple[tuple[int, ...], ...]
     seconds_per_layer: float
 
 
@@ -68,6 +73,13 @@ def candidate_layers(engine: Engine) -> tuple[int, ...]:
 def fits(engine: Engine, example: TaskExample) -> bool:
     """Whether the prompt is not longer than the engine takes."""
     return len(engine.tokenizer.encode(example.prompt)) <= engine.manifest.max_seq_len
+
+
+def candidates_of(engine: Engine, example: TaskExample) -> tuple[int, ...]:
+    """The different first tokens of an example's labels; empty where there is nothing to choose."""
+    labels = engine.label_tokens(example.prompt, example.labels or ())
+    tokens = tuple(first_tokens([label for label in labels if label]).tolist())
+    return tokens if len(tokens) > 1 else ()
 
 
 def answer_positions(ids: list[int]) -> Int64:
@@ -136,9 +148,7 @@ def trace_prompts(
         for layer, hidden in per_layer.items():
             moments[layer].add(hidden, final, weight)
         chosen = len(others) + np.flatnonzero(random.random(len(answers)) < share)
-        kept.add(
-            example.task, {n: hidden[chosen] for n, hidden in per_layer.items()}, final[chosen]
-        )
+        kept.add(example, {n: hidden[chosen] for n, hidden in per_layer.items()}, final[chosen])
     influence = {layer: 1.0 - float(np.mean(values)) for layer, values in similarity.items()}
     return PromptTraces(moments, kept.traces(), influence)
 
@@ -159,7 +169,7 @@ def trace_answers(
         start = time.perf_counter()
         per_layer, final = _run(engine, ids, kept.layers, rows)
         kept.seconds += time.perf_counter() - start
-        kept.add(example.task, per_layer, final)
+        kept.add(example, per_layer, final)
     return kept.traces()
 
 
@@ -174,15 +184,17 @@ class _Collector:
         self._final: list[Float32] = []
         self._tasks: list[str] = []
         self._prompts: list[int] = []
+        self._candidates: list[tuple[int, ...]] = []
         self._runs = 0
 
-    def add(self, task: str, per_layer: Mapping[int, Float32], final: Float32) -> None:
+    def add(self, example: TaskExample, per_layer: Mapping[int, Float32], final: Float32) -> None:
         """One prompt's answers: `[answers, hidden_size]` per layer, and after all layers."""
         self._runs += 1
         self._hidden.append(np.stack([per_layer[layer] for layer in self.layers], axis=1))
         self._final.append(final)
-        self._tasks += [task] * len(final)
+        self._tasks += [example.task] * len(final)
         self._prompts += [self._runs] * len(final)
+        self._candidates += [candidates_of(self._engine, example)] * len(final)
 
     def traces(self) -> AnswerTraces:
         """All of them, with the full model's tokens."""
@@ -195,6 +207,7 @@ class _Collector:
             np.concatenate([token for token, _, _ in features]),
             tuple(self._tasks),
             np.array(self._prompts, np.int64),
+            tuple(self._candidates),
             self.seconds / max(self._runs, 1) / num_layers,
         )
 

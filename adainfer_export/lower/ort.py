@@ -26,6 +26,7 @@ from .precision import Precision
 __all__ = [
     "check_layers",
     "fuse_skip_norms",
+    "lower_candidates",
     "lower_embedding",
     "lower_layers",
     "lower_probe",
@@ -64,24 +65,72 @@ def lower_embedding(graph: ir.Graph, precision: Precision, *, tied: bool) -> Wei
     assert table.shape is not None and table.name is not None
     rows, width = int(table.shape[0]), int(table.shape[1])  # type: ignore[arg-type]
     weights: Weights = {}
-    packed, scales = _quantised_pair(
-        graph, (table.name,), (rows, width), bits, precision.block_size, weights
-    )
-    packed.shape = ir.Shape([rows, width * bits // 8])
-    node = ir.Node(
-        CONTRIB,
-        "GatherBlockQuantized",
-        [packed, gather.inputs[1], scales],
-        [
-            ir.AttrInt64("bits", bits),
-            ir.AttrInt64("block_size", precision.block_size),
-            ir.AttrInt64("gather_axis", 0),
-            ir.AttrInt64("quantize_axis", 1),
-        ],
+    assert gather.inputs[1] is not None
+    node = _gather_rows(
+        graph, table.name, (rows, width), gather.inputs[1], bits, precision.block_size, weights
     )
     _replace(gather, node, gather.outputs[0])
     remove_dead_nodes(graph)
     return weights
+
+
+def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
+    """Lowers final norm and head for the rows that a new input `candidates` int64 `[n]` names."""
+    graph.opset_imports[CONTRIB] = 1
+    weights: Weights = {}
+    (linear,) = find_linears(graph)
+    candidates = ir.Value(
+        name="candidates", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"])
+    )
+    graph.inputs.append(candidates)
+    if precision.bits is None:
+        rows = ir.Node("", "Gather", [linear.weight, candidates], [ir.AttrInt64("axis", 0)])
+    else:
+        shape = (linear.out_features, linear.in_features)
+        rows = _gather_rows(
+            graph,
+            _name(linear.weight),
+            shape,
+            candidates,
+            precision.bits,
+            precision.block_size,
+            weights,
+        )
+    columns = ir.Node("", "Transpose", [rows.outputs[0]], [ir.AttrInt64s("perm", [1, 0])])
+    nodes = [rows, columns, ir.Node("", "MatMul", [linear.input, columns.outputs[0]])]
+    if linear.bias is not None:
+        bias = ir.Node("", "Gather", [linear.bias, candidates], [ir.AttrInt64("axis", 0)])
+        nodes += [bias, ir.Node("", "Add", [nodes[-1].outputs[0], bias.outputs[0]])]
+    insert_before(linear.matmul, nodes)
+    linear.output.shape = ir.Shape(["batch", "tokens", "n"])
+    _take_over(linear.output, nodes[-1].outputs[0])
+    remove_dead_nodes(graph)
+    return weights
+
+
+def _gather_rows(
+    graph: ir.Graph,
+    name: str,
+    shape: tuple[int, int],
+    indices: ir.Value,
+    bits: int,
+    block_size: int,
+    weights: Weights,
+) -> ir.Node:
+    rows, width = shape
+    packed, scales = _quantised_pair(graph, (name,), shape, bits, block_size, weights)
+    packed.shape = ir.Shape([rows, width * bits // 8])
+    return ir.Node(
+        CONTRIB,
+        "GatherBlockQuantized",
+        [packed, indices, scales],
+        [
+            ir.AttrInt64("bits", bits),
+            ir.AttrInt64("block_size", block_size),
+            ir.AttrInt64("gather_axis", 0),
+            ir.AttrInt64("quantize_axis", 1),
+        ],
+    )
 
 
 def lower_probe(graph: ir.Graph, precision: Precision) -> Weights:

@@ -30,6 +30,7 @@ class Dialect:
     lower_embedding: Callable[..., Weights]
     lower_layers: Callable[[ir.Graph, Precision], Weights]
     lower_probe: Callable[[ir.Graph, Precision], Weights]
+    lower_candidates: Callable[[ir.Graph, Precision], Weights]
     check_layers: Callable[[ir.Graph, int, Precision], None]
     widen: Callable[[ir.Graph, Precision], bool]
     fuse_joined: Callable[[ir.Graph], None]
@@ -55,6 +56,7 @@ _ORT_CPU = Dialect(
     lower_embedding=ort.lower_embedding,
     lower_layers=ort.lower_layers,
     lower_probe=ort.lower_probe,
+    lower_candidates=ort.lower_candidates,
     check_layers=ort.check_layers,
     widen=ort.widen,
     fuse_joined=ort.fuse_skip_norms,

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from .errors import PromptTooLongError, RequestError
-from .exit_policy import ExitPolicy
+from .exit_policy import ExitPolicy, NoExit
 from .ledger import WorkCount
 from .session import Session, log_softmax
 
-__all__ = ["Chosen", "choose", "join_label"]
+__all__ = ["Chosen", "choose", "first_tokens", "join_label"]
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """Index of the best label, and each label's log-probability (sum over its tokens)."""
+    """Index of the best label, and each label's log-probability among the labels."""
 
     index: int
     scores: tuple[float, ...]
@@ -42,8 +43,9 @@ def choose(
 ) -> Chosen:
     """Scores labels after the prompt; the session ends with the prompt, without a label.
 
-    The first token of every label is judged where the policy stops; further tokens, if labels
-    have any, after all layers.
+    Of the LM head only the rows of the labels' first tokens are computed. Those tokens are judged
+    where the policy stops; further ones, if labels have any, after all layers. (With one first
+    token for all labels there is nothing to judge early: every layer is run.)
 
     Raises:
         RequestError: fewer than two labels, an empty one, or two with the same tokens.
@@ -52,19 +54,27 @@ def choose(
     _check(prompt, labels, max_length)
     start, before = time.perf_counter(), session.count
     session.extend(prompt)
-    prediction = session.predict(policy)
-    first = log_softmax(prediction.result.logits)
+    candidates = first_tokens(labels)
+    several = len(candidates) > 1
+    prediction = session.predict(policy if several else NoExit(), candidates if several else None)
+    logits = prediction.result.logits if several else np.zeros(1, np.float32)
+    first = dict(zip(candidates.tolist(), logits.tolist(), strict=True))
     scores = [float(first[label[0]]) for label in labels]
     for index, label in enumerate(labels):
         if len(label) > 1:
             scores[index] += _score_rest(session, label)
     return Chosen(
         int(np.argmax(scores)),
-        tuple(scores),
+        tuple(log_softmax(np.array(scores, np.float32)).tolist()),
         prediction.exit_layer,
         session.count - before,
         time.perf_counter() - start,
     )
+
+
+def first_tokens(labels: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
+    """The different first tokens of some labels, ascending."""
+    return np.unique([label[0] for label in labels]).astype(np.int64)
 
 
 def _score_rest(session: Session, label: Sequence[int]) -> float:

@@ -54,7 +54,7 @@ class GenerationResult:
 
 @dataclass(frozen=True)
 class ChoiceResult:
-    """The chosen label; `scores` are the labels' log-probabilities."""
+    """The chosen label; `scores` are the labels' log-probabilities among the labels."""
 
     label: str
     index: int
@@ -196,15 +196,19 @@ class Engine:
         if mode != "adaptive":
             raise RequestError(f"mode {mode!r} is unknown: off or adaptive")
         spec = self._exit_graph(classifier)
-        if spec.classifier is None or spec.threshold is None:
-            return NoExit()  # calibrated, and the answer was "do not exit"
-        if threshold is not None and level is not None:
-            raise RequestError("give a threshold or a certified level, not both")
-        if level is not None:
-            threshold = certified_threshold(spec, level)
-        chosen = spec.threshold if threshold is None else threshold
-        layers = self._manifest.model.num_layers
-        return ClassifierExit.of(self._backend, spec.points, spec.classifier, layers, chosen)
+        return self._classifier_exit(spec, threshold, level, over_candidates=False)
+
+    def choice_policy(
+        self, mode: Mode, *, threshold: float | None = None, level: float | None = None
+    ) -> ExitPolicy:
+        """`policy` for choices among labels: the exit graph that was calibrated for them.
+
+        A folder whose calibration data had no labels has none; `policy` is taken then.
+        """
+        spec = self._manifest.choice_exit
+        if mode != "adaptive" or spec is None:
+            return self.policy(mode, threshold=threshold, level=level)
+        return self._classifier_exit(spec, threshold, level, over_candidates=True)
 
     def generate(
         self,
@@ -261,7 +265,7 @@ class Engine:
         Raises:
             RequestError: fewer than two labels, empty or equal ones.
         """
-        policy = self.policy(mode, threshold=threshold, level=level)
+        policy = self.choice_policy(mode, threshold=threshold, level=level)
         done = self.choose_with(prompt, labels, policy)
         if self._compares(policy):
             full = self.choose_with(prompt, labels, NoExit())
@@ -281,12 +285,33 @@ class Engine:
         self, prompt: str | Sequence[int], labels: Sequence[str], policy: ExitPolicy
     ) -> Chosen:
         """`choose` under any exit policy, with the position-layers that were counted."""
-        text = prompt if isinstance(prompt, str) else ""
-        joined = [join_label(text, label) for label in labels]
-        tokens = [self._tokenizer.encode_continuation(label) for label in joined]
+        tokens = self.label_tokens(prompt, labels)
         with self.borrow() as session:
             limit = self._manifest.max_seq_len
             return choose(session, self._tokens(prompt), tokens, policy, limit)
+
+    def _classifier_exit(
+        self,
+        spec: ExitSpec,
+        threshold: float | None,
+        level: float | None,
+        *,
+        over_candidates: bool,
+    ) -> ExitPolicy:
+        if spec.classifier is None or spec.threshold is None:
+            return NoExit()  # calibrated, and the answer was "do not exit"
+        if threshold is not None and level is not None:
+            raise RequestError("give a threshold or a certified level, not both")
+        if level is not None:
+            threshold = certified_threshold(spec, level)
+        return ClassifierExit.of(
+            self._backend,
+            spec.points,
+            spec.classifier,
+            self._manifest.model.num_layers,
+            spec.threshold if threshold is None else threshold,
+            over_candidates=over_candidates,
+        )
 
     def _exit_graph(self, classifier: str | None) -> ExitSpec:
         spec = self._manifest.exit
@@ -304,6 +329,14 @@ class Engine:
                 f"{classifier}`"
             )
         return graphs[classifier]
+
+    def label_tokens(
+        self, prompt: str | Sequence[int], labels: Sequence[str]
+    ) -> list[Sequence[int]]:
+        """The labels' tokens as they continue the prompt (see `join_label`)."""
+        text = prompt if isinstance(prompt, str) else ""
+        joined = [join_label(text, label) for label in labels]
+        return [self._tokenizer.encode_continuation(label) for label in joined]
 
     def _compares(self, policy: ExitPolicy) -> bool:
         return bool(policy.exit_layers) and self._shadow is not None and self._shadow.due()

@@ -12,7 +12,8 @@
     │   ├── TokenizerMissingError
     │   └── ExitUnavailableError
     ├── DeadlineError            the request's time is over
-    └── TaskFileError            a JSON-lines task file cannot be read
+    ├── TaskFileError            a JSON-lines task file cannot be read, used or written
+    └── DatasetUnavailableError  a dataset cannot be loaded from the hub or its cache
 
 Each message says what was wrong, where, what was found and expected, and what to do.
 """
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 __all__ = [
     "AdaInferError",
+    "DatasetUnavailableError",
     "DeadlineError",
     "DeviceError",
     "ExitUnavailableError",
@@ -85,4 +87,8 @@ class DeadlineError(AdaInferError):
 
 
 class TaskFileError(AdaInferError):
-    """A task file (JSON lines) cannot be read."""
+    """A task file (JSON lines) cannot be read, used or written."""
+
+
+class DatasetUnavailableError(AdaInferError):
+    """A dataset cannot be loaded, or is not what its entry in the registry says."""

@@ -28,6 +28,10 @@ class ExitPolicy(Protocol):
     def state_size(self) -> int:
         """Length of the state vector."""
 
+    @property
+    def over_candidates(self) -> bool:
+        """Whether, of a choice, it judges features over the candidates' rows alone."""
+
     def decide(
         self, exit_layer: int, evidence: ExitEvidence, state: Float32
     ) -> tuple[bool, Float32]:
@@ -40,6 +44,7 @@ class NoExit:
 
     exit_layers: tuple[int, ...] = ()
     state_size: int = 0
+    over_candidates: bool = True
 
     def decide(
         self, exit_layer: int, evidence: ExitEvidence, state: Float32
@@ -54,6 +59,7 @@ class FixedExit:
 
     layer: int
     state_size: int = 0
+    over_candidates: bool = True
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -72,11 +78,12 @@ class ClassifierExit:
     """Mode `adaptive` (AdaInfer): stops where the classifier's score reaches the threshold."""
 
     backend: Backend
-    kind: str
+    graph: str
     exit_layers: tuple[int, ...]
     depths: Mapping[int, float]
     threshold: float
     state_size: int
+    over_candidates: bool = False
 
     @classmethod
     def of(
@@ -86,11 +93,21 @@ class ClassifierExit:
         classifier: ClassifierSpec,
         num_layers: int,
         threshold: float,
+        *,
+        over_candidates: bool = False,
     ) -> ClassifierExit:
-        """The manifest's exit graph with a threshold."""
+        """One of the manifest's exit graphs with a threshold."""
         layers = tuple(point.exit_layer for point in points)
         depths = {layer: layer / num_layers for layer in layers}
-        return cls(backend, classifier.kind, layers, depths, threshold, classifier.state_size)
+        return cls(
+            backend,
+            classifier.graph,
+            layers,
+            depths,
+            threshold,
+            classifier.state_size,
+            over_candidates,
+        )
 
     def decide(
         self, exit_layer: int, evidence: ExitEvidence, state: Float32
@@ -103,7 +120,7 @@ class ClassifierExit:
         self, exit_layer: int, evidence: ExitEvidence, state: Float32
     ) -> tuple[float, Float32]:
         """The score before it is compared, and the next state."""
-        return self.backend.classify(self.kind, evidence, self.depths[exit_layer], state)
+        return self.backend.classify(self.graph, evidence, self.depths[exit_layer], state)
 
     def scores(self, evidence: Mapping[int, ExitEvidence]) -> tuple[float, ...]:
         """The scores at every exit point, had none of them stopped."""

@@ -94,12 +94,15 @@ class FileRecord(_Record):
 class StageSpec(_Record):
     """One graph. Layer numbers are 1-based and inclusive; 0 for stages that hold no layer.
 
+    `probe` is final norm and LM head with AdaInfer's features, `candidates` the same over some of
+    the head's rows.
+
     `wide_file` is the same stage on the same weights, for passes of many positions.
     `multiply_adds` counts one position through the stage's weight matrices.
     """
 
     name: str
-    kind: Literal["embed", "layers", "probe"]
+    kind: Literal["embed", "layers", "probe", "candidates"]
     file: str
     wide_file: str | None = None
     first_layer: int = 0
@@ -211,8 +214,9 @@ class Manifest(_Record):
     unless the user fixed `layers_per_engine`.
 
     `exit` is the exit graph of mode `adaptive`, `other_exits` are further ones, each with another
-    kind of classifier, that requests and evaluations may name. They share the adapters: there is
-    at most one per exit layer.
+    kind of classifier, that requests and evaluations may name. `choice_exit` is for choices among
+    labels: it reads features over the labels' rows of the head alone. They share the adapters:
+    there is at most one per exit layer.
     """
 
     schema_version: int
@@ -229,6 +233,7 @@ class Manifest(_Record):
     joined: tuple[StageSpec, ...] = ()
     exit: ExitSpec | None = None
     other_exits: tuple[ExitSpec, ...] = ()
+    choice_exit: ExitSpec | None = None
     tokenizer: TokenizerSpec | None = None
     files: dict[str, FileRecord]
 
@@ -243,6 +248,11 @@ class Manifest(_Record):
         return next(stage for stage in self.stages if stage.kind == "probe")
 
     @property
+    def candidates(self) -> StageSpec:
+        """The probe over candidate rows of the LM head."""
+        return next(stage for stage in self.stages if stage.kind == "candidates")
+
+    @property
     def layer_stages(self) -> tuple[StageSpec, ...]:
         """The graphs that run the decoder layers, in order."""
         return self.joined or self.cut
@@ -254,7 +264,9 @@ class Manifest(_Record):
 
     def uncalibrated(self) -> Manifest:
         """Without exit graph, and with every boundary of the cut: what calibration starts from."""
-        bare = self.model_copy(update={"exit": None, "other_exits": (), "joined": (), "files": {}})
+        bare = self.model_copy(
+            update={"exit": None, "other_exits": (), "choice_exit": None, "joined": (), "files": {}}
+        )
         joined = {name for stage in self.joined for name in (stage.file, stage.wide_file)}
         gone = joined - {*bare.referenced_files()}
         files = {
@@ -271,9 +283,15 @@ class Manifest(_Record):
         return {spec.classifier.kind: spec for spec in specs if spec and spec.classifier}
 
     @property
+    def exit_specs(self) -> tuple[ExitSpec, ...]:
+        """All exit graphs that have a classifier, the one for choices last."""
+        choice = self.choice_exit
+        return (*self.exit_graphs.values(), *((choice,) if choice and choice.classifier else ()))
+
+    @property
     def exit_points(self) -> dict[int, ExitPoint]:
         """The exit points of all exit graphs by layer, ascending."""
-        points = [point for spec in self.exit_graphs.values() for point in spec.points]
+        points = [point for spec in self.exit_specs for point in spec.points]
         return {point.exit_layer: point for point in sorted(points, key=lambda p: p.exit_layer)}
 
     @property
@@ -288,9 +306,10 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
-        kinds = [stage.kind for stage in self.stages]
-        if kinds.count("embed") != 1 or kinds.count("probe") != 1 or "layers" not in kinds:
-            raise ValueError("stages must hold one embed, one probe and at least one of layers")
+        kinds: list[str] = [stage.kind for stage in self.stages]
+        singles = ("embed", "probe", "candidates")
+        if any(kinds.count(kind) != 1 for kind in singles) or "layers" not in kinds:
+            raise ValueError(f"stages must hold layers, and one each of {', '.join(singles)}")
         _check_layers(self.cut, self.model.num_layers)
         _check_layers(self.layer_stages, self.model.num_layers)
         for layer in self.exit_points:
@@ -304,8 +323,8 @@ class Manifest(_Record):
         paths = [*self.files, *(stage.file for stage in stages)]
         paths += [stage.wide_file for stage in stages if stage.wide_file]
         paths += [point.adapter for point in self.exit_points.values() if point.adapter]
-        for spec in self.exit_graphs.values():
-            assert spec.classifier is not None  # see exit_graphs
+        for spec in self.exit_specs:
+            assert spec.classifier is not None  # see exit_specs
             paths.append(spec.classifier.graph)
             if spec.classifier.reference:
                 paths.append(spec.classifier.reference)

@@ -48,6 +48,7 @@ class Session:
         self._backend = backend
         self._manifest = manifest
         self._chain = Chain(backend, manifest)
+        self._width = manifest.model.hidden_size
         self._probe_cost = manifest.probe.multiply_adds
         self._adapter_costs = {n: p.multiply_adds for n, p in manifest.exit_points.items()}
 
@@ -93,31 +94,44 @@ class Session:
             )
         self._chain.admit(ids.astype(np.int64))
 
-    def predict(self, policy: ExitPolicy) -> Prediction:
+    def predict(
+        self, policy: ExitPolicy, candidates: npt.NDArray[np.int64] | None = None
+    ) -> Prediction:
         """The next token after the last position, by as few layers as the policy allows.
+
+        Args:
+            candidates: `[n]` different token ids of which one is wanted; the result's logits are
+                then theirs, `[n]`. Default: the whole vocabulary.
 
         Raises:
             RequestError: the session is empty.
         """
         if self.length == 0:
             raise RequestError("the session is empty: extend it with a prompt first")
-        self._chain.ledger.record_probe(0, self._probe_cost)
+        rows = self._probe_cost if candidates is None else len(candidates) * self._width
+        self._chain.ledger.record_probe(0, rows)
         state = np.zeros(policy.state_size, np.float32)
         reached = self._chain.depth(self.length - 1)
         for layer in policy.exit_layers:
             if layer < reached:
                 continue  # the position is past this exit point: its hidden state there is gone
             self._chain.advance(layer)
-            evidence = self._evidence(layer)
+            evidence = self._evidence(layer, candidates if policy.over_candidates else None)
             stop, state = policy.decide(layer, evidence, state)
             if stop:
-                return Prediction(evidence.result, layer)
+                return Prediction(_among(evidence.result, candidates), layer)
         self.complete()
-        self._chain.ledger.record_probe(self._probe_cost, 0)
-        return Prediction(self._backend.probe(self._chain.last_hidden()), self._manifest.depth)
+        return Prediction(self._probe(self._chain.last_hidden(), candidates), self._manifest.depth)
 
-    def observe(self, exit_layers: Iterable[int]) -> Observation:
+    def observe(
+        self,
+        exit_layers: Iterable[int],
+        questions: Sequence[npt.NDArray[np.int64] | None] = (None,),
+    ) -> tuple[Observation, ...]:
         """Looks at exit points without stopping: what certificates are made from.
+
+        Args:
+            questions: candidates as in `predict`; one observation for each.
 
         Raises:
             RequestError: the last position is past the first exit point.
@@ -125,12 +139,17 @@ class Session:
         layers = sorted(exit_layers)
         if self.length == 0 or self._chain.depth(self.length - 1) > min(layers, default=0):
             raise RequestError("observe needs a new position: extend the session first")
-        evidence = {}
+        evidence: list[dict[int, ExitEvidence]] = [{} for _ in questions]
         for layer in layers:
             self._chain.advance(layer)
-            evidence[layer] = self._evidence(layer)
+            for found, candidates in zip(evidence, questions, strict=True):
+                found[layer] = self._evidence(layer, candidates)
         self.complete()
-        return Observation(evidence, self._backend.probe(self._chain.last_hidden()))
+        hidden = self._chain.last_hidden()
+        return tuple(
+            Observation(found, self._probe(hidden, candidates))
+            for found, candidates in zip(evidence, questions, strict=True)
+        )
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""
@@ -167,11 +186,31 @@ class Session:
         """Exact K (after rotary) and V of a layer: `[kv_heads, filled, head_dim]` each."""
         return self._chain.kv(layer)
 
-    def _evidence(self, exit_layer: int) -> ExitEvidence:
-        cost = self._probe_cost + self._adapter_costs.get(exit_layer, 0)
-        self._chain.ledger.record_probe(cost, 0)
+    def _evidence(self, exit_layer: int, candidates: npt.NDArray[np.int64] | None) -> ExitEvidence:
+        self._chain.ledger.record_probe(self._adapter_costs.get(exit_layer, 0), 0)
         adapted, trust = self._backend.adapt(exit_layer, self._chain.last_hidden())
-        return ExitEvidence(self._backend.probe(adapted), trust)
+        return ExitEvidence(self._probe(adapted, candidates), trust)
+
+    def _probe(
+        self, hidden: npt.NDArray[np.float32], candidates: npt.NDArray[np.int64] | None
+    ) -> ProbeResult:
+        if candidates is None:
+            self._chain.ledger.record_probe(self._probe_cost, 0)
+            return self._backend.probe(hidden)
+        self._chain.ledger.record_probe(len(candidates) * self._width, 0)
+        return self._backend.probe_candidates(hidden, candidates)
+
+
+def _among(result: ProbeResult, candidates: npt.NDArray[np.int64] | None) -> ProbeResult:
+    """A result over the vocabulary, cut to the candidates (others are over them already)."""
+    if candidates is None or len(result.logits) == len(candidates):
+        return result
+    logits = result.logits[candidates]
+    probabilities = np.exp(log_softmax(logits))
+    best = int(np.argmax(logits))
+    second = np.delete(probabilities, best).max(initial=0.0)
+    top = float(probabilities[best])
+    return ProbeResult(int(candidates[best]), top, top - float(second), logits)
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import TaskFileError
 
-__all__ = ["TaskExample", "read_tasks"]
+__all__ = ["TaskExample", "read_tasks", "write_tasks"]
 
 
 class TaskExample(BaseModel):
@@ -48,6 +51,25 @@ def read_tasks(paths: Iterable[Path]) -> list[TaskExample]:
     if not examples:
         raise TaskFileError("the task files hold no examples")
     return examples
+
+
+def write_tasks(path: Path, examples: Iterable[TaskExample]) -> None:
+    """Writes a task file, whole or not at all; an existing file is replaced.
+
+    Raises:
+        TaskFileError: the file cannot be written.
+    """
+    # ASCII alone: unescaped, characters such as U+2028 would end a line when the file is read.
+    lines = (json.dumps(example.model_dump(exclude_none=True)) + "\n" for example in examples)
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        temporary.write_text("".join(lines), encoding="ascii")
+        temporary.replace(path)
+    except OSError as error:
+        raise TaskFileError(f"{path} cannot be written: {error}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _parse(line: str, where: str, default_task: str) -> TaskExample:

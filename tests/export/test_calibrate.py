@@ -82,6 +82,7 @@ def test_trust_is_read_off_the_hidden_state_without_the_prompt_itself():
         predictions.final,
         predictions.tasks,
         np.arange(400) // 2,
+        ((),) * 400,
         1.0,
     )
     trusts = fit_trust(traces, predictions)
@@ -201,10 +202,10 @@ def test_calibrating_twice_replaces_the_exit_graph(folder):
 
 
 def test_failed_calibration_leaves_the_folder_as_it_was(folder, monkeypatch):
-    from adainfer_export.calibrate import pipeline
+    from adainfer_export.calibrate import fitting
 
     before = load_manifest(folder)
-    monkeypatch.setattr(pipeline, "select_classifiers", lambda *a: 1 / 0)
+    monkeypatch.setattr(fitting, "select_classifiers", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         calibrated(folder)
     assert load_manifest(folder) == before

@@ -16,6 +16,7 @@ class ScriptedExit:
     """Exits at given layers, one per position; 0 runs all layers."""
 
     state_size = 0
+    over_candidates = False
 
     def __init__(self, layers, boundaries):
         self._script = iter(layers)

@@ -103,18 +103,48 @@ def test_eos_ends_the_text(made):
     assert (result.tokens, result.finish_reason) == (free[: free.index(free[3])], "eos")
 
 
-def test_choice_scores_are_log_probabilities(made):
+def test_choice_scores_are_log_probabilities_among_the_labels(made):
     engine = made.engine
     labels = ["a", "bcd", "zz"]
     result = engine.choose("x:", labels)
     prompt = engine.tokenizer.encode("x:")
-    for label, score in zip(labels, result.scores, strict=True):
+    expected = []
+    for label in labels:
         tokens = engine.tokenizer.encode_continuation(f" {label}")
         logits = reference_logits(made.reference, [*prompt, *tokens]).astype(np.float64)
         log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-        expected = sum(log_probs[len(prompt) - 1 + i, token] for i, token in enumerate(tokens))
-        assert score == pytest.approx(expected, abs=1e-3)
+        rows = enumerate(tokens, start=len(prompt) - 1)
+        expected.append(sum(log_probs[row, token] for row, token in rows))
+    expected -= np.log(np.exp(expected).sum())
+    np.testing.assert_allclose(result.scores, expected, atol=1e-3)
     assert result.label == labels[int(np.argmax(result.scores))]
+
+
+def test_labels_that_begin_alike_are_told_apart_by_what_follows(made):
+    engine = made.engine
+    assert len({engine.tokenizer.encode_continuation(label)[0] for label in (" ab", " ac")}) == 1
+    result = engine.choose("x:", ["ab", "ac"])
+    assert result.exit_layer == 4
+    assert np.exp(result.scores).sum() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("variant", ["llama", "llama-tied"])
+def test_candidate_rows_are_those_of_the_head(tiny, variant, precision):
+    backend = tiny(variant, precision=precision).engine.backend
+    hidden = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    candidates = np.array([7, 3, 250, 19])
+    full, few = backend.probe(hidden), backend.probe_candidates(hidden, candidates)
+    # MatMulNBits at accuracy level 4 rounds its input to 8 bits, the few rows are multiplied in
+    # full: the difference is that rounding's.
+    loose = 0.0 if precision == "fp32" else 0.02 * np.abs(full.logits).max()
+    np.testing.assert_allclose(few.logits, full.logits[candidates], atol=1e-4 + loose)
+    probabilities = np.exp(few.logits - few.logits.max())
+    probabilities /= probabilities.sum()
+    first, second = np.sort(probabilities)[::-1][:2]
+    assert few.token == candidates[probabilities.argmax()]
+    assert few.top_prob == pytest.approx(first, abs=1e-5)
+    assert few.gap == pytest.approx(first - second, abs=1e-5)
 
 
 @pytest.mark.parametrize(

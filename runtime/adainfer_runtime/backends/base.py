@@ -21,7 +21,7 @@ class ProbeResult:
         token: id of the most probable token.
         top_prob: its softmax probability.
         gap: `top_prob` minus the second most probable token's probability.
-        logits: `[vocab_size]`.
+        logits: `[vocab_size]`; of candidate rows `[candidates]`.
     """
 
     token: int
@@ -71,6 +71,9 @@ class Backend(Protocol):
     def probe(self, hidden: Float32) -> ProbeResult:
         """Final norm, LM head and features of one position's hidden state `[hidden_size]`."""
 
+    def probe_candidates(self, hidden: Float32, candidates: npt.NDArray[np.int64]) -> ProbeResult:
+        """The same over `[candidates]` token ids alone: probabilities are among them."""
+
     def probe_logits(self, hidden: Float32) -> Float32:
         """Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`."""
 
@@ -83,12 +86,12 @@ class Backend(Protocol):
         """
 
     def classify(
-        self, kind: str, evidence: ExitEvidence, depth: float, state: Float32
+        self, graph: str, evidence: ExitEvidence, depth: float, state: Float32
     ) -> tuple[float, Float32]:
         """Score of an exit graph's classifier, and its next state `[state_size]`.
 
         Args:
-            kind: of one of the manifest's exit graphs.
+            graph: file of one of the manifest's classifiers.
             depth: exit layer divided by the number of layers.
             state: zeros at the first exit point, then what the last call returned.
         """

@@ -139,14 +139,15 @@ class OrtCpuBackend:
         quantisation = manifest.quantisation
         self._wide_rows = (quantisation.wide_rows if quantisation else None) or 0
         self._probe = open_stage(manifest.probe.file)
+        self._candidates = open_stage(manifest.candidates.file)
         self._adapters = {
             layer: open_stage(point.adapter)
             for layer, point in manifest.exit_points.items()
             if point.adapter is not None
         }
         self._classifiers = {
-            kind: open_stage(spec.classifier.graph)
-            for kind, spec in manifest.exit_graphs.items()
+            spec.classifier.graph: open_stage(spec.classifier.graph)
+            for spec in manifest.exit_specs
             if spec.classifier is not None
         }
 
@@ -164,6 +165,15 @@ class OrtCpuBackend:
         feed = {"hidden": hidden.reshape(1, 1, -1)}
         logits, token, top_prob, gap = self._probe.run(["logits", "token", "top_prob", "gap"], feed)
         return ProbeResult(int(token[0, 0]), float(top_prob[0, 0]), float(gap[0, 0]), logits[0, 0])
+
+    def probe_candidates(self, hidden: Float32, candidates: npt.NDArray[np.int64]) -> ProbeResult:
+        """One position `[hidden_size]`, some tokens."""
+        feed = {"hidden": hidden.reshape(1, 1, -1), "candidates": candidates}
+        logits, place, top_prob, gap = self._candidates.run(
+            ["logits", "token", "top_prob", "gap"], feed
+        )
+        token = int(candidates[place[0, 0]])
+        return ProbeResult(token, float(top_prob[0, 0]), float(gap[0, 0]), logits[0, 0])
 
     def probe_logits(self, hidden: Float32) -> Float32:
         """`[rows, hidden_size]` to `[rows, vocab_size]`."""
@@ -187,7 +197,7 @@ class OrtCpuBackend:
         return np.asarray(adapted[0, 0]), float(trust[0, 0])
 
     def classify(
-        self, kind: str, evidence: ExitEvidence, depth: float, state: Float32
+        self, graph: str, evidence: ExitEvidence, depth: float, state: Float32
     ) -> tuple[float, Float32]:
         """Score and next state."""
         result = evidence.result
@@ -199,7 +209,7 @@ class OrtCpuBackend:
             "trust": np.array([evidence.trust], np.float32),
             "state": state[None],
         }
-        score, next_state = self._classifiers[kind].run(["score", "next_state"], feed)
+        score, next_state = self._classifiers[graph].run(["score", "next_state"], feed)
         return float(score[0]), next_state[0]
 
 

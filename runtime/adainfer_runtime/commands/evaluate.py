@@ -77,7 +77,9 @@ def run_eval(
     examples = _limited(read_tasks(tasks), limit)
     engine = Engine.load(folder, threads=threads)
     names = [name.strip() for name in methods.split(",") if name.strip()]
-    chosen = make_methods(names, folder, engine, threshold=threshold, level=level)
+    chosen = make_methods(
+        names, folder, engine, labels_only=labels_only, threshold=threshold, level=level
+    )
     question = {"labels_only": labels_only, "threshold": threshold, "level": level}
     log = AnswerLog.open(log_file, engine.manifest, question) if log_file else None
     console = Console(stderr=True)

@@ -64,6 +64,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("tokenizer", "yes" if manifest.tokenizer else "none: token ids only"),
         ("exits", describe_exit(manifest.exit)),
         *(("further exits", describe_exit(spec)) for spec in manifest.other_exits),
+        ("exits of choices", describe_exit(manifest.choice_exit)),
     ]
 
 

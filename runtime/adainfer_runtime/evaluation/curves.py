@@ -43,7 +43,7 @@ def measure_curves(
     for example in examples:
         with engine.borrow() as session:
             session.extend(engine.tokenizer.encode(example.prompt))
-            seen = session.observe(layers)
+            (seen,) = session.observe(layers)
         for kind, policy in policies.items():
             assert isinstance(policy, ClassifierExit)  # exit graphs have a classifier
             scores[kind].append(policy.scores(seen.evidence))

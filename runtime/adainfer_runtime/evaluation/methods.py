@@ -32,18 +32,20 @@ def make_methods(
     folder: Path,
     engine: Engine,
     *,
+    labels_only: bool = False,
     threshold: float | None = None,
     level: float | None = None,
 ) -> tuple[Method, ...]:
     """The methods of these names; `off`, which all are compared with, comes first.
 
-    Names are `off`, `adaptive` (the folder's default exit graph), the kind of an exit graph's
-    classifier (`svm`, `crf` …), `fixed:L` (stop after layer L, by the adapter if the folder has one
-    there) and `shortgpt:N` (the N layers of least influence left out).
+    Names are `off`, `adaptive` (the folder's default exit graph, or the one for choices), the kind
+    of an exit graph's classifier (`svm`, `crf` …), `fixed:L` (stop after layer L, by the adapter if
+    the folder has one there) and `shortgpt:N` (the N layers of least influence left out).
 
     Args:
         engine: of the folder; further engines on the same files are loaded where a method needs
             other stages.
+        labels_only: whether choices among labels are going to be asked for.
         threshold, level: of the methods with a classifier, see `Engine.policy`.
 
     Raises:
@@ -74,6 +76,10 @@ def make_methods(
             raise RequestError(
                 f"method {name!r} is unknown: off, adaptive, fixed:L, shortgpt:N, or the kind of "
                 f"an exit graph (this engine has {graphs}; see `adainfer calibrate --classifier`)"
+            )
+        if labels_only and word == "adaptive":
+            return Method(
+                name, engine, engine.choice_policy("adaptive", threshold=threshold, level=level)
             )
         kind = None if word == "adaptive" else word
         policy = engine.policy("adaptive", classifier=kind, threshold=threshold, level=level)

@@ -76,6 +76,7 @@ class Counting:
     """Exits after a layer, and counts how often it was asked; may stop the run."""
 
     state_size = 0
+    over_candidates = False
     exit_layers = (2,)
 
     def __init__(self, patience=1000):

@@ -1,0 +1,177 @@
+"""The first three parts of the data: adapters, classifiers, and which exit graphs to take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from adainfer_runtime import Engine
+from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.tasks import TaskExample
+
+from ..errors import CalibrationError
+from ..progress import Reporter
+from .classifiers import CLASSIFIERS, ExitClassifier
+from .data import Parts, load_examples, split_parts
+from .distil import distil_adapters
+from .head import read_head
+from .predictions import Predictions, predict_candidates, predict_layers
+from .request import CalibrationRequest
+from .ridge import Adapter
+from .scored import CHOICE
+from .select import select_classifiers
+from .traces import (
+    AnswerTraces,
+    PromptTraces,
+    candidate_layers,
+    candidates_of,
+    fits,
+    trace_answers,
+    trace_prompts,
+)
+from .trust import Trust, cross_fit, fit_trust, with_trust
+
+__all__ = ["Fitted", "FittedGraph", "fit_graphs"]
+
+_RIDGE = 0.01
+_LEAST_CHOICES = 30  # own prompts with labels, in every part
+
+
+@dataclass(frozen=True)
+class FittedGraph:
+    """An exit graph without its threshold.
+
+    Attributes:
+        name: the classifier's kind; `CHOICE` where features are over a choice's candidates.
+        selection: predictions of the selection part.
+    """
+
+    name: str
+    classifier: ExitClassifier
+    selection: Predictions
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Everything but thresholds and certificates.
+
+    Attributes:
+        skipped: prompts that are longer than the engine takes.
+        block_influence: see `PromptTraces`.
+        selection: predictions of the selection part at all candidate layers.
+        graphs: those that seem to pay, the default first, the one for choices last.
+    """
+
+    parts: Parts
+    skipped: int
+    adapters: Mapping[int, tuple[Adapter, Trust]]
+    block_influence: Mapping[int, float]
+    selection: Predictions
+    graphs: tuple[FittedGraph, ...]
+
+
+def fit_graphs(
+    folder: Path, manifest: Manifest, request: CalibrationRequest, reporter: Reporter
+) -> Fitted:
+    """Traces prompts through all layers and fits everything that is fitted.
+
+    Raises:
+        TaskFileError: a task file cannot be read.
+        CalibrationError: too few usable prompts, or no room for an exit point.
+    """
+    engine = Engine.of_manifest(folder, manifest)
+    parts, skipped = _usable_parts(engine, request)
+    if not candidate_layers(engine):
+        raise CalibrationError(
+            "no layer boundary in the upper half of the model to exit at: export with fewer "
+            "--layers-per-engine"
+        )
+    reporter.begin("tracing prompts", len(parts.adapters))
+    prompts = trace_prompts(engine, parts.adapters, reporter, request.seed)
+    adapters = _fit_adapters(folder, engine, prompts, request, reporter)
+    traces = _trace(engine, parts.classifier, reporter, in_context=True)
+    new = _trace(engine, parts.selection, reporter)
+    fit, selection = predict_layers(engine, traces, adapters), predict_layers(engine, new, adapters)
+    trusts: dict[int, Trust] = {}
+    if adapters:  # plain AdaInfer reads nothing off the hidden state but its prediction
+        trusts = fit_trust(traces, fit)
+        fit, selection = cross_fit(traces, fit), with_trust(new, selection, trusts)
+    reporter.begin("choosing exits", 2)
+    graphs = _choose_graphs(fit, selection, request)
+    reporter.step()
+    if _enough_choices(engine, parts):
+        graphs += _choice_graph(
+            predict_candidates(engine, traces, adapters, fit),
+            predict_candidates(engine, new, adapters, selection),
+            request,
+        )
+    reporter.step()
+    maps = {layer: (adapter, trusts[layer]) for layer, adapter in adapters.items()}
+    return Fitted(parts, skipped, maps, prompts.block_influence, selection, graphs)
+
+
+def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, int]:
+    examples = load_examples(request)
+    usable = [example for example in examples if fits(engine, example)]
+    skipped = len(examples) - len(usable)
+    if skipped * 2 > len(examples):
+        raise CalibrationError(
+            f"{skipped} of {len(examples)} prompts are longer than this engine's "
+            f"{engine.manifest.max_seq_len} positions: export with a larger --max-seq-len"
+        )
+    return split_parts(usable), skipped
+
+
+def _fit_adapters(
+    folder: Path,
+    engine: Engine,
+    prompts: PromptTraces,
+    request: CalibrationRequest,
+    reporter: Reporter,
+) -> dict[int, Adapter]:
+    if request.adapters == "none":
+        return {}
+    ridge = {layer: moment.solve(_RIDGE) for layer, moment in prompts.moments.items()}
+    head = read_head(folder, engine.manifest) if request.adapters == "distilled" else None
+    if head is None:
+        return ridge
+    return distil_adapters(engine, head, prompts.answers, ridge, reporter, request.seed)
+
+
+def _trace(
+    engine: Engine,
+    examples: tuple[TaskExample, ...],
+    reporter: Reporter,
+    *,
+    in_context: bool = False,
+) -> AnswerTraces:
+    reporter.begin("tracing answers", len(examples))
+    return trace_answers(engine, examples, reporter, in_context=in_context)
+
+
+def _choose_graphs(
+    fit: Predictions, selection: Predictions, request: CalibrationRequest
+) -> tuple[FittedGraph, ...]:
+    best_alone = request.classifiers == ("auto",)
+    kinds = tuple(CLASSIFIERS) if best_alone else request.classifiers
+    found = select_classifiers(fit, selection, request.target_agreement, request.seed, kinds)
+    chosen = tuple(found)[:1] if best_alone else tuple(kind for kind in kinds if kind in found)
+    return tuple(FittedGraph(kind, found[kind], selection) for kind in chosen)
+
+
+def _choice_graph(
+    fit: Predictions, selection: Predictions, request: CalibrationRequest
+) -> tuple[FittedGraph, ...]:
+    """One graph for choices: the best of the kinds that were asked for."""
+    kinds = request.classifiers
+    kinds = tuple(CLASSIFIERS) if kinds == ("auto",) else kinds
+    found = select_classifiers(fit, selection, request.target_agreement, request.seed, kinds)
+    return tuple(FittedGraph(CHOICE, found[kind], selection) for kind in tuple(found)[:1])
+
+
+def _enough_choices(engine: Engine, parts: Parts) -> bool:
+    return all(
+        sum(bool(candidates_of(engine, example)) for example in part) >= _LEAST_CHOICES
+        for part in (parts.classifier, parts.selection, parts.certification)
+    )
