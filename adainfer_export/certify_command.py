@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -24,11 +25,25 @@ Examples:
 """
 
 
+class Against(str, Enum):
+    """Values of --against."""
+
+    model = "model"
+    gold = "gold"
+
+
 def certify(
     folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
     prompts: Annotated[
         list[Path], typer.Option(help="Task file (JSON lines with `prompt`); repeatable.")
     ],
+    against: Annotated[
+        Against,
+        typer.Option(
+            help="`model`: exits must give the full model's answer. `gold`: they must not spoil an "
+            "answer that the full model has right."
+        ),
+    ] = Against.model,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the certificate.")] = False,
 ) -> None:
@@ -36,9 +51,9 @@ def certify(
     from .calibrate.recertify import recertify
 
     with terminal_reporter(quiet=quiet or json_output) as reporter:
-        renewal = recertify(folder, prompts, reporter)
-    spec = renewal.manifest.exit
-    assert spec is not None and spec.certificate is not None  # recertify gave it one
+        renewal = recertify(folder, prompts, reporter, against.value)
+    spec = renewal.manifest.exit_specs[0]
+    assert spec.certificate is not None  # recertify gave it one
     if json_output:
         data = spec.certificate.model_dump(mode="json")
         print(json.dumps(data | {"fitted_on": renewal.fitted_on, "too_long": renewal.too_long}))

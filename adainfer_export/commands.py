@@ -96,6 +96,14 @@ ClassifierOption = Annotated[
         "for by name. `auto` takes the one that saves most.",
     ),
 ]
+ClassifierFileOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--classifier-file",
+        help="A classifier of your own as ONNX (token, top_prob, gap, depth, trust, state → score, "
+        "next_state); it becomes the default one, named `own`.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -137,6 +145,7 @@ def run_export(
     target_agreement: AgreementOption = 0.99,
     adapters: AdaptersOption = AdapterChoice.distilled,
     classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
+    classifier_file: ClassifierFileOption = None,
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
@@ -153,7 +162,12 @@ def run_export(
         layers_per_engine=layers_per_engine,
         max_seq_len=max_seq_len,
         calibration=_calibration(
-            calibration, calibration_limit, target_agreement, adapters, classifier
+            calibration,
+            calibration_limit,
+            target_agreement,
+            adapters,
+            classifier,
+            classifier_file,
         ),
         revision=revision,
         force=force,
@@ -180,11 +194,14 @@ def run_calibrate(
     target_agreement: AgreementOption = 0.99,
     adapters: AdaptersOption = AdapterChoice.distilled,
     classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
+    classifier_file: ClassifierFileOption = None,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Fit the exit graph of an engine folder again."""
-    request = _calibration(calibration, calibration_limit, target_agreement, adapters, classifier)
+    request = _calibration(
+        calibration, calibration_limit, target_agreement, adapters, classifier, classifier_file
+    )
     if request is None:
         raise CalibrationError("`none` calibrates nothing: give `builtin` or task files")
     from .calibrate.pipeline import recalibrate
@@ -235,6 +252,7 @@ def _calibration(
     target_agreement: float,
     adapters: AdapterChoice,
     classifiers: list[ClassifierChoice],
+    classifier_file: Path | None,
 ) -> CalibrationRequest | None:
     if ClassifierChoice.auto in classifiers and len(classifiers) > 1:
         raise CalibrationError("--classifier auto goes with no other --classifier")
@@ -249,6 +267,7 @@ def _calibration(
         target_agreement=target_agreement,
         adapters=adapters.value,
         classifiers=tuple(dict.fromkeys(choice.value for choice in classifiers)),
+        classifier_file=classifier_file,
     )
 
 

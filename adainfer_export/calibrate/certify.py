@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +60,11 @@ def certify(
 
 
 def make_certificate(
-    manifest: Manifest, scored: Scored, grid: npt.NDArray[np.float64], data: Sequence[str]
+    manifest: Manifest,
+    scored: Scored,
+    grid: npt.NDArray[np.float64],
+    data: Sequence[str],
+    against: Literal["model", "gold"] = "model",
 ) -> Certificate:
     """The certificate of one frozen exit graph on prompts that were used for nothing else."""
     return Certificate(
@@ -67,6 +72,7 @@ def make_certificate(
         precision=manifest.precision,
         device_class=device_class(),
         data=tuple(data),
+        against=against,
         levels=certify(scored, grid),
     )
 

@@ -23,7 +23,7 @@ from adainfer_runtime.backends.ort_cpu import open_session
 
 from ..errors import LoweringError
 from ..graph_builder import GraphBuilder, graph_input
-from .classifiers import ExitClassifier
+from .classifiers import FittedClassifier
 from .predictions import LOG_ODDS_CLIP, log_odds
 from .ridge import Adapter
 from .trust import Trust
@@ -38,7 +38,7 @@ _POINTS = 4000
 Float32 = npt.NDArray[np.float32]
 
 
-def lower_classifier(classifier: ExitClassifier) -> ir.Model:
+def lower_classifier(classifier: FittedClassifier) -> ir.Model:
     """The decision in plain operators."""
     inputs = {name: graph_input(name, ["n"]) for name in INPUTS}
     token = graph_input("token", ["n"], ir.DataType.INT64)
@@ -79,7 +79,7 @@ def lower_adapter(adapter: Adapter, trust: Trust) -> ir.Model:
 
 
 def check_parity(
-    classifier: ExitClassifier, lowered: Path, reference: Path | None, points: int = _POINTS
+    classifier: FittedClassifier, lowered: Path, reference: Path | None, points: int = _POINTS
 ) -> float:
     """Compares both graphs with the fitted classifier on random points, on a grid as well.
 
@@ -114,7 +114,7 @@ def check_parity(
 class _Sample:
     """Inputs of the lowered graph, and the features and states that they amount to."""
 
-    def __init__(self, classifier: ExitClassifier, pairs: Float32, seed: int) -> None:
+    def __init__(self, classifier: FittedClassifier, pairs: Float32, seed: int) -> None:
         random = np.random.default_rng(seed)
         count = len(pairs)
         first = random.random(count) < 0.3
@@ -148,7 +148,7 @@ class _Sample:
         self.previous = np.where(first, np.nan, scores.astype(np.float64))
 
     @classmethod
-    def random(cls, classifier: ExitClassifier, points: int, seed: int = 0) -> _Sample:
+    def random(cls, classifier: FittedClassifier, points: int, seed: int = 0) -> _Sample:
         random = np.random.default_rng(seed)
         edge = np.linspace(0, 1, 25)
         grid = np.stack(np.meshgrid(edge, edge), -1).reshape(-1, 2)

@@ -14,6 +14,7 @@ from ..folder import save_hashed
 from ..graph_builder import serialise
 from ..join import join_engines
 from ..lower import find_target
+from .classifiers import FittedClassifier, OwnClassifier
 from .convert import STATE_SIZE, check_parity, lower_adapter, lower_classifier
 from .fitting import FittedGraph
 from .ridge import Adapter
@@ -91,15 +92,23 @@ def _write_classifier(
     folder: Path, fitted: FittedGraph, save: Callable[[str, bytes], str]
 ) -> tuple[ClassifierSpec, float]:
     name, classifier = f"exit/{fitted.name}", fitted.classifier
-    graph = save(f"{name}.onnx", serialise(lower_classifier(classifier)))
-    content = classifier.reference()
-    reference = save(f"{name}_reference.onnx", content) if content else None
-    difference = check_parity(classifier, folder / graph, folder / reference if reference else None)
+    if isinstance(classifier, OwnClassifier):
+        graph, reference, difference = save(f"{name}.onnx", classifier.content), None, 0.0
+        state_size = classifier.state_size
+    else:
+        assert isinstance(classifier, FittedClassifier)  # the two forms that there are
+        graph = save(f"{name}.onnx", serialise(lower_classifier(classifier)))
+        content = classifier.reference()
+        reference = save(f"{name}_reference.onnx", content) if content else None
+        difference = check_parity(
+            classifier, folder / graph, folder / reference if reference else None
+        )
+        state_size = STATE_SIZE
     spec = ClassifierSpec(
         kind=classifier.kind,
         graph=graph,
         reference=reference,
-        state_size=STATE_SIZE,
+        state_size=state_size,
         features=classifier.features,
     )
     return spec, difference

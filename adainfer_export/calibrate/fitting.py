@@ -12,7 +12,7 @@ from adainfer_runtime.tasks import TaskExample
 
 from ..errors import CalibrationError
 from ..progress import Reporter
-from .classifiers import CLASSIFIERS, ExitClassifier
+from .classifiers import CLASSIFIERS, Entry, ExitClassifier, own_entry
 from .data import Parts, load_examples, split_parts
 from .distil import distil_adapters
 from .head import read_head
@@ -80,6 +80,7 @@ def fit_graphs(
         TaskFileError: a task file cannot be read.
         CalibrationError: too few usable prompts, or no room for an exit point.
     """
+    entries = _entries(request)  # before any work: a file may be wrong
     engine = Engine.of_manifest(folder, manifest)
     parts, skipped = _usable_parts(engine, request)
     if not candidate_layers(engine):
@@ -98,12 +99,13 @@ def fit_graphs(
         trusts = fit_trust(traces, fit)
         fit, selection = cross_fit(traces, fit), with_trust(new, selection, trusts)
     reporter.begin("choosing exits", 2)
-    graphs = _choose_graphs(fit, selection, request)
+    graphs = _choose_graphs(fit, selection, entries, request)
     reporter.step()
     if _enough_choices(engine, parts):
         graphs += _choice_graph(
             predict_candidates(engine, traces, adapters, fit),
             predict_candidates(engine, new, adapters, selection),
+            entries,
             request,
         )
     reporter.step()
@@ -150,23 +152,37 @@ def _trace(
     return trace_answers(engine, examples, reporter, in_context=in_context)
 
 
+def _entries(request: CalibrationRequest) -> dict[str, Entry]:
+    """The kinds to try, in the order asked for."""
+    if request.classifiers == ("auto",):
+        return dict(CLASSIFIERS)
+    own = {"own": own_entry(request.classifier_file)} if request.classifier_file else {}
+    return own | {kind: CLASSIFIERS[kind] for kind in request.classifiers}
+
+
 def _choose_graphs(
-    fit: Predictions, selection: Predictions, request: CalibrationRequest
+    fit: Predictions,
+    selection: Predictions,
+    entries: Mapping[str, Entry],
+    request: CalibrationRequest,
 ) -> tuple[FittedGraph, ...]:
-    best_alone = request.classifiers == ("auto",)
-    kinds = tuple(CLASSIFIERS) if best_alone else request.classifiers
-    found = select_classifiers(fit, selection, request.target_agreement, request.seed, kinds)
-    chosen = tuple(found)[:1] if best_alone else tuple(kind for kind in kinds if kind in found)
+    target, seed = request.target_agreement, request.seed
+    found = select_classifiers(fit, selection, target, seed, entries)
+    asked = [kind for kind in entries if kind in found]
+    best_alone = request.classifiers == ("auto",) or not asked
+    chosen = tuple(found)[:1] if best_alone else tuple(asked)
     return tuple(FittedGraph(kind, found[kind], selection) for kind in chosen)
 
 
 def _choice_graph(
-    fit: Predictions, selection: Predictions, request: CalibrationRequest
+    fit: Predictions,
+    selection: Predictions,
+    entries: Mapping[str, Entry],
+    request: CalibrationRequest,
 ) -> tuple[FittedGraph, ...]:
     """One graph for choices: the best of the kinds that were asked for."""
-    kinds = request.classifiers
-    kinds = tuple(CLASSIFIERS) if kinds == ("auto",) else kinds
-    found = select_classifiers(fit, selection, request.target_agreement, request.seed, kinds)
+    target, seed = request.target_agreement, request.seed
+    found = select_classifiers(fit, selection, target, seed, entries)
     return tuple(FittedGraph(CHOICE, found[kind], selection) for kind in tuple(found)[:1])
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,8 +39,17 @@ class Renewal:
     too_long: int
 
 
-def recertify(folder: Path, files: Sequence[Path], reporter: Reporter) -> Renewal:
+def recertify(
+    folder: Path,
+    files: Sequence[Path],
+    reporter: Reporter,
+    against: Literal["model", "gold"] = "model",
+) -> Renewal:
     """Runs every exit point on every prompt and tests the frozen grid of thresholds again.
+
+    Args:
+        against: what an exit must not differ from: the full model's answer, or the prompts' own
+            `answer` where the full model gives it.
 
     Raises:
         CalibrationError: the engine has no exits, or no prompt is left to certify with.
@@ -55,15 +64,17 @@ def recertify(folder: Path, files: Sequence[Path], reporter: Reporter) -> Renewa
     examples = list({example.prompt: example for example in read_tasks(files)}.values())
     unseen = _unseen(folder, manifest, examples)
     usable = [example for example in unseen if fits(engine, example)]
+    if against == "gold" and not all(example.answer for example in usable):
+        raise CalibrationError("certifying against gold needs an `answer` with every prompt")
     if not usable:
         raise CalibrationError("no prompt is left that the exit graph was not fitted on")
     reporter.begin("certifying", len(usable))
-    scored = observe(engine, usable, {}, reporter)
+    scored = observe(engine, usable, {}, reporter, against)
     data = [path.name for path in files]
 
     def renew(name: str, spec: ExitSpec) -> ExitSpec:
         grid = np.array(spec.thresholds)
-        certificate = make_certificate(manifest, scored[name], grid, data)
+        certificate = make_certificate(manifest, scored[name], grid, data, against)
         return spec.model_copy(update={"certificate": certificate})
 
     specs = [renew(kind, spec) for kind, spec in manifest.exit_graphs.items()]

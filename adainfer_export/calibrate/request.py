@@ -22,6 +22,7 @@ class CalibrationRequest:
             AdaInfer does.
         classifiers: kinds of `classifiers.CLASSIFIERS`, of which each gives an exit graph, the
             first that pays the default one; or `auto` alone for the one that saves most.
+        classifier_file: a classifier of one's own (see `classifiers.own`), which then comes first.
     """
 
     files: tuple[Path, ...] = ()
@@ -29,4 +30,5 @@ class CalibrationRequest:
     target_agreement: float = 0.99
     adapters: Literal["distilled", "ridge", "none"] = "distilled"
     classifiers: tuple[str, ...] = ("svm",)
+    classifier_file: Path | None = None
     seed: int = 0

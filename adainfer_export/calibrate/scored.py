@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +15,7 @@ from adainfer_runtime.session import Observation
 from adainfer_runtime.tasks import TaskExample
 
 from ..progress import Reporter
-from .classifiers import ExitClassifier, score_all
+from .classifiers import ExitClassifier
 from .predictions import Predictions
 from .traces import candidates_of
 
@@ -79,7 +80,7 @@ def score_predictions(classifier: ExitClassifier, predictions: Predictions) -> S
     return Scored(
         classifier.layers,
         chosen.num_layers,
-        score_all(classifier, chosen),
+        classifier.scores(predictions),
         chosen.agrees,
         chosen.tasks,
         chosen.check_layers,
@@ -91,6 +92,7 @@ def observe(
     examples: Iterable[TaskExample],
     check_layers: Mapping[str, float],
     reporter: Reporter,
+    against: Literal["model", "gold"] = "model",
 ) -> dict[str, Scored]:
     """The exit graphs as they run, by name: every exit point of every prompt, and the full model.
 
@@ -98,6 +100,8 @@ def observe(
 
     Args:
         check_layers: of each graph, see `Scored`; graphs without one get 0.
+        against: with `gold` an exit agrees unless it spoils an answer that the full model has
+            right; every example must have an answer.
 
     Raises:
         ExitUnavailableError: the engine has no exit graph.
@@ -115,9 +119,10 @@ def observe(
         with engine.borrow() as session:
             session.extend(engine.tokenizer.encode(example.prompt))
             seen = session.observe(manifest.exit_points, questions)
+        gold = _first_token(engine, example) if against == "gold" else None
         for name, watch in watches.items():
             if name != CHOICE or candidates:
-                watch.add(example.task, seen[-1 if name == CHOICE else 0])
+                watch.add(example.task, seen[-1 if name == CHOICE else 0], gold)
         reporter.step(example.task)
     layers = manifest.model.num_layers
     return {
@@ -135,10 +140,11 @@ class _Watch:
         self._agrees: list[list[bool]] = []
         self._tasks: list[str] = []
 
-    def add(self, task: str, seen: Observation) -> None:
-        layers = self._policy.exit_layers
+    def add(self, task: str, seen: Observation, gold: int | None) -> None:
+        harmless = gold is not None and seen.full.token != gold
+        tokens = [seen.evidence[layer].result.token for layer in self._policy.exit_layers]
         self._scores.append(self._policy.scores(seen.evidence))
-        self._agrees.append([seen.evidence[n].result.token == seen.full.token for n in layers])
+        self._agrees.append([harmless or token == seen.full.token for token in tokens])
         self._tasks.append(task)
 
     def scored(self, num_layers: int, check_layers: float) -> Scored:
@@ -152,3 +158,9 @@ class _Watch:
             tuple(self._tasks),
             check_layers,
         )
+
+
+def _first_token(engine: Engine, example: TaskExample) -> int:
+    assert example.answer is not None  # callers leave others out
+    (tokens,) = engine.label_tokens(example.prompt, [example.answer])
+    return int(tokens[0])

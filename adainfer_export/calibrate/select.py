@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import GroupKFold
 
-from .classifiers import CLASSIFIERS, ExitClassifier, FitData
+from .classifiers import CLASSIFIERS, Entry, ExitClassifier, FitData
 from .predictions import Predictions
 from .scored import Scored, score_predictions
 
@@ -100,7 +100,7 @@ def select_classifiers(
     selection: Predictions,
     target_agreement: float,
     seed: int,
-    kinds: Sequence[str] = ("svm",),
+    entries: Mapping[str, Entry],
 ) -> dict[str, ExitClassifier]:
     """Of every kind the classifier that saves most, net of checks; those that save, best first.
 
@@ -110,20 +110,24 @@ def select_classifiers(
     part by cross-validation. (The selection part alone leaves it to chance which set wins.)
     """
     data = _Trials(fit, selection, target_agreement, seed)
-    richest = next(f for f in reversed(CLASSIFIERS[_RANKING].feature_sets) if data.knows(f))
+    ranking = CLASSIFIERS[_RANKING]
+    richest = next(f for f in reversed(ranking.feature_sets) if data.knows(f))
     subsets = list(_subsets(fit.layers))
-    ranked = sorted(subsets, key=lambda layers: -data.saves(_RANKING, layers, richest))
+    ranked = sorted(subsets, key=lambda layers: -data.saves(ranking, layers, richest))
     found: list[tuple[float, ExitClassifier]] = []
-    for kind in kinds:
-        feature_sets = [f for f in CLASSIFIERS[kind].feature_sets if data.knows(f)]
+    if fit.agrees.all(axis=0).any():
+        # A layer that was never wrong gives classifiers nothing to learn, and is the best exit.
+        entries = {**entries, "threshold": CLASSIFIERS["threshold"]}
+    for entry in entries.values():
+        feature_sets = [f for f in entry.feature_sets if data.knows(f)]
         trials = {
-            (layers, features): data.saves(kind, layers, features)
+            (layers, features): data.saves(entry, layers, features)
             for layers, features in itertools.product(ranked[:_SHORTLIST], feature_sets)
         }
         (layers, features), value = max(trials.items(), key=lambda trial: trial[1])
         if value <= 0.0:
             continue
-        classifier = CLASSIFIERS[kind].fit(FitData.of(fit, layers, features), seed)
+        classifier = entry.fit(FitData.of(fit, layers, features), seed)
         if classifier is not None:
             found.append((value, classifier))
     return {
@@ -147,9 +151,8 @@ class _Trials:
         """Whether the predictions have these features."""
         return self._splits[0][0].known_features.issuperset(features)
 
-    def saves(self, kind: str, layers: tuple[int, ...], features: tuple[str, ...]) -> float:
+    def saves(self, entry: Entry, layers: tuple[int, ...], features: tuple[str, ...]) -> float:
         """Share of layers, net of checks, at agreements around the target; 0 if nothing fits."""
-        entry = CLASSIFIERS[kind]
         parts = []
         for known, new in self._splits:
             data = FitData.of(known, layers, features)

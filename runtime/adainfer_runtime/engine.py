@@ -345,6 +345,9 @@ class Engine:
         promised = level
         if threshold is None and level is None and self._manifest.exit is not None:
             promised = round(1.0 - self._manifest.exit.target_agreement, 6)
+        certificate = self._manifest.exit.certificate if self._manifest.exit else None
+        if level is not None and certificate is not None and certificate.against == "gold":
+            promised = None  # nothing was promised about agreement
         if self._shadow is not None:
             self._shadow.record(promised, agrees=agrees)
 

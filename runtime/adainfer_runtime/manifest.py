@@ -164,12 +164,17 @@ class CertificateLevel(_Record):
 
 
 class Certificate(_Record):
-    """What is certified, and for what: it does not carry over to another target or device class."""
+    """What is certified, and for what: it does not carry over to another target or device class.
+
+    A disagreement is an answer that is not the full model's; against gold answers, one that is
+    wrong where the full model's is right.
+    """
 
     target: str
     precision: str
     device_class: str
     data: tuple[str, ...]
+    against: Literal["model", "gold"] = "model"
     levels: tuple[CertificateLevel, ...]
 
 

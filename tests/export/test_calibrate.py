@@ -11,6 +11,7 @@ import pytest
 
 from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.builtin import builtin_examples
+from adainfer_export.calibrate.classifiers import CLASSIFIERS
 from adainfer_export.calibrate.convert import lower_adapter
 from adainfer_export.calibrate.data import load_examples, split_parts
 from adainfer_export.calibrate.pipeline import recalibrate
@@ -27,6 +28,8 @@ from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.errors import ManifestError, TaskFileError
 
 from .synthetic import fit_classifier, synthetic
+
+SVM = {"svm": CLASSIFIERS["svm"]}
 
 
 def test_ridge_finds_an_affine_map_and_ignores_the_scale_of_coordinates():
@@ -102,7 +105,7 @@ def test_trust_is_read_off_the_hidden_state_without_the_prompt_itself():
 def test_plain_adainfer_has_no_trust():
     bare = Predictions(**{**vars(synthetic(500)), "trust": None})
     assert "trust" not in bare.known_features
-    classifier = select_classifiers(bare, bare, 0.98, 0)["svm"]
+    classifier = select_classifiers(bare, bare, 0.98, 0, SVM)["svm"]
     assert "trust" not in classifier.features
 
 
@@ -133,9 +136,9 @@ def test_too_few_prompts_give_no_exit():
 
 def test_selection_finds_paying_exits_and_refuses_dear_ones():
     fit, selection = synthetic(500, 0), synthetic(400, 1)
-    assert list(select_classifiers(fit, selection, 0.98, 0)) == ["svm"]
+    assert list(select_classifiers(fit, selection, 0.98, 0, SVM)) == ["svm"]
     dear = replace(selection, check_layers=50.0)
-    assert select_classifiers(fit, dear, 0.98, 0) == {}
+    assert select_classifiers(fit, dear, 0.98, 0, SVM) == {}
 
 
 def test_parts_are_disjoint_and_hold_every_task():

@@ -10,12 +10,13 @@ from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.certify import certify, prompts_needed, threshold_grid
 from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.recertify import recertify
-from adainfer_export.calibrate.scored import Scored, score_predictions
+from adainfer_export.calibrate.scored import Scored, observe, score_predictions
 from adainfer_export.errors import CalibrationError
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
 from adainfer_runtime.engine_folder import load_manifest, write_manifest
 from adainfer_runtime.errors import ExitUnavailableError, RequestError
+from adainfer_runtime.tasks import read_tasks
 
 from .synthetic import fit_classifier, synthetic
 
@@ -157,3 +158,29 @@ def test_what_cannot_be_certified(tiny, tmp_path):
     write_prompts(tmp_path / "traffic.jsonl", 0, 20)
     with pytest.raises(CalibrationError, match="has no exits to certify"):
         recertify(tmp_path / "engines", [tmp_path / "traffic.jsonl"], SilentReporter())
+
+
+def test_gold_certificates_count_answers_that_are_spoilt(folder, tmp_path):
+    """An exit that differs where the full model is wrong anyway is no harm."""
+    engine = Engine.load(folder)
+    lines = []
+    for n in range(200, 400):
+        prompt = f"{n % 7} {n}: x {n % 5}: y {n}:"
+        token = engine.generate(prompt, max_new_tokens=1, ignore_eos=True).tokens[0]
+        text = engine.tokenizer.decode([token])
+        right = n % 2 and engine.tokenizer.encode_continuation(text)[:1] == [token]
+        lines.append({"prompt": prompt, "answer": text if right else "~"})
+    path = tmp_path / "gold.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    gold = recertify(folder, [path], SilentReporter(), "gold").manifest.exit.certificate
+    assert gold.against == "gold"
+    examples = read_tasks([path])
+    (strict,) = observe(engine, examples, {}, SilentReporter()).values()
+    (spoilt,) = observe(engine, examples, {}, SilentReporter(), "gold").values()
+    right = np.array([line["answer"] != "~" for line in lines])
+    assert 20 < right.sum() < 180
+    np.testing.assert_array_equal(spoilt.agrees, strict.agrees | ~right[:, None])
+    assert not strict.agrees[~right].all()
+    write_prompts(tmp_path / "bare.jsonl", 400, 480)
+    with pytest.raises(CalibrationError, match="needs an `answer` with every prompt"):
+        recertify(folder, [tmp_path / "bare.jsonl"], SilentReporter(), "gold")

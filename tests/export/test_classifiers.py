@@ -5,13 +5,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from adainfer_export.calibrate.classifiers import CLASSIFIERS, FitData, score_all
+from adainfer_export.calibrate.classifiers import CLASSIFIERS, FitData, own_entry
 from adainfer_export.calibrate.convert import STATE_SIZE, check_parity, lower_classifier
 from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.scored import score_predictions
 from adainfer_export.calibrate.select import choose_threshold, evaluate
 from adainfer_export.commands import ClassifierChoice
-from adainfer_export.errors import LoweringError
+from adainfer_export.errors import CalibrationError, LoweringError
 from adainfer_runtime.backends.ort_cpu import open_session
 
 from .synthetic import fit_classifier, synthetic
@@ -60,7 +60,7 @@ def test_state_carries_what_the_next_exit_point_needs(tmp_path, kind, features):
     lowered, _ = save(classifier, tmp_path)
     session = open_session(lowered)
     state = np.zeros((40, STATE_SIZE), np.float32)
-    expected = score_all(classifier, predictions)
+    expected = classifier.scores(predictions)
     for column, layer in enumerate(predictions.layers):
         feed = {
             "token": predictions.token[:, column],
@@ -100,3 +100,96 @@ def test_crf_knows_the_past(tmp_path):
     low, high = classifier.decide(now, np.array([-3.0, 3.0]))
     assert high - low > 2.0
     assert classifier.transitions[1, 1] > classifier.transitions[1, 0]
+
+
+def own_classifier(path, **changes):
+    """A classifier as a user would write one: the gap, minus a half where the token changed."""
+    from onnx import TensorProto, checker, helper, save
+
+    n = ["n"]
+    inputs = dict.fromkeys(("top_prob", "gap", "depth", "trust"), (TensorProto.FLOAT, n))
+    inputs |= {"token": (TensorProto.INT64, n), "state": (TensorProto.FLOAT, ["n", 1])}
+    inputs |= changes
+    nodes = [
+        helper.make_node("Cast", ["token"], ["number"], to=TensorProto.FLOAT),
+        helper.make_node("Unsqueeze", ["number", "last"], ["next_state"]),
+        helper.make_node("Equal", ["next_state", "state"], ["same"]),
+        helper.make_node("Squeeze", ["same", "last"], ["kept"]),
+        helper.make_node("Sub", ["gap", "half"], ["lower"]),
+        helper.make_node("Where", ["kept", "gap", "lower"], ["score"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, n),
+        helper.make_tensor_value_info("next_state", TensorProto.FLOAT, ["n", 1]),
+    ]
+    constants = [
+        helper.make_tensor("last", TensorProto.INT64, [1], [-1]),
+        helper.make_tensor("half", TensorProto.FLOAT, [1], [0.5]),
+    ]
+    values = [helper.make_tensor_value_info(k, *v) for k, v in inputs.items()]
+    graph = helper.make_graph(nodes, "own", values, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    checker.check_model(model)
+    save(model, path)
+    return path
+
+
+def test_own_classifier_scores_as_its_graph_says(tmp_path):
+    entry = own_entry(own_classifier(tmp_path / "own.onnx"))
+    predictions = synthetic(200)
+    own = entry.fit(FitData.of(predictions, (4, 8), ("gap",)), 0)
+    scores = own.scores(predictions)
+    chosen = predictions.at((4, 8))
+    changed = chosen.token[:, 1] != chosen.token[:, 0]
+    # The state of the first point is 0, which is no answer here.
+    np.testing.assert_allclose(scores[:, 0], chosen.gap[:, 0] - 0.5 * (chosen.token[:, 0] != 0))
+    np.testing.assert_allclose(scores[:, 1], chosen.gap[:, 1] - 0.5 * changed, atol=1e-6)
+
+
+def test_own_classifier_is_shipped_and_run(tiny, tmp_path):
+    import json
+    import shutil
+
+    from adainfer_export.calibrate import CalibrationRequest
+    from adainfer_export.calibrate.pipeline import recalibrate
+    from adainfer_export.progress import SilentReporter
+    from adainfer_runtime import Engine
+    from adainfer_runtime.engine_folder import load_manifest
+
+    folder = tmp_path / "engines"
+    shutil.copytree(tiny("llama").folder, folder)
+    prompts = tmp_path / "p.jsonl"
+    lines = (json.dumps({"prompt": f"{n % 7} {n}: x {n % 5}: y {n}:"}) for n in range(160))
+    prompts.write_text("\n".join(lines))
+    path = own_classifier(tmp_path / "own.onnx")
+    request = CalibrationRequest(
+        (prompts,), target_agreement=0.5, classifiers=(), classifier_file=path
+    )
+    manifest = recalibrate(folder, load_manifest(folder), request, SilentReporter())
+    assert manifest.exit.classifier.kind == "own"
+    assert manifest.exit.classifier.state_size == 1
+    assert (folder / manifest.exit.classifier.graph).read_bytes() == path.read_bytes()
+    engine = Engine.load(folder)
+    assert engine.generate("x:", max_new_tokens=2, mode="adaptive").tokens
+    assert engine.policy("adaptive", classifier="own").exit_layers
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"gap": (1, ["n", 1])}, "inputs must be .* found .*gap tensor.float. rank 2"),
+        ({"extra": (1, ["n"])}, "found .*extra"),
+        ({"state": (1, ["n", "s"])}, "must have a fixed second dimension"),
+    ],
+)
+def test_own_classifiers_that_keep_no_contract(tmp_path, changes, match):
+    with pytest.raises(CalibrationError, match=match):
+        own_entry(own_classifier(tmp_path / "own.onnx", **changes))
+
+
+def test_own_classifiers_that_are_no_files(tmp_path):
+    with pytest.raises(CalibrationError, match="cannot be used as a classifier"):
+        own_entry(tmp_path / "nothing.onnx")
+    (tmp_path / "bad.onnx").write_bytes(b"no model")
+    with pytest.raises(CalibrationError, match="cannot be used as a classifier"):
+        own_entry(tmp_path / "bad.onnx")

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from . import boosting, crf, logistic, svm, threshold
-from .base import ExitClassifier, FitData, score_all
+from .base import ExitClassifier, FitData, FittedClassifier
+from .own import OwnClassifier, load_own
 
-__all__ = ["CLASSIFIERS", "Entry", "ExitClassifier", "FitData", "score_all"]
+__all__ = [
+    "CLASSIFIERS",
+    "Entry",
+    "ExitClassifier",
+    "FitData",
+    "FittedClassifier",
+    "OwnClassifier",
+    "own_entry",
+]
 
 _STATE = ("stability", "rise")
 _LINEAR = (
@@ -47,8 +57,18 @@ CLASSIFIERS: dict[str, Entry] = {
         ),
         2000,
     ),
-    "crf": Entry(crf.fit, _LINEAR, 10_000),
+    "crf": Entry(crf.fit, _LINEAR, 4000),
     "logistic": Entry(logistic.fit, _LINEAR, 10_000),
-    "boosting": Entry(boosting.fit, _TREES, 10_000),
+    "boosting": Entry(boosting.fit, _TREES, 4000),
     "threshold": Entry(threshold.fit, (("top_prob",), ("top_prob", "stability")), 0),
 }
+
+
+def own_entry(path: Path) -> Entry:
+    """A user's own ONNX file as one more kind, `own`.
+
+    Raises:
+        CalibrationError: the file does not keep the contract.
+    """
+    classifier = load_own(path)
+    return Entry(classifier.at, (("top_prob", "gap", "depth"),), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +13,7 @@ import onnx_ir as ir
 from ...graph_builder import GraphBuilder
 from ..predictions import Predictions
 
-__all__ = ["COST_OF_WRONG_EXIT", "ExitClassifier", "FitData", "score_all"]
+__all__ = ["COST_OF_WRONG_EXIT", "ExitClassifier", "FitData", "FittedClassifier"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -66,7 +67,7 @@ class FitData:
 
 
 class ExitClassifier(Protocol):
-    """A fitted classifier. Higher scores are surer; the threshold is chosen elsewhere."""
+    """A classifier at some exit layers. Higher scores are surer; others choose thresholds."""
 
     @property
     def kind(self) -> str:
@@ -74,12 +75,24 @@ class ExitClassifier(Protocol):
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Exit layers it was fitted for, ascending."""
+        """Exit layers it is for, ascending."""
 
     @property
     def features(self) -> tuple[str, ...]:
         """Features it reads, in order."""
 
+    def scores(self, predictions: Predictions) -> Float64:
+        """`[prompts, layers]` at its exit layers, one after the other."""
+
+
+class FittedClassifier(ABC):
+    """One of this package's own: features in, score out, and the same as ONNX."""
+
+    kind: str
+    layers: tuple[int, ...]
+    features: tuple[str, ...]
+
+    @abstractmethod
     def decide(self, x: Float64, previous: Float64) -> Float64:
         """Scores `[n]` of features `[n, features]`.
 
@@ -87,6 +100,7 @@ class ExitClassifier(Protocol):
             previous: scores at the last exit point `[n]`; NaN at the first.
         """
 
+    @abstractmethod
     def lower(
         self, graph: GraphBuilder, x: ir.Value, previous: ir.Value, first: ir.Value
     ) -> ir.Value:
@@ -96,14 +110,14 @@ class ExitClassifier(Protocol):
 
     def reference(self) -> bytes | None:
         """skl2onnx's conversion, from input `features`, where it has a converter."""
+        return None
 
-
-def score_all(classifier: ExitClassifier, predictions: Predictions) -> Float64:
-    """Scores `[prompts, layers]` at the classifier's exit layers, one after the other."""
-    x = predictions.at(classifier.layers).features(classifier.features).astype(np.float64)
-    scores = np.empty(x.shape[:2])
-    previous = np.full(len(x), np.nan)
-    for point in range(x.shape[1]):
-        previous = classifier.decide(x[:, point], previous)
-        scores[:, point] = previous
-    return scores
+    def scores(self, predictions: Predictions) -> Float64:
+        """See `ExitClassifier.scores`."""
+        x = predictions.at(self.layers).features(self.features).astype(np.float64)
+        scores = np.empty(x.shape[:2])
+        previous = np.full(len(x), np.nan)
+        for point in range(x.shape[1]):
+            previous = self.decide(x[:, point], previous)
+            scores[:, point] = previous
+        return scores

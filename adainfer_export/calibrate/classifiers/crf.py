@@ -20,7 +20,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...graph_builder import GraphBuilder
-from .base import FitData
+from .base import FitData, FittedClassifier
 
 __all__ = ["CrfClassifier", "fit"]
 
@@ -28,7 +28,7 @@ Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class CrfClassifier:
+class CrfClassifier(FittedClassifier):
     """`weight [features]` and `bias` give e(1) − e(0); `transitions [2, 2]` is T[from, to]."""
 
     layers: tuple[int, ...]
@@ -39,7 +39,7 @@ class CrfClassifier:
     kind: str = "crf"
 
     def decide(self, x: Float64, previous: Float64) -> Float64:
-        """See `ExitClassifier.decide`."""
+        """See `FittedClassifier.decide`."""
         emission = x @ self.weight + self.bias
         t, first = self.transitions, np.isnan(previous)
         last = np.where(first, 0.0, previous)
@@ -50,7 +50,7 @@ class CrfClassifier:
     def lower(
         self, graph: GraphBuilder, x: ir.Value, previous: ir.Value, first: ir.Value
     ) -> ir.Value:
-        """See `ExitClassifier.lower`. Softplus keeps the sums from overflowing."""
+        """See `FittedClassifier.lower`. Softplus keeps the sums from overflowing."""
         product = graph.op("MatMul", x, graph.const("weight", self.weight[:, None]))
         emission = graph.op("Add", product, graph.const("bias", [self.bias]))
         t = self.transitions
@@ -61,10 +61,6 @@ class CrfClassifier:
         carried = graph.op("Add", difference, graph.const("start", [t[0, 1] - t[0, 0]]))
         nothing = graph.op("Mul", emission, graph.number(0.0))
         return graph.op("Add", emission, graph.op("Where", first, nothing, carried))
-
-    def reference(self) -> bytes | None:
-        """skl2onnx has no converter for CRFs."""
-        return None
 
 
 def fit(data: FitData, seed: int, *, most_rows: int = 100_000) -> CrfClassifier | None:

@@ -27,7 +27,7 @@ class LogisticClassifier(PipelineClassifier):
     def lower(
         self, graph: GraphBuilder, x: ir.Value, previous: ir.Value, first: ir.Value
     ) -> ir.Value:
-        """See `ExitClassifier.lower`."""
+        """See `FittedClassifier.lower`."""
         scaler: Any = self.pipeline.named_steps["standardscaler"]
         model: Any = self.pipeline.named_steps["logisticregression"]
         weight = model.coef_[0] / scaler.scale_

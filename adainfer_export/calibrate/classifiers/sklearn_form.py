@@ -9,13 +9,15 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.pipeline import Pipeline
 
+from .base import FittedClassifier
+
 __all__ = ["PipelineClassifier"]
 
 Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class PipelineClassifier:
+class PipelineClassifier(FittedClassifier):
     """A fitted scikit-learn pipeline with a `decision_function`; the state is not used."""
 
     layers: tuple[int, ...]
@@ -23,7 +25,7 @@ class PipelineClassifier:
     pipeline: Pipeline
 
     def decide(self, x: Float64, previous: Float64) -> Float64:
-        """See `ExitClassifier.decide`."""
+        """See `FittedClassifier.decide`."""
         scores: Float64 = self.pipeline.decision_function(x)
         return scores
 

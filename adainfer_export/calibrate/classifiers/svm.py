@@ -27,7 +27,7 @@ class SvmClassifier(PipelineClassifier):
     def lower(
         self, graph: GraphBuilder, x: ir.Value, previous: ir.Value, first: ir.Value
     ) -> ir.Value:
-        """See `ExitClassifier.lower`."""
+        """See `FittedClassifier.lower`."""
         scaler: Any = self.pipeline.named_steps["standardscaler"]
         svm: Any = self.pipeline.named_steps["svc"]
         # Differences, not |z|² + |v|² − 2 z·v: near a support vector those cancel in float32.

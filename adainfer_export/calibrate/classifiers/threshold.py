@@ -9,7 +9,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from ...graph_builder import GraphBuilder
-from .base import FitData
+from .base import FitData, FittedClassifier
 
 __all__ = ["ThresholdClassifier", "fit"]
 
@@ -17,7 +17,7 @@ Float64 = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class ThresholdClassifier:
+class ThresholdClassifier(FittedClassifier):
     """score(x) is the first feature; with `stability` second, only where the token stood before."""
 
     layers: tuple[int, ...]
@@ -25,7 +25,7 @@ class ThresholdClassifier:
     kind: str = "threshold"
 
     def decide(self, x: Float64, previous: Float64) -> Float64:
-        """See `ExitClassifier.decide`."""
+        """See `FittedClassifier.decide`."""
         if len(self.features) == 1:
             return x[:, 0]
         changed = ~np.isnan(previous) & (x[:, 1] < 0.5)
@@ -35,7 +35,7 @@ class ThresholdClassifier:
     def lower(
         self, graph: GraphBuilder, x: ir.Value, previous: ir.Value, first: ir.Value
     ) -> ir.Value:
-        """See `ExitClassifier.lower`."""
+        """See `FittedClassifier.lower`."""
         confidence = graph.op("Gather", x, graph.ints([0]), axis=1)
         if len(self.features) == 1:
             return confidence
@@ -43,10 +43,6 @@ class ThresholdClassifier:
         changed = graph.op("Less", same, graph.number(0.5))
         changed = graph.op("And", changed, graph.op("Not", first))
         return graph.op("Sub", confidence, graph.cast(changed))
-
-    def reference(self) -> bytes | None:
-        """There is nothing for skl2onnx to convert."""
-        return None
 
 
 def fit(data: FitData, seed: int, *, most_rows: int = 0) -> ThresholdClassifier | None:

@@ -43,8 +43,9 @@ def inspect(
     for name, value in _rows(manifest):
         table.add_row(name, value)
     Console().print(table)
-    if manifest.exit is not None and manifest.exit.certificate is not None:
-        Console().print(certificate_table(manifest.exit.certificate))
+    for spec in manifest.exit_specs[:1]:
+        if spec.certificate is not None:
+            Console().print(certificate_table(spec.certificate))
 
 
 def _rows(manifest: Manifest) -> list[tuple[str, str]]:
@@ -85,7 +86,8 @@ def describe_exit(spec: ExitSpec | None) -> str:
 
 def certificate_table(certificate: Certificate) -> Table:
     """Levels with what was seen, and what they allow."""
-    title = f"certificate ({certificate.precision}, {certificate.device_class})"
+    against = " against gold answers" if certificate.against == "gold" else ""
+    title = f"certificate{against} ({certificate.precision}, {certificate.device_class})"
     table = Table(
         "disagreement ≤", "confidence", "prompts", "disagreed", "layers saved", title=title
     )
