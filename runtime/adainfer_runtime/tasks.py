@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -28,7 +29,7 @@ class TaskExample(BaseModel):
 
     prompt: str = Field(min_length=1)
     answer: str | None = None
-    labels: tuple[str, ...] | None = None
+    labels: tuple[Annotated[str, Field(min_length=1)], ...] | None = None
     task: str = ""
 
 

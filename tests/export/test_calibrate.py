@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx
@@ -11,7 +11,7 @@ import pytest
 
 from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.builtin import builtin_examples
-from adainfer_export.calibrate.classifiers import CLASSIFIERS
+from adainfer_export.calibrate.classifiers import CLASSIFIERS, Entry, FittedClassifier
 from adainfer_export.calibrate.convert import lower_adapter
 from adainfer_export.calibrate.data import load_examples, split_parts
 from adainfer_export.calibrate.pipeline import recalibrate
@@ -141,6 +141,52 @@ def test_selection_finds_paying_exits_and_refuses_dear_ones():
     assert select_classifiers(fit, dear, 0.98, 0, SVM) == {}
 
 
+@dataclass(frozen=True)
+class Memory(FittedClassifier):
+    """Knows the answers that it was fitted on by heart, and is sure of nothing else."""
+
+    layers: tuple[int, ...]
+    features: tuple[str, ...]
+    known: frozenset[tuple[float, ...]]
+    kind: str = "memory"
+
+    def decide(self, x, previous):
+        return np.array([float(tuple(row) in self.known) for row in x.tolist()])
+
+    def lower(self, graph, x, previous, first):
+        raise NotImplementedError
+
+
+def memorise(data, seed, *, most_rows=0):
+    x, y = data.rows
+    return Memory(data.layers, data.features, frozenset(map(tuple, x[y].tolist())))
+
+
+def test_what_a_classifier_saves_is_measured_on_prompts_it_has_not_seen():
+    fit, selection = synthetic(500, 0), synthetic(400, 1)
+    entries = {**SVM, "memory": Entry(memorise, (("trust",),), 0)}
+    assert list(select_classifiers(fit, selection, 0.98, 0, entries)) == ["svm"]
+
+
+def test_answers_in_context_are_fitted_on_but_not_counted():
+    predictions = replace(synthetic(6), prompts=np.array([1, 1, 2, 3, 3, 3]))
+    assert predictions.own.tolist() == [False, True, True, False, False, True]
+    own = predictions.rows(predictions.own)
+    assert own.groups.tolist() == [1, 2, 3]
+    np.testing.assert_array_equal(own.token, predictions.token[[1, 2, 5]])
+    assert own.tasks == ("a",) * 3
+
+
+def test_a_layer_that_is_never_wrong_is_an_exit():
+    """There is nothing to learn for a classifier: the plain threshold takes its place."""
+    predictions = synthetic(300)
+    token = predictions.token.copy()
+    token[:, 1:] = predictions.final[:, None]
+    always = replace(predictions, token=token)
+    found = select_classifiers(always, always, 0.98, 0, SVM)
+    assert found["threshold"].layers[0] <= 6
+
+
 def test_parts_are_disjoint_and_hold_every_task():
     examples = load_examples(CalibrationRequest(limit=600))
     assert len({example.task for example in examples}) == 15
@@ -235,6 +281,10 @@ def test_bad_task_files(folder, tmp_path):
         ("{nonsense\n", r"bad\.jsonl:1: .*expected one JSON object"),
         ("", "hold no examples"),
         ('{"answer": "x"}', r"bad\.jsonl:1: prompt: Field required"),
+        (
+            '{"prompt": "x", "labels": ["a", ""]}',
+            r"bad\.jsonl:1: labels\.1: .*at least 1 character",
+        ),
     ):
         path.write_text(content)
         with pytest.raises(TaskFileError, match=match):

@@ -178,7 +178,7 @@ def test_gold_certificates_count_answers_that_are_spoilt(folder, tmp_path):
     (strict,) = observe(engine, examples, {}, SilentReporter()).values()
     (spoilt,) = observe(engine, examples, {}, SilentReporter(), "gold").values()
     right = np.array([line["answer"] != "~" for line in lines])
-    assert 20 < right.sum() < 180
+    assert 0 < right.sum() < 200
     np.testing.assert_array_equal(spoilt.agrees, strict.agrees | ~right[:, None])
     assert not strict.agrees[~right].all()
     write_prompts(tmp_path / "bare.jsonl", 400, 480)
