@@ -104,6 +104,14 @@ ClassifierFileOption = Annotated[
         "next_state); it becomes the default one, named `own`.",
     ),
 ]
+ContextOption = Annotated[
+    bool,
+    typer.Option(
+        "--context-exit",
+        help="Also fit a context exit (mode context): the prompt's positions stop early, the "
+        "answer's does not.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -146,6 +154,7 @@ def run_export(
     adapters: AdaptersOption = AdapterChoice.distilled,
     classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
     classifier_file: ClassifierFileOption = None,
+    context_exit: ContextOption = False,
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
@@ -168,6 +177,7 @@ def run_export(
             adapters,
             classifier,
             classifier_file,
+            context_exit=context_exit,
         ),
         revision=revision,
         force=force,
@@ -195,12 +205,19 @@ def run_calibrate(
     adapters: AdaptersOption = AdapterChoice.distilled,
     classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
     classifier_file: ClassifierFileOption = None,
+    context_exit: ContextOption = False,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
     """Fit the exit graph of an engine folder again."""
     request = _calibration(
-        calibration, calibration_limit, target_agreement, adapters, classifier, classifier_file
+        calibration,
+        calibration_limit,
+        target_agreement,
+        adapters,
+        classifier,
+        classifier_file,
+        context_exit=context_exit,
     )
     if request is None:
         raise CalibrationError("`none` calibrates nothing: give `builtin` or task files")
@@ -253,6 +270,8 @@ def _calibration(
     adapters: AdapterChoice,
     classifiers: list[ClassifierChoice],
     classifier_file: Path | None,
+    *,
+    context_exit: bool,
 ) -> CalibrationRequest | None:
     if ClassifierChoice.auto in classifiers and len(classifiers) > 1:
         raise CalibrationError("--classifier auto goes with no other --classifier")
@@ -268,6 +287,7 @@ def _calibration(
         adapters=adapters.value,
         classifiers=tuple(dict.fromkeys(choice.value for choice in classifiers)),
         classifier_file=classifier_file,
+        context_exit=context_exit,
     )
 
 

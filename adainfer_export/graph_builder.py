@@ -44,6 +44,22 @@ class GraphBuilder:
         """A boolean initialiser."""
         return self._add(name, np.asarray(values, np.bool_))
 
+    def scalar(self, value: int) -> ir.Value:
+        """An int64 without dimensions; equal ones are the same."""
+        return self._add(f"scalar_{value}", np.array(value, np.int64))
+
+    def shared(self, stored: ir.Value) -> ir.Value:
+        """An initialiser that another graph of the same folder has too: a reference, no copy."""
+        name = str(stored.name)
+        if name not in self._constants:
+            assert stored.const_value is not None  # it is an initialiser there
+            self._constants[name] = self._tape.initializer(stored.const_value, name=name)
+        return self._constants[name]
+
+    def transpose(self, value: ir.Value, order: list[int]) -> ir.Value:
+        """Axes in another order."""
+        return self._tape.op("Transpose", [value], attributes={"perm": order})
+
     def number(self, value: float) -> ir.Value:
         """A float32 of shape `[1]`; equal ones are the same."""
         return self._add(f"number_{value!r}", np.array([value], np.float32))

@@ -30,7 +30,7 @@ def join_engines(
 ) -> Manifest:
     """The manifest with one graph between two exit points, and those graphs in the folder."""
     joined, written = [], {}
-    for group in _groups(manifest.cut, set(manifest.exit_points)):
+    for group in _groups(manifest.cut, set(manifest.exit_layers)):
         if len(group) == 1:
             joined.append(group[0])
             continue

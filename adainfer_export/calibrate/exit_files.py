@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from adainfer_runtime.engine_folder import record_file
-from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec, Manifest
+from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec, FileRecord, Manifest
 
 from ..cost import multiply_adds
 from ..folder import save_hashed
 from ..graph_builder import serialise
 from ..join import join_engines
 from ..lower import find_target
-from .classifiers import FittedClassifier, OwnClassifier
+from .classifiers import ExitClassifier, FittedClassifier, OwnClassifier
 from .convert import STATE_SIZE, check_parity, lower_adapter, lower_classifier
 from .fitting import FittedGraph
 from .ridge import Adapter
 from .scored import CHOICE
 from .trust import Trust
 
-__all__ = ["write_exits", "write_report"]
+__all__ = ["Files", "join_calibrated", "write_classifier", "write_exits", "write_report"]
+
+
+class Files:
+    """New files of an engine folder, named by their content."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.written: dict[str, FileRecord] = {}
+
+    def save(self, name: str, content: bytes) -> str:
+        """Writes a file; its path relative to the folder."""
+        path = save_hashed(self.folder, name, content)
+        self.written[path] = record_file(self.folder / path)
+        return path
 
 
 def write_exits(
-    folder: Path,
+    files: Files,
     manifest: Manifest,
     graphs: Sequence[FittedGraph],
     adapters: Mapping[int, tuple[Adapter, Trust]],
@@ -38,17 +52,11 @@ def write_exits(
     Raises:
         LoweringError: a graph does not give what was fitted.
     """
-    written: list[str] = []
-
-    def save(name: str, content: bytes) -> str:
-        written.append(save_hashed(folder, name, content))
-        return written[-1]
-
     layers = sorted({layer for graph in graphs for layer in graph.classifier.layers})
-    points = {layer: _write_point(layer, adapters.get(layer), save) for layer in layers}
+    points = {layer: _write_point(layer, adapters.get(layer), files) for layer in layers}
     specs = {}
     for graph in graphs:
-        classifier, difference = _write_classifier(folder, graph, save)
+        classifier, difference = write_classifier(files, graph.name, graph.classifier)
         specs[graph.name] = draft.model_copy(
             update={
                 "points": tuple(points[layer] for layer in graph.classifier.layers),
@@ -68,30 +76,40 @@ def write_exits(
             "exit": default,
             "other_exits": tuple(others),
             "choice_exit": choice,
-            "files": dict(manifest.files) | {name: record_file(folder / name) for name in written},
         }
     )
+    named = {*calibrated.referenced_files()}
+    new = {path: record for path, record in files.written.items() if path in named}
+    calibrated = calibrated.model_copy(update={"files": manifest.files | new})
+    return join_calibrated(files.folder, calibrated)
+
+
+def join_calibrated(folder: Path, manifest: Manifest) -> Manifest:
+    """With one engine between two exit points, unless the user fixed the layers per engine."""
     if manifest.layers_per_engine is not None:
-        return calibrated
+        return manifest
     _, dialect, precision = find_target(manifest.target, manifest.precision)
-    return join_engines(folder, calibrated, dialect, precision)
+    return join_engines(folder, manifest, dialect, precision)
 
 
-def _write_point(
-    layer: int, maps: tuple[Adapter, Trust] | None, save: Callable[[str, bytes], str]
-) -> ExitPoint:
+def _write_point(layer: int, maps: tuple[Adapter, Trust] | None, files: Files) -> ExitPoint:
     if maps is None:
         return ExitPoint(exit_layer=layer)
     model = lower_adapter(*maps)
     cost = multiply_adds(model.graph)
-    path = save(f"adapters/layer_{layer:03d}.onnx", serialise(model))
+    path = files.save(f"adapters/layer_{layer:03d}.onnx", serialise(model))
     return ExitPoint(exit_layer=layer, adapter=path, multiply_adds=cost)
 
 
-def _write_classifier(
-    folder: Path, fitted: FittedGraph, save: Callable[[str, bytes], str]
+def write_classifier(
+    files: Files, graph_name: str, classifier: ExitClassifier
 ) -> tuple[ClassifierSpec, float]:
-    name, classifier = f"exit/{fitted.name}", fitted.classifier
+    """Writes a classifier and its reference; also says how far the two forms differ.
+
+    Raises:
+        LoweringError: a graph does not give what was fitted.
+    """
+    name, folder, save = f"exit/{graph_name}", files.folder, files.save
     if isinstance(classifier, OwnClassifier):
         graph, reference, difference = save(f"{name}.onnx", classifier.content), None, 0.0
         state_size = classifier.state_size

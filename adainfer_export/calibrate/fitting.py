@@ -32,7 +32,7 @@ from .traces import (
 )
 from .trust import Trust, cross_fit, fit_trust, with_trust
 
-__all__ = ["Fitted", "FittedGraph", "fit_graphs"]
+__all__ = ["Fitted", "FittedGraph", "classifier_entries", "fit_graphs"]
 
 _RIDGE = 0.01
 _LEAST_CHOICES = 30  # own prompts with labels, in every part
@@ -80,7 +80,7 @@ def fit_graphs(
         TaskFileError: a task file cannot be read.
         CalibrationError: too few usable prompts, or no room for an exit point.
     """
-    entries = _entries(request)  # before any work: a file may be wrong
+    entries = classifier_entries(request)  # before any work: a file may be wrong
     engine = Engine.of_manifest(folder, manifest)
     parts, skipped = _usable_parts(engine, request)
     if not candidate_layers(engine):
@@ -152,7 +152,7 @@ def _trace(
     return trace_answers(engine, examples, reporter, in_context=in_context)
 
 
-def _entries(request: CalibrationRequest) -> dict[str, Entry]:
+def classifier_entries(request: CalibrationRequest) -> dict[str, Entry]:
     """The kinds to try, in the order asked for."""
     if request.classifiers == ("auto",):
         return dict(CLASSIFIERS)

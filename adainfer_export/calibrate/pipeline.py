@@ -13,12 +13,13 @@ from adainfer_runtime.manifest import ExitSpec, Manifest
 from ..errors import OutputError
 from ..progress import Reporter
 from .certify import make_certificate, threshold_grid
+from .context import with_context_exit
 from .data import Parts, prompt_hash
-from .exit_files import write_exits, write_report
-from .fitting import Fitted, FittedGraph, fit_graphs
+from .exit_files import Files, write_exits, write_report
+from .fitting import Fitted, FittedGraph, classifier_entries, fit_graphs
 from .request import CalibrationRequest
 from .scored import CHOICE, Scored, observe, score_predictions
-from .select import Outcome, choose_threshold
+from .select import Outcome, choose_threshold, outcome_figures
 
 __all__ = ["calibrate", "recalibrate"]
 
@@ -40,17 +41,23 @@ def calibrate(
     draft = ExitSpec(
         points=(), target_agreement=request.target_agreement, calibration=_figures(request, fitted)
     )
+    files = Files(folder)
     # Thresholds and certificates are of the exit graphs as they run: they are written first.
-    written = write_exits(folder, manifest, fitted.graphs, fitted.adapters, draft)
+    written = write_exits(files, manifest, fitted.graphs, fitted.adapters, draft)
     scored = _observe(folder, written, fitted, reporter)
     outcomes = {
         name: choose_threshold(graph, request.target_agreement) for name, graph in scored.items()
     }
     paying = tuple(graph for graph in fitted.graphs if outcomes[graph.name].net_saved > 0)
-    final = write_exits(folder, manifest, paying, fitted.adapters, draft)
+    final = write_exits(files, manifest, paying, fitted.adapters, draft)
     final = _finish(final, paying, scored, outcomes)
+    if request.context_exit:
+        final = with_context_exit(
+            files, final, fitted.parts, classifier_entries(request), request, reporter
+        )
     final = _report(folder, final, fitted.parts)
-    for name in written.files.keys() - final.files.keys() - in_use.files.keys():
+    tried = written.files.keys() | files.written.keys()
+    for name in tried - final.files.keys() - in_use.files.keys():
         (folder / name).unlink()
     return final
 
@@ -105,7 +112,7 @@ def _finish(
                 "threshold": outcome.threshold,
                 "thresholds": tuple(grid.tolist()),
                 "certificate": make_certificate(manifest, seen, grid, spec.calibration["data"]),
-                "calibration": {**spec.calibration, "held_out": _outcome_figures(outcome)},
+                "calibration": {**spec.calibration, "held_out": outcome_figures(outcome)},
             }
         )
     update: dict[str, Any] = {"choice_exit": finished.pop(CHOICE, manifest.choice_exit)}
@@ -123,6 +130,9 @@ def _report(folder: Path, manifest: Manifest, parts: Parts) -> Manifest:
         "exits": [spec.model_dump(mode="json") for spec in specs if spec],
         "choice_exit": manifest.choice_exit.model_dump(mode="json")
         if manifest.choice_exit
+        else None,
+        "context_exit": manifest.context_exit.model_dump(mode="json")
+        if manifest.context_exit
         else None,
         "fitted_on": sorted(prompt_hash(example.prompt) for example in fitted_on),
     }
@@ -145,13 +155,4 @@ def _figures(request: CalibrationRequest, fitted: Fitted) -> dict[str, Any]:
             str(layer): round(float(value), 4)
             for layer, value in zip(fitted.selection.layers, agreement, strict=True)
         },
-    }
-
-
-def _outcome_figures(outcome: Outcome) -> dict[str, float]:
-    return {
-        "layers_saved": round(outcome.layers_saved, 4),
-        "net_saved": round(outcome.net_saved, 4),
-        "agreement": round(outcome.agreement, 4),
-        "task_agreement": round(outcome.task_agreement, 4),
     }

@@ -41,6 +41,8 @@ class Predictions:
         check_layers: time of one check (adapter, probe) in units of one layer over one prompt.
         prompts: `[prompts]`, number of the prompt that each answer is from: the answers of a
             prompt's own examples come before its own, under the same number. None: one each.
+        exit_check_layers: what the check of an exit that is taken costs. An answer exit's is the
+            answer's own probe, which the full model pays too: 0.
     """
 
     layers: tuple[int, ...]
@@ -53,6 +55,7 @@ class Predictions:
     check_layers: float
     trust: Float32 | None = None
     prompts: npt.NDArray[np.int64] | None = None
+    exit_check_layers: float = 0.0
 
     def rows(self, chosen: npt.NDArray[np.int64] | Bool) -> Predictions:
         """Only these answers."""

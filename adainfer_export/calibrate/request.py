@@ -23,6 +23,7 @@ class CalibrationRequest:
         classifiers: kinds of `classifiers.CLASSIFIERS`, of which each gives an exit graph, the
             first that pays the default one; or `auto` alone for the one that saves most.
         classifier_file: a classifier of one's own (see `classifiers.own`), which then comes first.
+        context_exit: whether to fit a context exit as well.
     """
 
     files: tuple[Path, ...] = ()
@@ -31,4 +32,5 @@ class CalibrationRequest:
     adapters: Literal["distilled", "ridge", "none"] = "distilled"
     classifiers: tuple[str, ...] = ("svm",)
     classifier_file: Path | None = None
+    context_exit: bool = False
     seed: int = 0

@@ -42,18 +42,24 @@ class Adapter:
 
 
 class Moments:
-    """Weighted first and second moments of (x, y) pairs, added up batch by batch."""
+    """Weighted first and second moments of (x, y) pairs, added up batch by batch.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: of x.
+        outputs: width of y; default: the same.
+    """
+
+    def __init__(self, width: int, outputs: int | None = None) -> None:
+        outputs = width if outputs is None else outputs
         self._weight = 0.0
         self._x = np.zeros(width)
-        self._y = np.zeros(width)
+        self._y = np.zeros(outputs)
         self._xx = np.zeros((width, width))
-        self._xy = np.zeros((width, width))
+        self._xy = np.zeros((width, outputs))
         self._waiting: list[tuple[Float32, Float32, Float32]] = []
 
     def add(self, x: Float32, y: Float32, weight: Float32) -> None:
-        """Adds rows: x, y `[rows, width]`, weight `[rows]`."""
+        """Adds rows: x `[rows, width]`, y `[rows, outputs]`, weight `[rows]`."""
         self._waiting.append((x, y, weight))
         if sum(len(rows) for _, _, rows in self._waiting) >= _ROWS_AT_ONCE:
             self._add_waiting()
@@ -77,6 +83,18 @@ class Moments:
         Raises:
             CalibrationError: nothing was added, or it is not finite.
         """
+        matrix, bias = self._regress(strength, towards=np.eye(len(self._x)))
+        return Adapter(matrix, bias)
+
+    def regress(self, strength: float) -> tuple[Float32, Float32]:
+        """The affine map `x @ matrix + bias` closest to y, its matrix drawn towards zero.
+
+        Raises:
+            CalibrationError: see `solve`.
+        """
+        return self._regress(strength, towards=np.zeros_like(self._xy))
+
+    def _regress(self, strength: float, towards: Float64) -> tuple[Float32, Float32]:
         self._add_waiting()
         if self._weight == 0.0:
             raise CalibrationError("no tokens to fit adapters on")
@@ -86,7 +104,7 @@ class Moments:
         if not (np.isfinite(xx).all() and np.isfinite(xy).all()):
             raise CalibrationError("hidden states are not finite: the adapters cannot be fitted")
         penalty = strength * np.diag(xx) + 1e-12
-        delta = linalg.solve(xx + np.diag(penalty), xy - xx, assume_a="pos")
-        matrix: Float64 = np.eye(len(mean_x)) + delta
+        delta = linalg.solve(xx + np.diag(penalty), xy - xx @ towards, assume_a="pos")
+        matrix: Float64 = towards + delta
         bias = mean_y - mean_x @ matrix
-        return Adapter(matrix.astype(np.float32), bias.astype(np.float32))
+        return matrix.astype(np.float32), bias.astype(np.float32)

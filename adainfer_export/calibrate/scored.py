@@ -35,7 +35,8 @@ class Scored:
         scores: `[prompts, points]`.
         agrees: `[prompts, points]`, whether an exit there gives the full model's answer.
         tasks: name of each prompt's task.
-        check_layers: time of one check in units of one layer over one prompt.
+        check_layers: time of one check in units of one layer over one prompt;
+            `exit_check_layers` of the one that an exit is taken at, see `Predictions`.
     """
 
     layers: tuple[int, ...]
@@ -44,6 +45,7 @@ class Scored:
     agrees: npt.NDArray[np.bool_]
     tasks: tuple[str, ...]
     check_layers: float
+    exit_check_layers: float = 0.0
 
     @classmethod
     def concatenate(cls, parts: Sequence[Scored]) -> Scored:
@@ -84,6 +86,7 @@ def score_predictions(classifier: ExitClassifier, predictions: Predictions) -> S
         chosen.agrees,
         chosen.tasks,
         chosen.check_layers,
+        chosen.exit_check_layers,
     )
 
 

@@ -15,7 +15,7 @@ from .classifiers import CLASSIFIERS, Entry, ExitClassifier, FitData
 from .predictions import Predictions
 from .scored import Scored, score_predictions
 
-__all__ = ["Outcome", "choose_threshold", "evaluate", "select_classifiers"]
+__all__ = ["Outcome", "choose_threshold", "evaluate", "outcome_figures", "select_classifiers"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -55,8 +55,8 @@ def evaluate(scored: Scored, threshold: float) -> Outcome:
     checks = np.where(leaving, first + 1, len(scored.layers))
     wrong = scored.wrong(threshold)
     saved = 1.0 - float(layers.mean()) / scored.num_layers
-    # The last check of an exit is the answer's own probe, which the full model pays too.
     extra = float((checks - leaving).mean()) * scored.check_layers
+    extra += float(leaving.mean()) * scored.exit_check_layers
     return Outcome(
         threshold,
         saved,
@@ -157,10 +157,9 @@ class _Trials:
         for known, new in self._splits:
             data = FitData.of(known, layers, features)
             classifier = entry.fit(data, self._seed, most_rows=entry.most_rows_to_rank)
-            if classifier is None:
-                return 0.0
-            parts.append(score_predictions(classifier, new))
-        return _value(Scored.concatenate(parts), self._target)
+            if classifier is not None:  # a fold may hold no wrong exit to learn from
+                parts.append(score_predictions(classifier, new))
+        return _value(Scored.concatenate(parts), self._target) if parts else 0.0
 
 
 def _subsets(layers: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
@@ -172,3 +171,13 @@ def _value(scored: Scored, target: float) -> float:
     levels = [1.0 - (1.0 - target) * factor for factor in _LEVELS]
     outcomes = [choose_threshold(scored, level, steps=100) for level in levels]
     return float(np.mean([outcome.net_saved for outcome in outcomes]))
+
+
+def outcome_figures(outcome: Outcome) -> dict[str, float]:
+    """What a manifest keeps of an outcome."""
+    return {
+        "layers_saved": round(outcome.layers_saved, 4),
+        "net_saved": round(outcome.net_saved, 4),
+        "agreement": round(outcome.agreement, 4),
+        "task_agreement": round(outcome.task_agreement, 4),
+    }

@@ -61,6 +61,39 @@ class Chain:
             if todo.stage == stages - 1:
                 self._pending[todo.start : todo.end] = self._output(todo)
 
+    def can_translate(self, layer: int) -> bool:
+        """Whether all positions that the layers above have not seen wait at this boundary."""
+        above = self._last_layers.index(layer) + 1
+        filled = self.ledger.filled
+        return filled[above - 1] == self.length and filled[above] == filled[-1] < self.length
+
+    def answer_over_translation(self, layer: int) -> Float32:
+        """Final hidden state `[hidden_size]` of the last position over a translated context.
+
+        The positions that wait at the boundary `layer` get translated K,V in the layers above; the
+        first token's are computed, for they depend on it alone; then the last position runs
+        through those layers. All of it is written where the exact K,V will stand, and counts as
+        not filled: whoever goes deeper computes it anew.
+        """
+        above = self._last_layers.index(layer) + 1
+        first, last = self.ledger.filled[-1], self.length - 1
+        start = max(first, 1)
+        if start < last:
+            translated = self._backend.translate(layer, self._pending[start:last], start)
+            for number, (key, value) in translated.items():
+                self._buffers.write_kv(number, start, key, value)
+        if first == 0 < last:
+            self._run_aside(above, 0)
+        return self._run_aside(above, last)
+
+    def _run_aside(self, above: int, position: int) -> Float32:
+        self._buffers.hidden(above, 1)[:] = self._pending[position]
+        for stage in range(above, len(self._last_layers)):
+            self._buffers.run_stage(stage, 1, position)
+            self.ledger.record_aside(Pass(stage, position, position + 1))
+        final = self._buffers.hidden(len(self._last_layers), 1)[0]
+        return np.array(final)
+
     def depth(self, position: int) -> int:
         """Layers that a position has been through (the boundary it stands at)."""
         stages = sum(filled > position for filled in self.ledger.filled)

@@ -23,7 +23,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["ChoiceResult", "Engine", "GenerationResult", "Mode"]
 
-Mode = Literal["off", "adaptive"]
+Mode = Literal["off", "adaptive", "context"]
 _IDLE_SESSIONS = 4
 
 
@@ -193,10 +193,12 @@ class Engine:
         """
         if mode == "off":
             return NoExit()
+        if mode == "context":
+            return self._context_policy(threshold, level)
         if mode != "adaptive":
-            raise RequestError(f"mode {mode!r} is unknown: off or adaptive")
+            raise RequestError(f"mode {mode!r} is unknown: off, adaptive or context")
         spec = self._exit_graph(classifier)
-        return self._classifier_exit(spec, threshold, level, over_candidates=False)
+        return self._classifier_exit(spec, threshold, level)
 
     def choice_policy(
         self, mode: Mode, *, threshold: float | None = None, level: float | None = None
@@ -225,7 +227,8 @@ class Engine:
 
         Args:
             prompt: text, or token ids.
-            mode: `off` runs every layer; `adaptive` stops where the exit graph says so.
+            mode: `off` runs every layer; `adaptive` stops where the exit graph says so; `context`
+                lets the prompt's positions stop and runs the last one through every layer.
             threshold, level: see `policy`.
             ignore_eos: go on after an end-of-text token (for benchmarks).
             timeout: seconds after which `DeadlineError` is raised.
@@ -290,13 +293,22 @@ class Engine:
             limit = self._manifest.max_seq_len
             return choose(session, self._tokens(prompt), tokens, policy, limit)
 
+    def _context_policy(self, threshold: float | None, level: float | None) -> ExitPolicy:
+        spec = self._manifest.context_exit
+        if spec is None:
+            raise ExitUnavailableError(
+                "this engine has no context exit: run `adainfer calibrate DIR --context-exit`"
+            )
+        return self._classifier_exit(spec, threshold, level, translates=True)
+
     def _classifier_exit(
         self,
         spec: ExitSpec,
         threshold: float | None,
         level: float | None,
         *,
-        over_candidates: bool,
+        over_candidates: bool = False,
+        translates: bool = False,
     ) -> ExitPolicy:
         if spec.classifier is None or spec.threshold is None:
             return NoExit()  # calibrated, and the answer was "do not exit"
@@ -311,6 +323,7 @@ class Engine:
             self._manifest.model.num_layers,
             spec.threshold if threshold is None else threshold,
             over_candidates=over_candidates,
+            translates=translates,
         )
 
     def _exit_graph(self, classifier: str | None) -> ExitSpec:

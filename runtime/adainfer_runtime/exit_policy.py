@@ -29,6 +29,10 @@ class ExitPolicy(Protocol):
         """Length of the state vector."""
 
     @property
+    def translates(self) -> bool:
+        """Whether it judges a context exit: the last position's answer over translated K,V."""
+
+    @property
     def over_candidates(self) -> bool:
         """Whether, of a choice, it judges features over the candidates' rows alone."""
 
@@ -45,6 +49,7 @@ class NoExit:
     exit_layers: tuple[int, ...] = ()
     state_size: int = 0
     over_candidates: bool = True
+    translates: bool = False
 
     def decide(
         self, exit_layer: int, evidence: ExitEvidence, state: Float32
@@ -60,6 +65,7 @@ class FixedExit:
     layer: int
     state_size: int = 0
     over_candidates: bool = True
+    translates: bool = False
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -84,6 +90,7 @@ class ClassifierExit:
     threshold: float
     state_size: int
     over_candidates: bool = False
+    translates: bool = False
 
     @classmethod
     def of(
@@ -95,6 +102,7 @@ class ClassifierExit:
         threshold: float,
         *,
         over_candidates: bool = False,
+        translates: bool = False,
     ) -> ClassifierExit:
         """One of the manifest's exit graphs with a threshold."""
         layers = tuple(point.exit_layer for point in points)
@@ -107,6 +115,7 @@ class ClassifierExit:
             threshold,
             classifier.state_size,
             over_candidates,
+            translates,
         )
 
     def decide(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import DeadlineError, PromptTooLongError, RequestError
-from .exit_policy import ExitPolicy
+from .exit_policy import ExitPolicy, NoExit
 from .ledger import WorkCount
 from .session import Session
 
@@ -65,6 +65,8 @@ def generate(
     session.extend(request.prompt)
     prediction = session.predict(policy)
     after_prompt = session.count
+    # Translated K,V answer one question; what follows is computed over exact ones (`deferred`).
+    later = NoExit() if policy.translates else policy
     tokens: list[int] = []
     exit_layers: list[int] = []
     reason: Literal["eos", "length"] = "length"
@@ -83,7 +85,7 @@ def generate(
                 f"{request.max_new_tokens} tokens"
             )
         session.extend([token])
-        prediction = session.predict(policy)
+        prediction = session.predict(later)
     return Generated(
         tuple(tokens),
         tuple(exit_layers),

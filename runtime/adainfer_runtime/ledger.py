@@ -136,11 +136,15 @@ class Ledger:
     def record(self, done: Pass) -> None:
         """Notes that a pass was executed."""
         self._filled[done.stage] = done.end
-        stage = self._stages[done.stage]
+        self.record_aside(done)
+
+    def record_aside(self, todo: Pass) -> None:
+        """Notes a pass whose K,V are not to be kept: nothing counts as filled by it."""
+        stage = self._stages[todo.stage]
         self._count += WorkCount(
-            executed=(done.end - done.start) * stage.layers,
+            executed=(todo.end - todo.start) * stage.layers,
             dense=0,
-            compute=stage.multiply_adds(done.start, done.end),
+            compute=stage.multiply_adds(todo.start, todo.end),
         )
 
     def record_probe(self, compute: int, dense_compute: int) -> None:

@@ -115,12 +115,14 @@ class StageSpec(_Record):
 class ExitPoint(_Record):
     """A layer boundary at which the exit graph is evaluated.
 
-    Without an adapter the probe reads the hidden state as it is (AdaInfer's own form).
-    `multiply_adds` are the adapter's.
+    Without an adapter the probe reads the hidden state as it is (AdaInfer's own form). Of a context
+    exit `translate` gives K and V of the layers above. `multiply_adds` are of the one or the other,
+    for one position.
     """
 
     exit_layer: int
     adapter: str | None = None
+    translate: str | None = None
     multiply_adds: int = 0
 
 
@@ -221,7 +223,7 @@ class Manifest(_Record):
     `exit` is the exit graph of mode `adaptive`, `other_exits` are further ones, each with another
     kind of classifier, that requests and evaluations may name. `choice_exit` is for choices among
     labels: it reads features over the labels' rows of the head alone. They share the adapters:
-    there is at most one per exit layer.
+    there is at most one per exit layer. `context_exit` lets all positions but the last stop.
     """
 
     schema_version: int
@@ -239,6 +241,7 @@ class Manifest(_Record):
     exit: ExitSpec | None = None
     other_exits: tuple[ExitSpec, ...] = ()
     choice_exit: ExitSpec | None = None
+    context_exit: ExitSpec | None = None
     tokenizer: TokenizerSpec | None = None
     files: dict[str, FileRecord]
 
@@ -270,10 +273,18 @@ class Manifest(_Record):
     def uncalibrated(self) -> Manifest:
         """Without exit graph, and with every boundary of the cut: what calibration starts from."""
         bare = self.model_copy(
-            update={"exit": None, "other_exits": (), "choice_exit": None, "joined": (), "files": {}}
+            update={
+                "exit": None,
+                "other_exits": (),
+                "choice_exit": None,
+                "context_exit": None,
+                "joined": (),
+                "files": {},
+            }
         )
-        joined = {name for stage in self.joined for name in (stage.file, stage.wide_file)}
-        gone = joined - {*bare.referenced_files()}
+        gone = {name for stage in self.joined for name in (stage.file, stage.wide_file)}
+        gone |= {point.translate for point in self.context_points.values()}
+        gone -= {*bare.referenced_files()}
         files = {
             name: record
             for name, record in self.files.items()
@@ -294,8 +305,25 @@ class Manifest(_Record):
         return (*self.exit_graphs.values(), *((choice,) if choice and choice.classifier else ()))
 
     @property
+    def classifiers(self) -> tuple[ClassifierSpec, ...]:
+        """Those of all exit graphs, the context exit's as well."""
+        specs = (*self.exit_specs, *((self.context_exit,) if self.context_exit else ()))
+        return tuple(spec.classifier for spec in specs if spec.classifier)
+
+    @property
+    def context_points(self) -> dict[int, ExitPoint]:
+        """The points of the context exit by layer."""
+        points = self.context_exit.points if self.context_exit else ()
+        return {point.exit_layer: point for point in points}
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """Boundaries at which anything may stop, ascending."""
+        return tuple(sorted({*self.exit_points, *self.context_points}))
+
+    @property
     def exit_points(self) -> dict[int, ExitPoint]:
-        """The exit points of all exit graphs by layer, ascending."""
+        """The answer exit points of all exit graphs by layer, ascending."""
         points = [point for spec in self.exit_specs for point in spec.points]
         return {point.exit_layer: point for point in sorted(points, key=lambda p: p.exit_layer)}
 
@@ -317,7 +345,7 @@ class Manifest(_Record):
             raise ValueError(f"stages must hold layers, and one each of {', '.join(singles)}")
         _check_layers(self.cut, self.model.num_layers)
         _check_layers(self.layer_stages, self.model.num_layers)
-        for layer in self.exit_points:
+        for layer in self.exit_layers:
             if layer not in self.boundaries[:-1]:
                 raise ValueError(f"exit point {layer} is no boundary between engines")
         return self
@@ -328,11 +356,11 @@ class Manifest(_Record):
         paths = [*self.files, *(stage.file for stage in stages)]
         paths += [stage.wide_file for stage in stages if stage.wide_file]
         paths += [point.adapter for point in self.exit_points.values() if point.adapter]
-        for spec in self.exit_specs:
-            assert spec.classifier is not None  # see exit_specs
-            paths.append(spec.classifier.graph)
-            if spec.classifier.reference:
-                paths.append(spec.classifier.reference)
+        paths += [point.translate for point in self.context_points.values() if point.translate]
+        for classifier in self.classifiers:
+            paths.append(classifier.graph)
+            if classifier.reference:
+                paths.append(classifier.reference)
         if self.tokenizer:
             paths += [self.tokenizer.file, *self.tokenizer.files]
         return tuple(dict.fromkeys(paths))

@@ -50,6 +50,7 @@ class Session:
         self._chain = Chain(backend, manifest)
         self._width = manifest.model.hidden_size
         self._probe_cost = manifest.probe.multiply_adds
+        self._translation_costs = {n: p.multiply_adds for n, p in manifest.context_points.items()}
         self._adapter_costs = {n: p.multiply_adds for n, p in manifest.exit_points.items()}
 
     @property
@@ -116,7 +117,12 @@ class Session:
             if layer < reached:
                 continue  # the position is past this exit point: its hidden state there is gone
             self._chain.advance(layer)
-            evidence = self._evidence(layer, candidates if policy.over_candidates else None)
+            if policy.translates:
+                if not self._chain.can_translate(layer):
+                    continue
+                evidence = self._context_evidence(layer)
+            else:
+                evidence = self._evidence(layer, candidates if policy.over_candidates else None)
             stop, state = policy.decide(layer, evidence, state)
             if stop:
                 return Prediction(_among(evidence.result, candidates), layer)
@@ -150,6 +156,22 @@ class Session:
             Observation(found, self._probe(hidden, candidates))
             for found, candidates in zip(evidence, questions, strict=True)
         )
+
+    def observe_context(self, exit_layers: Iterable[int]) -> Observation:
+        """`observe` of context exits: the answers over translated K,V.
+
+        Raises:
+            RequestError: the session holds no new position, or one alone.
+        """
+        layers = sorted(exit_layers)
+        if self.length < 2 or self._chain.depth(0) > 0:
+            raise RequestError("observe_context needs a new session with two positions or more")
+        evidence = {}
+        for layer in layers:
+            self._chain.advance(layer)
+            evidence[layer] = self._context_evidence(layer)
+        self.complete()
+        return Observation(evidence, self._probe(self._chain.last_hidden(), None))
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""
@@ -190,6 +212,12 @@ class Session:
         self._chain.ledger.record_probe(self._adapter_costs.get(exit_layer, 0), 0)
         adapted, trust = self._backend.adapt(exit_layer, self._chain.last_hidden())
         return ExitEvidence(self._probe(adapted, candidates), trust)
+
+    def _context_evidence(self, exit_layer: int) -> ExitEvidence:
+        waiting = self.length - 1 - self._chain.ledger.filled[-1]
+        self._chain.ledger.record_probe(waiting * self._translation_costs[exit_layer], 0)
+        hidden = self._chain.answer_over_translation(exit_layer)
+        return ExitEvidence(self._probe(hidden, None), 0.0)
 
     def _probe(
         self, hidden: npt.NDArray[np.float32], candidates: npt.NDArray[np.int64] | None

@@ -17,6 +17,7 @@ class ScriptedExit:
 
     state_size = 0
     over_candidates = False
+    translates = False
 
     def __init__(self, layers, boundaries):
         self._script = iter(layers)

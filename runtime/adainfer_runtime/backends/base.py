@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,6 +55,11 @@ class SequenceBuffers(Protocol):
         output for `index` equal to the number of stages).
         """
 
+    def write_kv(self, layer: int, start: int, key: Float32, value: Float32) -> None:
+        """Puts K (after rotary) and V `[kv_heads, rows, head_dim]` of a layer at positions from
+        `start` on.
+        """
+
     def kv(self, layer: int) -> tuple[Float32, Float32]:
         """Views of K and V of a layer (1-based), `[kv_heads, max_length, head_dim]`."""
 
@@ -83,6 +89,13 @@ class Backend(Protocol):
     def adapt(self, exit_layer: int, hidden: Float32) -> tuple[Float32, float]:
         """The exit point's adapter applied to `[hidden_size]`, and its trust: an affine read-out of
         the same hidden state. Without an adapter, the input and 0.
+        """
+
+    def translate(
+        self, exit_layer: int, hidden: Float32, start: int
+    ) -> Mapping[int, tuple[Float32, Float32]]:
+        """K (after rotary) and V `[kv_heads, rows, head_dim]` of every layer above a context exit
+        point, guessed from hidden states `[rows, hidden_size]` of positions from `start` on.
         """
 
     def classify(

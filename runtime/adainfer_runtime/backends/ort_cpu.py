@@ -146,9 +146,12 @@ class OrtCpuBackend:
             if point.adapter is not None
         }
         self._classifiers = {
-            spec.classifier.graph: open_stage(spec.classifier.graph)
-            for spec in manifest.exit_specs
-            if spec.classifier is not None
+            classifier.graph: open_stage(classifier.graph) for classifier in manifest.classifiers
+        }
+        self._translators = {
+            layer: open_stage(point.translate)
+            for layer, point in manifest.context_points.items()
+            if point.translate is not None
         }
 
     def stage(self, index: int, rows: int) -> Any:
@@ -195,6 +198,15 @@ class OrtCpuBackend:
         feed = {"hidden": hidden.reshape(1, 1, -1)}
         adapted, trust = adapter.run(["adapted", "trust"], feed)
         return np.asarray(adapted[0, 0]), float(trust[0, 0])
+
+    def translate(
+        self, exit_layer: int, hidden: Float32, start: int
+    ) -> dict[int, tuple[Float32, Float32]]:
+        """`[rows, hidden_size]` to K and V per layer above."""
+        feed = {"hidden": hidden, "start": np.array([start], np.int64)}
+        keys, values = self._translators[exit_layer].run(["key", "value"], feed)
+        layers = range(exit_layer + 1, self.manifest.model.num_layers + 1)
+        return dict(zip(layers, zip(keys, values, strict=True), strict=True))
 
     def classify(
         self, graph: str, evidence: ExitEvidence, depth: float, state: Float32
@@ -255,6 +267,12 @@ class _OrtSequence:
     def hidden(self, index: int, rows: int) -> Float32:
         """Rows of the buffer that stage `index` reads."""
         return self._rows[index % 2][:rows]
+
+    def write_kv(self, layer: int, start: int, key: Float32, value: Float32) -> None:
+        """Into the cache that the layer's stages are bound to."""
+        end = start + key.shape[1]
+        cached_key, cached_value = self._kv[layer]
+        cached_key[0, :, start:end], cached_value[0, :, start:end] = key, value
 
     def kv(self, layer: int) -> tuple[Float32, Float32]:
         """K and V of a layer, without the batch axis."""

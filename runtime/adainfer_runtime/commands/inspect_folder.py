@@ -66,6 +66,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("exits", describe_exit(manifest.exit)),
         *(("further exits", describe_exit(spec)) for spec in manifest.other_exits),
         ("exits of choices", describe_exit(manifest.choice_exit)),
+        ("context exit", describe_exit(manifest.context_exit)),
     ]
 
 

@@ -35,6 +35,7 @@ class ModeChoice(str, Enum):
 
     off = "off"
     adaptive = "adaptive"
+    context = "context"
 
 
 def register(app: typer.Typer) -> None:

@@ -77,6 +77,7 @@ class Counting:
 
     state_size = 0
     over_candidates = False
+    translates = False
     exit_layers = (2,)
 
     def __init__(self, patience=1000):
@@ -166,8 +167,8 @@ def test_shortgpt_runs_the_layers_that_are_left(tiny):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "method 'nothing' is unknown: off, adaptive, fixed:L"),
-        ("svm", "this engine has no exit graph"),
+        ("nothing", "method 'nothing' is unknown: off, adaptive, context, fixed:L"),
+        ("svm", "this engine.s: none"),
         ("fixed:x", "needs a number of layers"),
         ("fixed:4", "layer 4 is no boundary between engines: 1, 2, 3"),
         ("shortgpt:1", "needs block influences"),

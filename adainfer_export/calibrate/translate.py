@@ -1,0 +1,173 @@
+"""Translators: K and V of the layers above a context exit, from the hidden state at it.
+
+One affine map per exit point gives K before rotary and V of every layer above, fitted by ridge
+regression on second moments (training-free kin of SwiftKV, arXiv 2410.03960). The first position is
+left out: its K and V depend on the token alone, are unlike all others, and are computed exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from adainfer_runtime import Engine
+from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.tasks import TaskExample
+
+from ..graph_builder import GraphBuilder, graph_input
+from ..progress import Reporter
+from .ridge import Moments
+
+__all__ = [
+    "Rotary",
+    "Translator",
+    "fit_translators",
+    "lower_translator",
+    "read_rotary",
+    "translator_layers",
+]
+
+Float32 = npt.NDArray[np.float32]
+
+_RIDGE = 0.01
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """The rotary tables that all layers share, `[max_length, head_dim / 2]` each, as stored."""
+
+    cos: ir.Value
+    sin: ir.Value
+
+    def undo(self, key: Float32) -> Float32:
+        """K `[kv_heads, positions, head_dim]` from position 0 on, before it was rotated."""
+        assert self.cos.const_value is not None and self.sin.const_value is not None  # see read
+        positions = key.shape[1]
+        cos = self.cos.const_value.numpy()[:positions]
+        sin = self.sin.const_value.numpy()[:positions]
+        first, second = np.split(key, 2, axis=-1)
+        return np.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+
+
+@dataclass(frozen=True)
+class Translator:
+    """`hidden @ matrix + bias` is `[positions, layers above · 2 · kv_heads · head_dim]`: K, then V,
+    layer by layer.
+    """
+
+    exit_layer: int
+    matrix: Float32
+    bias: Float32
+
+
+def read_rotary(folder: Path, manifest: Manifest) -> Rotary | None:
+    """None where layers differ in their tables, rotate a part of each head, or interleave it."""
+    found: list[tuple[ir.Value, ir.Value]] = []
+    for stage in manifest.cut:
+        for node in ir.load(folder / stage.file).graph:
+            if node.op_type != "GroupQueryAttention":
+                continue
+            interleaved = node.attributes.get("rotary_interleaved")
+            cos, sin = (*node.inputs, None, None)[7:9]
+            if cos is None or sin is None or (interleaved and interleaved.as_int()):
+                return None
+            found.append((cos, sin))
+    if not found or len({(cos.name, sin.name) for cos, sin in found}) > 1:
+        return None
+    cos, sin = found[0]
+    half = manifest.kv.head_dim // 2
+    if any(v.const_value is None or v.const_value.shape[1] != half for v in (cos, sin)):
+        return None
+    return Rotary(cos, sin)
+
+
+def fit_translators(
+    engine: Engine,
+    rotary: Rotary,
+    examples: Iterable[TaskExample],
+    layers: Sequence[int],
+    reporter: Reporter,
+) -> dict[int, Translator]:
+    """Runs prompts through all layers and fits one translator per exit layer."""
+    manifest = engine.manifest
+    total, per_layer = manifest.model.num_layers, 2 * manifest.kv.num_heads * manifest.kv.head_dim
+    moments = {
+        layer: Moments(manifest.model.hidden_size, (total - layer) * per_layer) for layer in layers
+    }
+    for example in examples:
+        with engine.borrow() as session:
+            session.extend(engine.tokenizer.encode(example.prompt))
+            hidden = {}
+            for layer in layers:
+                session.advance(layer)
+                hidden[layer] = session.hidden().copy()
+            session.complete()
+            kv = {number: session.kv(number) for number in range(min(layers) + 1, total + 1)}
+            flat = {
+                number: _flatten(rotary.undo(key), value) for number, (key, value) in kv.items()
+            }
+        for layer in layers:
+            target = np.concatenate([flat[n] for n in range(layer + 1, total + 1)], axis=1)
+            rows = hidden[layer][1:]
+            moments[layer].add(rows, target[1:], np.ones(len(rows), np.float32))
+        reporter.step(example.task)
+    fitted = {layer: moment.regress(_RIDGE) for layer, moment in moments.items()}
+    return {layer: Translator(layer, matrix, bias) for layer, (matrix, bias) in fitted.items()}
+
+
+def _flatten(key: Float32, value: Float32) -> Float32:
+    """K and V `[kv_heads, positions, head_dim]` to `[positions, 2 · kv_heads · head_dim]`."""
+    both = np.stack([key, value]).transpose(2, 0, 1, 3)
+    return both.reshape(both.shape[0], -1)
+
+
+def lower_translator(translator: Translator, rotary: Rotary, manifest: Manifest) -> ir.Model:
+    """`hidden [rows, hidden_size]` and `start [1]`, the first row's position, to `key` (after
+    rotary) and `value`, `[layers above, kv_heads, rows, head_dim]`.
+    """
+    heads, width = manifest.kv.num_heads, manifest.kv.head_dim
+    above = manifest.model.num_layers - translator.exit_layer
+    hidden = graph_input("hidden", ["rows", manifest.model.hidden_size])
+    start = graph_input("start", [1], ir.DataType.INT64)
+    graph = GraphBuilder()
+    product = graph.op("MatMul", hidden, graph.const("matrix", translator.matrix))
+    flat = graph.op("Add", product, graph.const("bias", translator.bias))
+    table = graph.op("Reshape", flat, graph.ints([0, above, 2, heads, width]))
+    table = graph.transpose(table, [2, 1, 3, 0, 4])
+    key, value = (graph.op("Gather", table, graph.scalar(part), axis=0) for part in (0, 1))
+    rows = graph.op("Gather", graph.op("Shape", hidden), graph.scalar(0), axis=0)
+    first = graph.op("Squeeze", start)
+    positions = graph.op("Range", first, graph.op("Add", first, rows), graph.scalar(1))
+    cos, sin = (
+        graph.op("Gather", graph.shared(stored), positions, axis=0)
+        for stored in (rotary.cos, rotary.sin)
+    )
+    half = width // 2
+    left, right = (
+        graph.op("Slice", key, graph.ints([low]), graph.ints([low + half]), graph.ints([-1]))
+        for low in (0, half)
+    )
+    rotated = graph.op(
+        "Concat",
+        graph.op("Sub", graph.op("Mul", left, cos), graph.op("Mul", right, sin)),
+        graph.op("Add", graph.op("Mul", right, cos), graph.op("Mul", left, sin)),
+        axis=-1,
+    )
+    shape: list[int | str] = [above, heads, "rows", width]
+    outputs = [
+        graph.output(rotated, "key", shape),
+        graph.output(graph.op("Identity", value), "value", shape),
+    ]
+    return graph.model("translate", [hidden, start], outputs)
+
+
+def translator_layers(manifest: Manifest) -> tuple[int, ...]:
+    """Candidate exit points: every second boundary between 0.55 and 0.9 of the depth."""
+    total = manifest.model.num_layers
+    inside = [n for n in manifest.boundaries[:-1] if 0.55 * total <= n <= 0.9 * total]
+    return tuple(inside[::2] if len(inside) > 4 else inside)

@@ -1,0 +1,180 @@
+"""Context exits: the context stops early, the answer position runs over translated K and V."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from adainfer_export.calibrate import CalibrationRequest, context
+from adainfer_export.calibrate.pipeline import recalibrate
+from adainfer_export.calibrate.translate import (
+    Translator,
+    fit_translators,
+    lower_translator,
+    read_rotary,
+)
+from adainfer_export.graph_builder import serialise
+from adainfer_export.progress import SilentReporter
+from adainfer_runtime import Engine
+from adainfer_runtime.backends.ort_cpu import open_session
+from adainfer_runtime.chain import Chain
+from adainfer_runtime.engine_folder import load_manifest, verify_files
+from adainfer_runtime.errors import ExitUnavailableError, RequestError
+from adainfer_runtime.tasks import TaskExample
+
+from ..runtime.test_parity import PROMPT
+
+
+class ExactTranslation:
+    """A back end that "translates" by looking into a sequence that ran all layers."""
+
+    def __init__(self, backend, full):
+        self._backend, self._full = backend, full
+        self.asked = []
+
+    def __getattr__(self, name):
+        return getattr(self._backend, name)
+
+    def translate(self, exit_layer, hidden, start):
+        self.asked.append((exit_layer, start, len(hidden)))
+        rows = slice(start, start + len(hidden))
+        return {
+            layer: tuple(part[:, rows].copy() for part in self._full.kv(layer))
+            for layer in range(exit_layer + 1, 5)
+        }
+
+
+@pytest.mark.parametrize("layer", [1, 2, 3])
+def test_over_exact_keys_and_values_the_answer_is_the_full_models(tiny, layer):
+    engine = tiny("llama").engine
+    full = engine.session()
+    full.extend(PROMPT)
+    full.complete()
+    backend = ExactTranslation(engine.backend, full)
+    chain = Chain(backend, engine.manifest)
+    chain.admit(np.array(PROMPT))
+    chain.advance(layer)
+    assert chain.can_translate(layer)
+    answer = chain.answer_over_translation(layer)
+    np.testing.assert_allclose(answer, full.hidden()[-1], atol=1e-4)
+    # The first token is computed, the last one is the question.
+    assert backend.asked == [(layer, 1, len(PROMPT) - 2)]
+    # Nothing counts as filled, and going on from there is exact.
+    assert chain.ledger.filled[layer:] == (0,) * (4 - layer)
+    chain.advance(4)
+    np.testing.assert_array_equal(chain.hidden(0, len(PROMPT)), full.hidden())
+
+
+def test_positions_that_wait_elsewhere_are_not_translated(tiny):
+    engine = tiny("llama").engine
+    chain = Chain(engine.backend, engine.manifest)
+    chain.admit(np.array(PROMPT))
+    chain.advance(4)
+    chain.admit(np.array([7]))
+    chain.advance(2)
+    assert chain.can_translate(2)  # the new one alone waits
+    chain.advance(3)
+    assert not chain.can_translate(2)
+    session = engine.session()
+    session.extend([5])
+    with pytest.raises(RequestError, match="two positions or more"):
+        session.observe_context([2])
+
+
+def test_rotation_is_undone_and_done_again(tiny, tmp_path):
+    made = tiny("llama")
+    manifest = made.engine.manifest
+    rotary = read_rotary(made.folder, manifest)
+    session = made.engine.session()
+    session.extend(PROMPT)
+    session.complete()
+    keys = np.stack([session.kv(layer)[0] for layer in (3, 4)])
+    values = np.stack([session.kv(layer)[1] for layer in (3, 4)])
+    flat = np.stack([np.stack([rotary.undo(k), v]) for k, v in zip(keys, values, strict=True)])
+    # A translator whose output is its bias: K and V of position 5, wherever it stands.
+    bias = flat[:, :, :, 5].reshape(-1)
+    translator = Translator(2, np.zeros((64, len(bias)), np.float32), bias)
+    path = tmp_path / "stages" / "translate.onnx"
+    shutil.copytree(made.folder / "stages", path.parent)
+    path.write_bytes(serialise(lower_translator(translator, rotary, manifest)))
+    feed = {"hidden": np.zeros((3, 64), np.float32), "start": np.array([4])}
+    key, value = open_session(path).run(["key", "value"], feed)
+    np.testing.assert_allclose(key[:, :, 1], keys[:, :, 5], atol=1e-5)
+    np.testing.assert_allclose(value[:, :, 1], values[:, :, 5], atol=1e-5)
+    assert np.abs(key[:, :, 0] - key[:, :, 1]).max() > 1e-3  # another position, another angle
+
+
+def test_translators_find_an_affine_map(tiny):
+    """Hidden states determine the next layer's K and V: not affinely, but better than a mean."""
+    made = tiny("llama")
+    random = np.random.default_rng(0)
+    examples = [TaskExample(prompt="".join(random.choice(list("abc xyz:"), 40))) for _ in range(40)]
+    rotary = read_rotary(made.folder, made.engine.manifest)
+    (translator,) = fit_translators(made.engine, rotary, examples, (3,), SilentReporter()).values()
+    session = made.engine.session()
+    session.extend(made.engine.tokenizer.encode("zxy: abc abc:ab"))
+    session.advance(3)
+    hidden = session.hidden().copy()
+    session.complete()
+    value = session.kv(4)[1].transpose(1, 0, 2).reshape(len(hidden), -1)
+    found = (hidden @ translator.matrix + translator.bias)[:, value.shape[1] :]
+    error = ((found - value)[1:] ** 2).mean()
+    assert error < 0.3 * value[1:].var()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    root = tmp_path_factory.mktemp("context")
+    shutil.copytree(tiny("llama").folder, root / "engines")
+    prompts = root / "p.jsonl"
+    lines = (json.dumps({"prompt": f"{n % 7} {n}: x {n % 5}: y {n}:"}) for n in range(200))
+    prompts.write_text("\n".join(lines))
+    request = CalibrationRequest((prompts,), target_agreement=0.2, context_exit=True)
+    with pytest.MonkeyPatch.context() as patch:
+        # Looks cost more than all layers of so small a model.
+        patch.setattr(context, "_check_layers", lambda *a: 0.0)
+        for _ in range(2):  # the second calibration starts where the first one ended
+            recalibrate(
+                root / "engines", load_manifest(root / "engines"), request, SilentReporter()
+            )
+    return root / "engines"
+
+
+def test_calibrated_context_exit(folder):
+    manifest = load_manifest(folder)
+    verify_files(folder, manifest, sha256=True)
+    assert manifest.context_exit is not None
+    assert set(manifest.context_points) <= {*manifest.boundaries}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*manifest.files, "manifest.json"}
+    engine = Engine.load(folder)
+    policy = engine.policy("context", threshold=-1e9)  # every prompt stops
+    first = policy.exit_layers[0]
+    session = engine.session()
+    ids = engine.tokenizer.encode("3 17: x 2: y 17:")
+    session.extend(ids)
+    assert session.predict(policy).exit_layer == first
+    rows = len(ids)
+    above = 4 - first
+    assert session.count.executed == first * rows + 2 * above  # the first and the last position
+    assert 0.0 < session.count.layers_saved < 1.0
+    assert session.count.compute < session.count.dense_compute
+
+
+def test_after_the_answer_everything_is_exact(folder):
+    engine = Engine.load(folder)
+    early = engine.generate("3 17: x 2: y 17:", max_new_tokens=6, mode="context", threshold=-1e9,
+                            ignore_eos=True)  # fmt: skip
+    assert early.exit_layers[0] < 4
+    assert set(early.exit_layers[1:]) == {4}
+    prompt = [*engine.tokenizer.encode("3 17: x 2: y 17:"), early.tokens[0]]
+    rest = engine.generate(prompt, max_new_tokens=5, ignore_eos=True)
+    assert early.tokens[1:] == rest.tokens
+
+
+def test_context_mode_needs_a_context_exit(tiny):
+    with pytest.raises(ExitUnavailableError, match=r"has no context exit: run .*--context-exit"):
+        tiny("llama").engine.generate("x", mode="context")
