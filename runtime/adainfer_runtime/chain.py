@@ -13,6 +13,8 @@ __all__ = ["Chain"]
 
 Float32 = npt.NDArray[np.float32]
 
+_KEPT_FIRST_TOKENS = 64
+
 
 class Chain:
     """One sequence on a back end.
@@ -29,6 +31,7 @@ class Chain:
         self.ledger = Ledger(tuple(_cost(stage, manifest) for stage in stages))
         self._pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
         self._tokens = np.zeros(manifest.max_seq_len, np.int64)
+        self._first_tokens: dict[tuple[int, int], dict[int, tuple[Float32, Float32]]] = {}
 
     @property
     def length(self) -> int:
@@ -83,8 +86,25 @@ class Chain:
             for number, (key, value) in translated.items():
                 self._buffers.write_kv(number, start, key, value)
         if first == 0 < last:
-            self._run_aside(above, 0)
+            self._place_first_token(layer, above)
         return self._run_aside(above, last)
+
+    def _place_first_token(self, layer: int, above: int) -> None:
+        """K and V of position 0 above `layer`: a matter of its token alone, so they are kept."""
+        key = (layer, int(self._tokens[0]))
+        known = self._first_tokens.get(key)
+        if known is None:
+            self._run_aside(above, 0)
+            known = {
+                number: (k[:, :1].copy(), v[:, :1].copy())
+                for number in range(layer + 1, self._last_layers[-1] + 1)
+                for k, v in (self._buffers.kv(number),)
+            }
+            if len(self._first_tokens) >= _KEPT_FIRST_TOKENS:
+                self._first_tokens.clear()
+            self._first_tokens[key] = known
+        for number, (k, v) in known.items():
+            self._buffers.write_kv(number, 0, k, v)
 
     def _run_aside(self, above: int, position: int) -> Float32:
         self._buffers.hidden(above, 1)[:] = self._pending[position]

@@ -66,6 +66,13 @@ def test_over_exact_keys_and_values_the_answer_is_the_full_models(tiny, layer):
     assert chain.ledger.filled[layer:] == (0,) * (4 - layer)
     chain.advance(4)
     np.testing.assert_array_equal(chain.hidden(0, len(PROMPT)), full.hidden())
+    # Again, with the first token's K and V at hand: one position less to run.
+    before = chain.ledger.count.executed
+    chain.truncate(0)
+    chain.admit(np.array(PROMPT))
+    chain.advance(layer)
+    np.testing.assert_array_equal(chain.answer_over_translation(layer), answer)
+    assert chain.ledger.count.executed - before == layer * len(PROMPT) + 4 - layer
 
 
 def test_positions_that_wait_elsewhere_are_not_translated(tiny):
