@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from adainfer_runtime.commands.inspect_folder import certificate_table
+from adainfer_runtime.commands.inspect_folder import certificate_tables
 
 from .progress import terminal_reporter
 
@@ -52,11 +52,14 @@ def certify(
 
     with terminal_reporter(quiet=quiet or json_output) as reporter:
         renewal = recertify(folder, prompts, reporter, against.value)
-    spec = renewal.manifest.exit_specs[0]
-    assert spec.certificate is not None  # recertify gave it one
     if json_output:
-        data = spec.certificate.model_dump(mode="json")
-        print(json.dumps(data | {"fitted_on": renewal.fitted_on, "too_long": renewal.too_long}))
+        certificates = {
+            name: spec.certificate.model_dump(mode="json")
+            for name, spec in renewal.manifest.named_exits.items()
+            if spec.certificate
+        }
+        left_out = {"fitted_on": renewal.fitted_on, "too_long": renewal.too_long}
+        print(json.dumps({"certificates": certificates, **left_out}))
         return
     console = Console(stderr=True)
     for count, why in (
@@ -65,4 +68,5 @@ def certify(
     ):
         if count:
             console.print(f"warning: {count} prompts left out: {why}", style="yellow")
-    Console().print(certificate_table(spec.certificate))
+    for table in certificate_tables(renewal.manifest):
+        Console().print(table)

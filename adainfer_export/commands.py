@@ -17,7 +17,7 @@ from rich.table import Table
 from adainfer_models import list_recipes
 from adainfer_runtime.commands.inspect_folder import describe_exit
 from adainfer_runtime.engine_folder import load_manifest, verify_files
-from adainfer_runtime.manifest import ExitSpec
+from adainfer_runtime.manifest import Manifest
 
 from .architectures import ARCHITECTURES
 from .calibrate import CalibrationRequest
@@ -194,7 +194,7 @@ def run_export(
         f"{result.out}: {len(result.manifest.layer_stages)} engines, {precision}, "
         f"{result.seconds:.1f} s, peak {result.peak_memory_bytes / 1e6:,.0f} MB"
     )
-    _print_exit(result.manifest.exit)
+    _print_exits(result.manifest)
 
 
 def run_calibrate(
@@ -228,9 +228,9 @@ def run_calibrate(
     with terminal_reporter(quiet=quiet or json_output) as reporter:
         manifest = recalibrate(folder, manifest, request, reporter)
     if json_output:
-        print(json.dumps(manifest.exit.model_dump(mode="json") if manifest.exit else None))
+        print(json.dumps(_exits(manifest)))
         return
-    _print_exit(manifest.exit)
+    _print_exits(manifest)
 
 
 def run_list(json_output: JsonOption = False) -> None:
@@ -292,22 +292,30 @@ def _calibration(
 
 
 def _summary(result: ExportResult) -> dict[str, object]:
-    exit_spec = result.manifest.exit
     return {
         "out": str(result.out),
         "source": result.manifest.source.model_dump(mode="json"),
         "target": result.manifest.target,
         "precision": result.manifest.precision,
         "engines": len(result.manifest.layer_stages),
-        "exit": exit_spec.model_dump(mode="json") if exit_spec else None,
+        **_exits(result.manifest),
         "seconds": round(result.seconds, 2),
         "peak_memory_bytes": result.peak_memory_bytes,
         "warnings": result.warnings,
     }
 
 
-def _print_exit(spec: ExitSpec | None) -> None:
-    print(f"exits: {describe_exit(spec)}")
+def _exits(manifest: Manifest) -> dict[str, object]:
+    """The exit graphs as they stand in the manifest."""
+    fields = {"exit", "other_exits", "choice_exit", "context_exit"}
+    return manifest.model_dump(mode="json", include=fields)
+
+
+def _print_exits(manifest: Manifest) -> None:
+    print(f"exits: {describe_exit(manifest.exit)}")
+    for name, spec in manifest.named_exits.items():
+        if spec is not manifest.exit:
+            print(f"exits ({name}): {describe_exit(spec)}")
 
 
 def _log_warnings() -> None:

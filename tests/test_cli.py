@@ -43,7 +43,9 @@ def folder(tmp_path_factory):
         "--calibration", prompts, "--target-agreement", "0.6", "--json",
     )  # fmt: skip
     summary = json.loads(done.stdout)
-    assert summary["engines"] == len(summary["exit"]["points"]) + 1  # joined between exits
+    specs = [spec for spec in (summary["exit"], summary["choice_exit"]) if spec]
+    layers = {point["exit_layer"] for spec in specs for point in spec["points"]}
+    assert summary["engines"] == len(layers) + 1  # joined between exits
     assert summary["peak_memory_bytes"] > 0
     return root
 
@@ -128,7 +130,7 @@ def test_calibrate(folder):
         "adainfer", "calibrate", folder / "engines", "--calibration", folder / "prompts.jsonl",
         "--target-agreement", "0.6", "--adapters", "none", "--json",
     )  # fmt: skip
-    assert json.loads(done.stdout)["target_agreement"] == 0.6
+    assert json.loads(done.stdout)["exit"]["target_agreement"] == 0.6
 
 
 def test_list():
@@ -213,9 +215,10 @@ def test_certify(folder, tmp_path):
     prompts.write_text("\n".join(map(json.dumps, lines)))
     done = command("adainfer", "certify", copy, "--prompts", prompts, "--json")
     data = json.loads(done.stdout)
-    assert [level["level"] for level in data["levels"]] == [0.005, 0.01, 0.02, 0.05, 0.1]
+    levels = data["certificates"]["svm"]["levels"]
+    assert [level["level"] for level in levels] == [0.005, 0.01, 0.02, 0.05, 0.1]
     assert data["fitted_on"] > 0
-    assert data["levels"][0]["prompts_needed"] == 598
+    assert levels[0]["prompts_needed"] == 598
     shown = command("adainfer", "certify", copy, "--prompts", prompts)
     assert "left out: the exits were fitted on them" in shown.stderr
     assert "not certified" in shown.stdout

@@ -8,14 +8,13 @@ and certificate from prompts used for nothing else.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adainfer_runtime import Engine
-from adainfer_runtime.exit_policy import ClassifierExit
 from adainfer_runtime.manifest import ExitPoint, ExitSpec, Manifest
 from adainfer_runtime.session import Observation
 from adainfer_runtime.tasks import TaskExample
@@ -30,7 +29,7 @@ from .data import Parts
 from .exit_files import Files, join_calibrated, write_classifier
 from .predictions import Predictions
 from .request import CalibrationRequest
-from .scored import Scored, score_predictions
+from .scored import CONTEXT, observe_context, score_predictions
 from .select import choose_threshold, outcome_figures, select_classifiers
 from .translate import (
     Rotary,
@@ -42,8 +41,6 @@ from .translate import (
 )
 
 __all__ = ["with_context_exit"]
-
-_NAME = "context"
 
 
 def with_context_exit(
@@ -107,7 +104,7 @@ def _draft(
     request: CalibrationRequest,
 ) -> Manifest:
     """The engine with a classifier at its points, before a threshold is chosen."""
-    graph, difference = write_classifier(files, _NAME, classifier)
+    graph, difference = write_classifier(files, CONTEXT, classifier)
     spec = ExitSpec(
         points=tuple(points[layer] for layer in classifier.layers),
         classifier=graph,
@@ -121,27 +118,14 @@ def _draft(
     return manifest.model_copy(update={"context_exit": spec})
 
 
-def _observe(
-    engine: Engine, examples: Iterable[TaskExample], layers: tuple[int, ...], reporter: Reporter
-) -> Iterable[tuple[TaskExample, Observation, float]]:
-    """Every context exit of every prompt; the seconds are of the full run and all the looks."""
-    for example in examples:
-        ids = engine.tokenizer.encode(example.prompt)
-        reporter.step(example.task)
-        if len(ids) < 2:
-            continue
-        with engine.borrow() as session:
-            session.extend(ids)
-            start = time.perf_counter()
-            seen = session.observe_context(layers)
-            yield example, seen, time.perf_counter() - start
-
-
 def _predict(
     engine: Engine, examples: tuple[TaskExample, ...], layers: tuple[int, ...], reporter: Reporter
 ) -> Predictions:
     reporter.begin("tracing context exits", len(examples))
-    seen = list(_observe(engine, examples, layers, reporter))
+    seen = []
+    for example in examples:
+        seen += _look(engine, example, layers)
+        reporter.step(example.task)
     results = [[o.evidence[layer].result for layer in layers] for _, o, _ in seen]
     check = _check_layers(engine, [(example, took) for example, _, took in seen[-20:]], len(layers))
     return Predictions(
@@ -155,6 +139,22 @@ def _predict(
         check,
         exit_check_layers=check,
     )
+
+
+def _look(
+    engine: Engine, example: TaskExample, layers: tuple[int, ...]
+) -> list[tuple[TaskExample, Observation, float]]:
+    """Every context exit of a prompt, and the seconds of the full run with all the looks; nothing
+    for a prompt without a context.
+    """
+    ids = engine.tokenizer.encode(example.prompt)
+    if len(ids) < 2:
+        return []
+    with engine.borrow() as session:
+        session.extend(ids)
+        start = time.perf_counter()
+        seen = session.observe_context(layers)
+        return [(example, seen, time.perf_counter() - start)]
 
 
 def _check_layers(engine: Engine, runs: Sequence[tuple[TaskExample, float]], looks: int) -> float:
@@ -184,24 +184,8 @@ def _certified(
     spec = manifest.context_exit
     assert spec is not None  # it was written for this classifier
     engine = Engine.of_manifest(folder, manifest)
-    policy = engine.policy("context")
-    assert isinstance(policy, ClassifierExit)
     reporter.begin("certifying context exits", len(parts.certification))
-    scores, agrees, tasks = [], [], []
-    for example, seen, _ in _observe(engine, parts.certification, classifier.layers, reporter):
-        scores.append(policy.scores(seen.evidence))
-        tokens = [seen.evidence[layer].result.token for layer in classifier.layers]
-        agrees.append([token == seen.full.token for token in tokens])
-        tasks.append(example.task)
-    scored = Scored(
-        classifier.layers,
-        manifest.model.num_layers,
-        np.array(scores, np.float64),
-        np.array(agrees, np.bool_),
-        tuple(tasks),
-        selection.check_layers,
-        selection.exit_check_layers,
-    )
+    scored = observe_context(engine, parts.certification, selection.check_layers, reporter)
     outcome = choose_threshold(scored, request.target_agreement)
     if outcome.net_saved <= 0:
         return None

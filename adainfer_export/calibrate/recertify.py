@@ -19,7 +19,7 @@ from ..errors import CalibrationError, OutputError
 from ..progress import Reporter
 from .certify import make_certificate
 from .data import prompt_hash
-from .scored import CHOICE, observe
+from .scored import CHOICE, CONTEXT, observe, observe_context
 from .traces import fits
 
 __all__ = ["Renewal", "recertify"]
@@ -58,7 +58,7 @@ def recertify(
     """
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
-    if not manifest.exit_specs:
+    if not manifest.classifiers:
         raise CalibrationError(f"{folder} has no exits to certify: run `adainfer calibrate` first")
     engine = Engine.of_manifest(folder, manifest)
     examples = list({example.prompt: example for example in read_tasks(files)}.values())
@@ -69,7 +69,7 @@ def recertify(
     if not usable:
         raise CalibrationError("no prompt is left that the exit graph was not fitted on")
     reporter.begin("certifying", len(usable))
-    scored = observe(engine, usable, {}, reporter, against)
+    scored = observe(engine, usable, {}, reporter, against) if manifest.exit_points else {}
     data = [path.name for path in files]
 
     def renew(name: str, spec: ExitSpec) -> ExitSpec:
@@ -82,6 +82,11 @@ def recertify(
     choice = manifest.choice_exit
     if choice is not None and choice.classifier is not None and scored[CHOICE].tasks:
         update["choice_exit"] = renew(CHOICE, choice)
+    context = manifest.context_exit
+    if context is not None:
+        reporter.begin("certifying context exits", len(usable))
+        scored[CONTEXT] = observe_context(engine, usable, 0.0, reporter, against)
+        update["context_exit"] = renew(CONTEXT, context)
     renewed = manifest.model_copy(update=update)
     try:
         write_manifest(folder, renewed)

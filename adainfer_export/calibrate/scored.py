@@ -19,11 +19,11 @@ from .classifiers import ExitClassifier
 from .predictions import Predictions
 from .traces import candidates_of
 
-__all__ = ["CHOICE", "Scored", "observe", "score_predictions"]
+__all__ = ["CHOICE", "CONTEXT", "Scored", "observe", "observe_context", "score_predictions"]
 
 Float64 = npt.NDArray[np.float64]
 
-CHOICE = "choice"  # name of the graph for choices among labels
+CHOICE, CONTEXT = "choice", "context"  # names of the graphs beside those of answers
 
 
 @dataclass(frozen=True)
@@ -131,6 +131,33 @@ def observe(
     return {
         name: watch.scored(layers, check_layers.get(name, 0.0)) for name, watch in watches.items()
     }
+
+
+def observe_context(
+    engine: Engine,
+    examples: Iterable[TaskExample],
+    check_layers: float,
+    reporter: Reporter,
+    against: Literal["model", "gold"] = "model",
+) -> Scored:
+    """The same of the context exit; prompts of one token have no context and are left out.
+
+    Raises:
+        ExitUnavailableError: the engine has no context exit.
+    """
+    watch = _Watch(engine.policy("context"))
+    for example in examples:
+        ids = engine.tokenizer.encode(example.prompt)
+        reporter.step(example.task)
+        if len(ids) < 2:
+            continue
+        with engine.borrow() as session:
+            session.extend(ids)
+            seen = session.observe_context(engine.manifest.context_points)
+        gold = _first_token(engine, example) if against == "gold" else None
+        watch.add(example.task, seen, gold)
+    scored = watch.scored(engine.manifest.model.num_layers, check_layers)
+    return replace(scored, exit_check_layers=check_layers)
 
 
 class _Watch:

@@ -249,7 +249,7 @@ class Engine:
             # No token came out where the first was an end-of-text token.
             first = done.tokens[0] if done.tokens else None
             agrees = first == full or (first is None and full in eos)
-            self._record(agrees, threshold, level)
+            self._record(policy, agrees=agrees)
         return self._result(done)
 
     def choose(
@@ -272,7 +272,7 @@ class Engine:
         done = self.choose_with(prompt, labels, policy)
         if self._compares(policy):
             full = self.choose_with(prompt, labels, NoExit())
-            self._record(done.index == full.index, threshold, level)
+            self._record(policy, agrees=done.index == full.index)
         return ChoiceResult(
             labels[done.index],
             done.index,
@@ -314,8 +314,11 @@ class Engine:
             return NoExit()  # calibrated, and the answer was "do not exit"
         if threshold is not None and level is not None:
             raise RequestError("give a threshold or a certified level, not both")
+        promised = round(1.0 - spec.target_agreement, 6) if threshold is None else None
         if level is not None:
             threshold = certified_threshold(spec, level)
+            against = spec.certificate.against if spec.certificate else "model"
+            promised = level if against == "model" else None
         return ClassifierExit.of(
             self._backend,
             spec.points,
@@ -324,6 +327,7 @@ class Engine:
             spec.threshold if threshold is None else threshold,
             over_candidates=over_candidates,
             translates=translates,
+            promised=promised,
         )
 
     def _exit_graph(self, classifier: str | None) -> ExitSpec:
@@ -354,14 +358,9 @@ class Engine:
     def _compares(self, policy: ExitPolicy) -> bool:
         return bool(policy.exit_layers) and self._shadow is not None and self._shadow.due()
 
-    def _record(self, agrees: bool, threshold: float | None, level: float | None) -> None:
-        promised = level
-        if threshold is None and level is None and self._manifest.exit is not None:
-            promised = round(1.0 - self._manifest.exit.target_agreement, 6)
-        certificate = self._manifest.exit.certificate if self._manifest.exit else None
-        if level is not None and certificate is not None and certificate.against == "gold":
-            promised = None  # nothing was promised about agreement
+    def _record(self, policy: ExitPolicy, *, agrees: bool) -> None:
         if self._shadow is not None:
+            promised = policy.promised if isinstance(policy, ClassifierExit) else None
             self._shadow.record(promised, agrees=agrees)
 
     def _tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:

@@ -81,7 +81,11 @@ class FixedExit:
 
 @dataclass(frozen=True)
 class ClassifierExit:
-    """Mode `adaptive` (AdaInfer): stops where the classifier's score reaches the threshold."""
+    """Mode `adaptive` (AdaInfer): stops where the classifier's score reaches the threshold.
+
+    `promised` is the share of disagreement with the full model that the threshold was chosen for;
+    None for one that promises none.
+    """
 
     backend: Backend
     graph: str
@@ -91,6 +95,7 @@ class ClassifierExit:
     state_size: int
     over_candidates: bool = False
     translates: bool = False
+    promised: float | None = None
 
     @classmethod
     def of(
@@ -103,6 +108,7 @@ class ClassifierExit:
         *,
         over_candidates: bool = False,
         translates: bool = False,
+        promised: float | None = None,
     ) -> ClassifierExit:
         """One of the manifest's exit graphs with a threshold."""
         layers = tuple(point.exit_layer for point in points)
@@ -116,6 +122,7 @@ class ClassifierExit:
             classifier.state_size,
             over_candidates,
             translates,
+            promised,
         )
 
     def decide(

@@ -299,15 +299,16 @@ class Manifest(_Record):
         return {spec.classifier.kind: spec for spec in specs if spec and spec.classifier}
 
     @property
-    def exit_specs(self) -> tuple[ExitSpec, ...]:
-        """All exit graphs that have a classifier, the one for choices last."""
-        choice = self.choice_exit
-        return (*self.exit_graphs.values(), *((choice,) if choice and choice.classifier else ()))
+    def named_exits(self) -> dict[str, ExitSpec]:
+        """All that have a classifier: by its kind, then `choice` and `context`."""
+        named = {"choice": self.choice_exit, "context": self.context_exit}
+        further = {name: spec for name, spec in named.items() if spec and spec.classifier}
+        return self.exit_graphs | further
 
     @property
     def classifiers(self) -> tuple[ClassifierSpec, ...]:
-        """Those of all exit graphs, the context exit's as well."""
-        specs = (*self.exit_specs, *((self.context_exit,) if self.context_exit else ()))
+        """Those of all exit graphs."""
+        specs = self.named_exits.values()
         return tuple(spec.classifier for spec in specs if spec.classifier)
 
     @property
@@ -324,7 +325,8 @@ class Manifest(_Record):
     @property
     def exit_points(self) -> dict[int, ExitPoint]:
         """The answer exit points of all exit graphs by layer, ascending."""
-        points = [point for spec in self.exit_specs for point in spec.points]
+        specs = [spec for name, spec in self.named_exits.items() if name != "context"]
+        points = [point for spec in specs for point in spec.points]
         return {point.exit_layer: point for point in sorted(points, key=lambda p: p.exit_layer)}
 
     @property

@@ -10,6 +10,7 @@ import pytest
 
 from adainfer_export.calibrate import CalibrationRequest, context
 from adainfer_export.calibrate.pipeline import recalibrate
+from adainfer_export.calibrate.recertify import recertify
 from adainfer_export.calibrate.translate import (
     Translator,
     fit_translators,
@@ -169,6 +170,18 @@ def test_calibrated_context_exit(folder):
     assert session.count.executed == first * rows + 2 * above  # the first and the last position
     assert 0.0 < session.count.layers_saved < 1.0
     assert session.count.compute < session.count.dense_compute
+
+
+def test_certificate_is_renewed(folder, tmp_path):
+    copy = tmp_path / "engines"
+    shutil.copytree(folder, copy)
+    lines = (json.dumps({"prompt": f"{n % 7} {n}: x {n % 5}: y {n}:"}) for n in range(300, 380))
+    (tmp_path / "traffic.jsonl").write_text("\n".join(lines))
+    renewed = recertify(copy, [tmp_path / "traffic.jsonl"], SilentReporter()).manifest
+    certificate = renewed.named_exits["context"].certificate
+    assert certificate.data == ("traffic.jsonl",)
+    assert {level.prompts for level in certificate.levels} == {80}
+    assert Engine.load(copy).policy("context").promised == pytest.approx(0.8)
 
 
 def test_after_the_answer_everything_is_exact(folder):

@@ -25,7 +25,7 @@ def engine(tiny, monkeypatch):
 
     def exits(mode, *, threshold=None, level=None):
         return (
-            ClassifierExit(Sure(), "svm", (1,), {1: 0.25}, 0.0, 1)
+            ClassifierExit(Sure(), "svm", (1,), {1: 0.25}, 0.0, 1, promised=level)
             if mode == "adaptive"
             else policy(mode)
         )

@@ -12,7 +12,7 @@ from rich.table import Table
 from ..engine_folder import load_manifest, verify_files
 from ..manifest import Certificate, ExitSpec, Manifest
 
-__all__ = ["certificate_table", "describe_exit", "register"]
+__all__ = ["certificate_tables", "describe_exit", "register"]
 
 _EXAMPLES = """
 Examples:
@@ -43,9 +43,8 @@ def inspect(
     for name, value in _rows(manifest):
         table.add_row(name, value)
     Console().print(table)
-    for spec in manifest.exit_specs[:1]:
-        if spec.certificate is not None:
-            Console().print(certificate_table(spec.certificate))
+    for table in certificate_tables(manifest):
+        Console().print(table)
 
 
 def _rows(manifest: Manifest) -> list[tuple[str, str]]:
@@ -85,10 +84,19 @@ def describe_exit(spec: ExitSpec | None) -> str:
     )
 
 
-def certificate_table(certificate: Certificate) -> Table:
+def certificate_tables(manifest: Manifest) -> list[Table]:
+    """One per exit graph that carries a certificate."""
+    return [
+        _certificate_table(name, spec.certificate)
+        for name, spec in manifest.named_exits.items()
+        if spec.certificate is not None
+    ]
+
+
+def _certificate_table(name: str, certificate: Certificate) -> Table:
     """Levels with what was seen, and what they allow."""
     against = " against gold answers" if certificate.against == "gold" else ""
-    title = f"certificate{against} ({certificate.precision}, {certificate.device_class})"
+    title = f"certificate of {name}{against} ({certificate.precision}, {certificate.device_class})"
     table = Table(
         "disagreement ≤", "confidence", "prompts", "disagreed", "layers saved", title=title
     )
