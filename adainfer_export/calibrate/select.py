@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import GroupKFold
+from threadpoolctl import threadpool_limits
 
 from .classifiers import CLASSIFIERS, Entry, ExitClassifier, FitData
 from .predictions import Predictions
@@ -109,7 +110,13 @@ def select_classifiers(
     that the classifier of the trial was not fitted on: the selection part, and the classifier
     part by cross-validation. (The selection part alone leaves it to chance which set wins.)
     """
-    data = _Trials(fit, selection, target_agreement, seed)
+    with threadpool_limits(1):  # thousands of small fits: threads would only wait for each other
+        return _select(_Trials(fit, selection, target_agreement, seed), fit, entries, seed)
+
+
+def _select(
+    data: _Trials, fit: Predictions, entries: Mapping[str, Entry], seed: int
+) -> dict[str, ExitClassifier]:
     ranking = CLASSIFIERS[_RANKING]
     richest = next(f for f in reversed(ranking.feature_sets) if data.knows(f))
     subsets = list(_subsets(fit.layers))

@@ -34,6 +34,7 @@ Int64 = npt.NDArray[np.int64]
 _ANSWER_WEIGHT = 10.0
 _OTHER_POSITIONS = 24
 _EARLIER_ANSWERS = 6
+_MOST_CANDIDATES = 16
 _MOST_ANSWER_BYTES = 800e6
 
 
@@ -64,10 +65,13 @@ class AnswerTraces:
 
 
 def candidate_layers(engine: Engine) -> tuple[int, ...]:
-    """Boundaries between engines in the upper half of the model, without the last."""
+    """Boundaries between engines in the upper half of the model, without the last; of a deep model
+    every second, third …, for moments and sets of exit points grow with their number.
+    """
     manifest = engine.manifest
     half = manifest.model.num_layers // 2
-    return tuple(layer for layer in manifest.boundaries[:-1] if layer >= half)
+    upper = tuple(layer for layer in manifest.boundaries[:-1] if layer >= half)
+    return upper[:: -(-len(upper) // _MOST_CANDIDATES)] if upper else ()
 
 
 def fits(engine: Engine, example: TaskExample) -> bool:

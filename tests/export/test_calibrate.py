@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -19,7 +20,7 @@ from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.ridge import Adapter, Moments
 from adainfer_export.calibrate.scored import Scored, score_predictions
 from adainfer_export.calibrate.select import Outcome, choose_threshold, evaluate, select_classifiers
-from adainfer_export.calibrate.traces import AnswerTraces, answer_positions
+from adainfer_export.calibrate.traces import AnswerTraces, answer_positions, candidate_layers
 from adainfer_export.calibrate.trust import Trust, cross_fit, fit_trust
 from adainfer_export.errors import CalibrationError
 from adainfer_export.progress import SilentReporter
@@ -221,6 +222,13 @@ def test_answer_positions_are_the_places_before_answers():
     assert answer_positions(ids).tolist() == [13, 18, 23, 28]
     assert answer_positions([5, 6, 7]).tolist() == [2]
     assert answer_positions([5]).tolist() == [0]
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(8, (4, 5, 6, 7)), (80, tuple(range(40, 80, 3)))])
+def test_candidate_layers_are_few_however_deep_the_model(layers, expected):
+    model = SimpleNamespace(num_layers=layers)
+    manifest = SimpleNamespace(model=model, boundaries=tuple(range(1, layers + 1)))
+    assert candidate_layers(SimpleNamespace(manifest=manifest)) == expected
 
 
 @pytest.fixture
