@@ -80,7 +80,10 @@ def with_context_exit(
     finished = manifest.model_copy(update={"context_exit": spec})
     named = {*finished.referenced_files()}
     new = {path: record for path, record in files.written.items() if path in named}
-    return join_calibrated(folder, finished.model_copy(update={"files": manifest.files | new}))
+    kept = {path: record for path, record in manifest.files.items() if path not in manifest.joins}
+    # Its points are boundaries too: engines are joined anew.
+    unjoined = finished.model_copy(update={"joined": (), "files": kept | new})
+    return join_calibrated(folder, unjoined)
 
 
 def _write_translator(

@@ -270,6 +270,14 @@ class Manifest(_Record):
         """The stages that hold decoder layers as they were cut, in order."""
         return tuple(stage for stage in self.stages if stage.kind == "layers")
 
+    @property
+    def joins(self) -> frozenset[str]:
+        """Files of joined engines alone: not of stages that stand as they were cut."""
+        files = {name for stage in self.joined for name in (stage.file, stage.wide_file) if name}
+        return frozenset(
+            files - {n for stage in self.stages for n in (stage.file, stage.wide_file)}
+        )
+
     def uncalibrated(self) -> Manifest:
         """Without exit graph, and with every boundary of the cut: what calibration starts from."""
         bare = self.model_copy(
@@ -282,9 +290,7 @@ class Manifest(_Record):
                 "files": {},
             }
         )
-        gone = {name for stage in self.joined for name in (stage.file, stage.wide_file)}
-        gone |= {point.translate for point in self.context_points.values()}
-        gone -= {*bare.referenced_files()}
+        gone = {*self.joins, *(point.translate for point in self.context_points.values())}
         files = {
             name: record
             for name, record in self.files.items()

@@ -158,6 +158,10 @@ def test_calibrated_context_exit(folder):
     assert set(manifest.context_points) <= {*manifest.boundaries}
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found == {*manifest.files, "manifest.json"}
+    stages = (*manifest.stages, *manifest.joined)
+    graphs = {name for stage in stages for name in (stage.file, stage.wide_file) if name}
+    graphs |= {point.translate for point in manifest.context_points.values()}
+    assert {name for name in found if name.startswith("stages/") and name.endswith("x")} == graphs
     engine = Engine.load(folder)
     policy = engine.policy("context", threshold=-1e9)  # every prompt stops
     first = policy.exit_layers[0]
