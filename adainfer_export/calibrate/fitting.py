@@ -99,15 +99,15 @@ def fit_graphs(
         trusts = fit_trust(traces, fit)
         fit, selection = cross_fit(traces, fit), with_trust(new, selection, trusts)
     reporter.begin("choosing exits", 2)
-    graphs = _choose_graphs(fit, selection, entries, request)
+    target, seed = request.target_agreement, request.seed
+    found = select_classifiers(fit, selection, target, seed, entries)
+    graphs = _choose_graphs(found, selection, entries, request)
     reporter.step()
     if _enough_choices(engine, parts):
-        graphs += _choice_graph(
-            predict_candidates(engine, traces, adapters, fit),
-            predict_candidates(engine, new, adapters, selection),
-            entries,
-            request,
-        )
+        fit = predict_candidates(engine, traces, adapters, fit)
+        choices = predict_candidates(engine, new, adapters, selection)
+        best = tuple(select_classifiers(fit, choices, target, seed, entries).values())[:1]
+        graphs += tuple(FittedGraph(CHOICE, classifier, choices) for classifier in best)
     reporter.step()
     maps = {layer: (adapter, trusts[layer]) for layer, adapter in adapters.items()}
     return Fitted(parts, skipped, maps, prompts.block_influence, selection, graphs)
@@ -161,29 +161,15 @@ def classifier_entries(request: CalibrationRequest) -> dict[str, Entry]:
 
 
 def _choose_graphs(
-    fit: Predictions,
+    found: Mapping[str, ExitClassifier],
     selection: Predictions,
     entries: Mapping[str, Entry],
     request: CalibrationRequest,
 ) -> tuple[FittedGraph, ...]:
-    target, seed = request.target_agreement, request.seed
-    found = select_classifiers(fit, selection, target, seed, entries)
     asked = [kind for kind in entries if kind in found]
     best_alone = request.classifiers == ("auto",) or not asked
     chosen = tuple(found)[:1] if best_alone else tuple(asked)
     return tuple(FittedGraph(kind, found[kind], selection) for kind in chosen)
-
-
-def _choice_graph(
-    fit: Predictions,
-    selection: Predictions,
-    entries: Mapping[str, Entry],
-    request: CalibrationRequest,
-) -> tuple[FittedGraph, ...]:
-    """One graph for choices: the best of the kinds that were asked for."""
-    target, seed = request.target_agreement, request.seed
-    found = select_classifiers(fit, selection, target, seed, entries)
-    return tuple(FittedGraph(CHOICE, found[kind], selection) for kind in tuple(found)[:1])
 
 
 def _enough_choices(engine: Engine, parts: Parts) -> bool:

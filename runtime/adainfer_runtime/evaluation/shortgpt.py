@@ -30,6 +30,4 @@ def drop_layers(manifest: Manifest, count: int) -> Manifest:
     influence = {int(layer): float(value) for layer, value in figures.items()}
     dropped = set(sorted(influence, key=influence.__getitem__)[:count])
     kept = tuple(stage for stage in manifest.stages if stage.first_layer not in dropped)
-    return manifest.model_copy(
-        update={"stages": kept, "joined": (), "exit": None, "other_exits": ()}
-    )
+    return manifest.uncalibrated().model_copy(update={"stages": kept})
