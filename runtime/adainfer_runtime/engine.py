@@ -12,11 +12,13 @@ from typing import Literal
 from .backends import Backend, load_backend
 from .certificate import certified_threshold
 from .choose import Chosen, choose, join_label
+from .decoding import PolicyDecoder
 from .engine_folder import load_manifest, verify_files
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, ExitPolicy, NoExit
 from .generate import Generated, GenerateRequest, generate
 from .manifest import ExitSpec, Manifest
+from .sampling import Greedy
 from .session import Session
 from .shadow import ShadowEntry, ShadowMonitor
 from .tokenizer import Tokenizer, load_tokenizer
@@ -241,7 +243,8 @@ class Engine:
         request = GenerateRequest(self._tokens(prompt), max_new_tokens, eos, timeout)
         policy = self.policy(mode, threshold=threshold, level=level)
         with self.borrow() as session:
-            done = generate(session, request, policy, self._manifest.max_seq_len)
+            decoder = PolicyDecoder(session, policy, Greedy())
+            done = generate(session, decoder, request, self._manifest.max_seq_len)
         if self._compares(policy):
             with self.borrow() as session:
                 session.extend(request.prompt)

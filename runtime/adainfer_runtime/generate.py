@@ -1,4 +1,4 @@
-"""Greedy generation on a session."""
+"""Generation on a session: a decoder's tokens, until something ends the text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from .decoding import Decoder
 from .errors import DeadlineError, PromptTooLongError, RequestError
-from .exit_policy import ExitPolicy, NoExit
 from .ledger import WorkCount
 from .session import Session
 
@@ -50,9 +50,9 @@ class Generated:
 
 
 def generate(
-    session: Session, request: GenerateRequest, policy: ExitPolicy, max_length: int
+    session: Session, decoder: Decoder, request: GenerateRequest, max_length: int
 ) -> Generated:
-    """Continues the session greedily.
+    """Extends the session with the prompt and continues it by the decoder, which works on it.
 
     Raises:
         PromptTooLongError: prompt and new tokens exceed `max_length`.
@@ -63,20 +63,17 @@ def generate(
     start = time.perf_counter()
     before = session.count
     session.extend(request.prompt)
-    prediction = session.predict(policy)
+    emitted = decoder.step()
     after_prompt = session.count
-    # Translated K,V answer one question; what follows is computed over exact ones (`deferred`).
-    later = NoExit() if policy.translates else policy
     tokens: list[int] = []
     exit_layers: list[int] = []
     reason: Literal["eos", "length"] = "length"
     while True:
-        token = prediction.result.token
-        if token in request.eos_token_ids:
+        if emitted.token in request.eos_token_ids:
             reason = "eos"
             break
-        tokens.append(token)
-        exit_layers.append(prediction.exit_layer)
+        tokens.append(emitted.token)
+        exit_layers.append(emitted.exit_layer)
         if len(tokens) == request.max_new_tokens:
             break
         if request.timeout is not None and time.perf_counter() - start > request.timeout:
@@ -84,8 +81,8 @@ def generate(
                 f"the deadline of {request.timeout} s passed after {len(tokens)} of "
                 f"{request.max_new_tokens} tokens"
             )
-        session.extend([token])
-        prediction = session.predict(later)
+        emitted = decoder.step()
+    decoder.close()
     return Generated(
         tuple(tokens),
         tuple(exit_layers),
