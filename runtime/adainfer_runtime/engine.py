@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Literal
 
 from .backends import Backend, load_backend
-from .certificate import certified_threshold
 from .choose import Chosen, choose, join_label
 from .decoding import PolicyDecoder
 from .engine_folder import load_manifest, verify_files
-from .errors import ExitUnavailableError, RequestError
-from .exit_policy import ClassifierExit, ExitPolicy, NoExit
+from .exit_policy import ExitPolicy, NoExit
 from .generate import Generated, GenerateRequest, generate
-from .manifest import ExitSpec, Manifest
+from .manifest import Manifest
+from .mode_policies import Mode, PolicyFactory, Strictness
 from .sampling import Greedy
 from .session import Session
 from .shadow import ShadowEntry, ShadowMonitor
@@ -25,7 +24,6 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["ChoiceResult", "Engine", "GenerationResult", "Mode"]
 
-Mode = Literal["off", "adaptive", "context"]
 _IDLE_SESSIONS = 4
 
 
@@ -87,6 +85,7 @@ class Engine:
         self._manifest = manifest
         self._backend = backend
         self._tokenizer = tokenizer
+        self._policies = PolicyFactory(backend, manifest)
         self._idle: list[Session] = []
         self._lock = threading.Lock()
 
@@ -189,18 +188,10 @@ class Engine:
             level: a certified share of disagreement, such as 0.02, whose threshold is taken.
 
         Raises:
-            ExitUnavailableError: `adaptive`, but the folder has no such exit graph, or the level
-                is not certified.
+            ExitUnavailableError: the folder has no such exits, or the level is not certified.
             RequestError: no such mode, or both a threshold and a level.
         """
-        if mode == "off":
-            return NoExit()
-        if mode == "context":
-            return self._context_policy(threshold, level)
-        if mode != "adaptive":
-            raise RequestError(f"mode {mode!r} is unknown: off, adaptive or context")
-        spec = self._exit_graph(classifier)
-        return self._classifier_exit(spec, threshold, level)
+        return self._policies.of_mode(mode, Strictness(threshold, level), classifier)
 
     def choice_policy(
         self, mode: Mode, *, threshold: float | None = None, level: float | None = None
@@ -209,10 +200,7 @@ class Engine:
 
         A folder whose calibration data had no labels has none; `policy` is taken then.
         """
-        spec = self._manifest.choice_exit
-        if mode != "adaptive" or spec is None:
-            return self.policy(mode, threshold=threshold, level=level)
-        return self._classifier_exit(spec, threshold, level, over_candidates=True)
+        return self._policies.of_choice(mode, Strictness(threshold, level))
 
     def generate(
         self,
@@ -230,7 +218,8 @@ class Engine:
         Args:
             prompt: text, or token ids.
             mode: `off` runs every layer; `adaptive` stops where the exit graph says so; `context`
-                lets the prompt's positions stop and runs the last one through every layer.
+                lets the prompt's positions stop and runs the last one through every layer;
+                `combined` looks for the one and the other.
             threshold, level: see `policy`.
             ignore_eos: go on after an end-of-text token (for benchmarks).
             timeout: seconds after which `DeadlineError` is raised.
@@ -296,60 +285,6 @@ class Engine:
             limit = self._manifest.max_seq_len
             return choose(session, self._tokens(prompt), tokens, policy, limit)
 
-    def _context_policy(self, threshold: float | None, level: float | None) -> ExitPolicy:
-        spec = self._manifest.context_exit
-        if spec is None:
-            raise ExitUnavailableError(
-                "this engine has no context exit: run `adainfer calibrate DIR --context-exit`"
-            )
-        return self._classifier_exit(spec, threshold, level, translates=True)
-
-    def _classifier_exit(
-        self,
-        spec: ExitSpec,
-        threshold: float | None,
-        level: float | None,
-        *,
-        over_candidates: bool = False,
-        translates: bool = False,
-    ) -> ExitPolicy:
-        if spec.classifier is None or spec.threshold is None:
-            return NoExit()  # calibrated, and the answer was "do not exit"
-        if threshold is not None and level is not None:
-            raise RequestError("give a threshold or a certified level, not both")
-        promised = round(1.0 - spec.target_agreement, 6) if threshold is None else None
-        if level is not None:
-            threshold = certified_threshold(spec, level)
-            against = spec.certificate.against if spec.certificate else "model"
-            promised = level if against == "model" else None
-        return ClassifierExit.of(
-            self._backend,
-            spec.points,
-            spec.classifier,
-            self._manifest.model.num_layers,
-            spec.threshold if threshold is None else threshold,
-            over_candidates=over_candidates,
-            translates=translates,
-            promised=promised,
-        )
-
-    def _exit_graph(self, classifier: str | None) -> ExitSpec:
-        spec = self._manifest.exit
-        if spec is None:
-            raise ExitUnavailableError(
-                "this engine has no exit graph: run `adainfer calibrate DIR`, or use mode off"
-            )
-        if classifier is None:
-            return spec
-        graphs = self._manifest.exit_graphs
-        if classifier not in graphs:
-            raise ExitUnavailableError(
-                f"this engine has no exit graph with classifier {classifier!r}: it has "
-                f"{', '.join(graphs) or 'none'}; run `adainfer calibrate DIR --classifier "
-                f"{classifier}`"
-            )
-        return graphs[classifier]
-
     def label_tokens(
         self, prompt: str | Sequence[int], labels: Sequence[str]
     ) -> list[Sequence[int]]:
@@ -359,12 +294,11 @@ class Engine:
         return [self._tokenizer.encode_continuation(label) for label in joined]
 
     def _compares(self, policy: ExitPolicy) -> bool:
-        return bool(policy.exit_layers) and self._shadow is not None and self._shadow.due()
+        return bool(policy.checks) and self._shadow is not None and self._shadow.due()
 
     def _record(self, policy: ExitPolicy, *, agrees: bool) -> None:
         if self._shadow is not None:
-            promised = policy.promised if isinstance(policy, ClassifierExit) else None
-            self._shadow.record(promised, agrees=agrees)
+            self._shadow.record(policy.promised, agrees=agrees)
 
     def _tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -12,6 +13,7 @@ __all__ = [
     "CertificateGroup",
     "CertificateLevel",
     "ClassifierSpec",
+    "CombinedExitSpec",
     "ExitPoint",
     "ExitSpec",
     "FileRecord",
@@ -25,7 +27,7 @@ __all__ = [
     "TokenizerSpec",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _EXIT_FOLDERS = ("adapters", "exit", "reports")
 
 
@@ -206,6 +208,36 @@ class ExitSpec(_Record):
         return self
 
 
+class CombinedExitSpec(_Record):
+    """What `combined` mode evaluates: the answer exits of one graph, and the context exits.
+
+    Attributes:
+        answer: kind of the answer exits' classifier.
+        path: thresholds (of answer exits, of context exits), from the safest pair down. One number
+            orders them, so that certificates test them like any other: minus the place.
+        threshold: minus the place of the pair that is taken by default.
+    """
+
+    answer: str
+    path: tuple[tuple[float, float], ...]
+    threshold: float
+    target_agreement: float
+    certificate: Certificate | None = None
+    calibration: dict[str, Any] = {}
+
+    def thresholds_at(self, place: float) -> tuple[float, float]:
+        """The pair that `threshold`, or a certified level's, stands for."""
+        return self.path[round(-place)]
+
+    @model_validator(mode="after")
+    def _inside(self) -> CombinedExitSpec:
+        levels = self.certificate.levels if self.certificate else ()
+        places = [self.threshold, *(e.threshold for e in levels if e.threshold is not None)]
+        if any(not 0 <= -place < len(self.path) for place in places):
+            raise ValueError(f"a threshold is no place on the path of {len(self.path)} pairs")
+        return self
+
+
 class TokenizerSpec(_Record):
     """Files of the Hugging Face tokenizer."""
 
@@ -223,7 +255,8 @@ class Manifest(_Record):
     `exit` is the exit graph of mode `adaptive`, `other_exits` are further ones, each with another
     kind of classifier, that requests and evaluations may name. `choice_exit` is for choices among
     labels: it reads features over the labels' rows of the head alone. They share the adapters:
-    there is at most one per exit layer. `context_exit` lets all positions but the last stop.
+    there is at most one per exit layer. `context_exit` lets all positions but the last stop,
+    `combined_exit` looks for answer exits and context exits in one request.
     """
 
     schema_version: int
@@ -242,6 +275,7 @@ class Manifest(_Record):
     other_exits: tuple[ExitSpec, ...] = ()
     choice_exit: ExitSpec | None = None
     context_exit: ExitSpec | None = None
+    combined_exit: CombinedExitSpec | None = None
     tokenizer: TokenizerSpec | None = None
     files: dict[str, FileRecord]
 
@@ -286,6 +320,7 @@ class Manifest(_Record):
                 "other_exits": (),
                 "choice_exit": None,
                 "context_exit": None,
+                "combined_exit": None,
                 "joined": (),
                 "files": {},
             }
@@ -310,6 +345,26 @@ class Manifest(_Record):
         named = {"choice": self.choice_exit, "context": self.context_exit}
         further = {name: spec for name, spec in named.items() if spec and spec.classifier}
         return self.exit_graphs | further
+
+    def with_exits(self, changed: Mapping[str, ExitSpec]) -> Manifest:
+        """The same with other specs for some of its exits, by the names of `named_exits`."""
+        graphs = {kind: changed.get(kind, spec) for kind, spec in self.exit_graphs.items()}
+        default, *others = graphs.values() or (self.exit,)
+        return self.model_copy(
+            update={
+                "exit": default,
+                "other_exits": tuple(others),
+                "choice_exit": changed.get("choice", self.choice_exit),
+                "context_exit": changed.get("context", self.context_exit),
+            }
+        )
+
+    @property
+    def certificates(self) -> dict[str, Certificate]:
+        """By the name of what they certify: see `named_exits`, and `combined`."""
+        specs: dict[str, ExitSpec | CombinedExitSpec | None] = {**self.named_exits}
+        specs["combined"] = self.combined_exit
+        return {name: spec.certificate for name, spec in specs.items() if spec and spec.certificate}
 
     @property
     def classifiers(self) -> tuple[ClassifierSpec, ...]:
@@ -356,6 +411,9 @@ class Manifest(_Record):
         for layer in self.exit_layers:
             if layer not in self.boundaries[:-1]:
                 raise ValueError(f"exit point {layer} is no boundary between engines")
+        combined = self.combined_exit
+        if combined and (combined.answer not in self.exit_graphs or self.context_exit is None):
+            raise ValueError("combined exits without the answer or the context exits they combine")
         return self
 
     def referenced_files(self) -> tuple[str, ...]:

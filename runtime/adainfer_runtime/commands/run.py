@@ -36,6 +36,7 @@ class ModeChoice(str, Enum):
     off = "off"
     adaptive = "adaptive"
     context = "context"
+    combined = "combined"
 
 
 def register(app: typer.Typer) -> None:

@@ -11,11 +11,13 @@ from ..engine import Engine
 from ..errors import RequestError
 from ..exit_policy import ExitPolicy, FixedExit
 from ..manifest import Manifest
+from ..mode_policies import Mode
 from .shortgpt import drop_layers
 
 __all__ = ["BASELINE", "Method", "make_methods"]
 
 BASELINE = "off"
+_WHOLE_MODES: dict[str, Mode] = {"context": "context", "combined": "combined"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ def make_methods(
     """The methods of these names; `off`, which all are compared with, comes first.
 
     Names are `off`, `adaptive` (the folder's default exit graph, or the one for choices), the kind
-    of an exit graph's classifier (`svm`, `crf` …), `context` (the context exit), `fixed:L` (stop
-    after layer L, by the adapter if the folder has one there) and `shortgpt:N` (the N layers of
-    least influence left out).
+    of an exit graph's classifier (`svm`, `crf` …), `context` (the context exit), `combined` (answer
+    and context exits), `fixed:L` (stop after layer L, by the adapter if the folder has one there)
+    and `shortgpt:N` (the N layers of least influence left out).
 
     Args:
         engine: of the folder; further engines on the same files are loaded where a method needs
@@ -72,14 +74,15 @@ def make_methods(
             count = _number(name, number)
             shortened = Engine.of_manifest(folder, drop_layers(manifest, count))
             return Method(name, shortened, shortened.policy("off"))
-        if name == "context":
-            policy = engine.policy("context", threshold=threshold, level=level)
+        if name in _WHOLE_MODES:
+            policy = engine.policy(_WHOLE_MODES[name], threshold=threshold, level=level)
             return Method(name, engine, policy)
         if number or word not in ("adaptive", *manifest.exit_graphs):
             graphs = ", ".join(manifest.exit_graphs) or "none"
             raise RequestError(
-                f"method {name!r} is unknown: off, adaptive, context, fixed:L, shortgpt:N, or the "
-                f"kind of an exit graph (this engine's: {graphs}; see calibrate --classifier)"
+                f"method {name!r} is unknown: off, adaptive, context, combined, fixed:L, "
+                f"shortgpt:N, or the kind of an exit graph (this engine's: {graphs}; see "
+                "calibrate --classifier)"
             )
         if labels_only and word == "adaptive":
             return Method(

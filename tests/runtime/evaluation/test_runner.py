@@ -10,6 +10,7 @@ from adainfer_runtime import FixedExit
 from adainfer_runtime.errors import RequestError
 from adainfer_runtime.evaluation import AnswerLog, Method, evaluate, make_methods
 from adainfer_runtime.evaluation.shortgpt import drop_layers
+from adainfer_runtime.exit_policy import ExitCheck
 from adainfer_runtime.manifest import ExitSpec
 from adainfer_runtime.tasks import TaskExample
 
@@ -77,14 +78,13 @@ class Counting:
 
     state_size = 0
     over_candidates = False
-    translates = False
-    exit_layers = (2,)
+    checks = (ExitCheck(2),)
 
     def __init__(self, patience=1000):
         self.asked = 0
         self.patience = patience
 
-    def decide(self, exit_layer, evidence, state):
+    def decide(self, check, evidence, state):
         self.asked += 1
         if self.asked > self.patience:
             raise KeyboardInterrupt
@@ -167,7 +167,7 @@ def test_shortgpt_runs_the_layers_that_are_left(tiny):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "method 'nothing' is unknown: off, adaptive, context, fixed:L"),
+        ("nothing", "method 'nothing' is unknown: off, adaptive, context, combined, fixed:L"),
         ("svm", "this engine.s: none"),
         ("fixed:x", "needs a number of layers"),
         ("fixed:4", "layer 4 is no boundary between engines: 1, 2, 3"),
