@@ -14,6 +14,8 @@ import numpy.typing as npt
 from adainfer_runtime import Engine
 from adainfer_runtime.engine_folder import write_manifest
 from adainfer_runtime.manifest import CombinedExitSpec, ExitSpec, Manifest
+from adainfer_runtime.plan_spec import PlanSpec
+from adainfer_runtime.planning import machine, measure_times
 
 from ..errors import OutputError
 from ..progress import Reporter
@@ -59,6 +61,8 @@ def calibrate(
     paying = tuple(graph for graph in fitted.graphs if graph.name in judged)
     final = write(paying, context=context.spec if context and CONTEXT in judged else None)
     final = _finish(final, judged)
+    if final.named_exits:
+        final = _with_plan(folder, final, reporter)
     final = _report(folder, final, fitted.parts)
     tried = written.files.keys() | files.written.keys()
     for name in tried - final.files.keys() - in_use.files.keys():
@@ -150,6 +154,7 @@ def _finish(manifest: Manifest, judged: Mapping[str, _Judged]) -> Manifest:
         found = judged[name]
         return {
             "threshold": found.outcome.threshold,
+            "exit_shares": found.scored.exit_shares(found.grid),
             "certificate": make_certificate(manifest, found.scored, found.grid, data),
             "calibration": {**calibration, "held_out": outcome_figures(found.outcome)},
         }
@@ -170,6 +175,15 @@ def _finish(manifest: Manifest, judged: Mapping[str, _Judged]) -> Manifest:
             **update_of(COMBINED, {}, spec.calibration["data"]),
         )
     return manifest.with_exits(finished).model_copy(update={"combined_exit": combined})
+
+
+def _with_plan(folder: Path, manifest: Manifest, reporter: Reporter) -> Manifest:
+    """With stage times of this machine, which mode auto decides by."""
+    reporter.begin("measuring stage times", 1)
+    times = measure_times(Engine.of_manifest(folder, manifest), repeats=5)
+    reporter.step()
+    plan = PlanSpec(machine=machine(None), times=times)
+    return manifest.model_copy(update={"plan": plan})
 
 
 def _report(folder: Path, manifest: Manifest, parts: Parts) -> Manifest:

@@ -75,7 +75,10 @@ def recertify(
     data = [path.name for path in files]
 
     def certificate(seen: Scored, grid: npt.NDArray[np.float64]) -> dict[str, Any]:
-        return {"certificate": make_certificate(manifest, seen, grid, data, against)}
+        return {
+            "certificate": make_certificate(manifest, seen, grid, data, against),
+            "exit_shares": seen.exit_shares(grid),
+        }
 
     renewed = manifest.with_exits(
         {

@@ -95,6 +95,15 @@ class Scored:
         wrong: npt.NDArray[np.bool_] = leaving & ~self.agrees[np.arange(len(first)), first]
         return wrong
 
+    def exit_shares(self, grid: Float64) -> tuple[tuple[float, ...], ...]:
+        """Per threshold, the share of prompts that leaves at each point."""
+        shares = []
+        for threshold in grid:
+            leaving, first = self.leave(float(threshold))
+            counts = np.bincount(first[leaving], minlength=len(self.layers))
+            shares.append(tuple(np.round(counts / max(len(first), 1), 4).tolist()))
+        return tuple(shares)
+
     def task_weights(self) -> Float64:
         """`[prompts]`, summing to 1, the same sum for every task: for means over tasks."""
         _, index, counts = np.unique(self.tasks, return_inverse=True, return_counts=True)

@@ -13,10 +13,12 @@ from .backends import Backend, load_backend
 from .choose import Chosen, choose, join_label
 from .decoding import PolicyDecoder
 from .engine_folder import load_manifest, verify_files
+from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
 from .generate import Generated, GenerateRequest, generate
 from .manifest import Manifest
 from .mode_policies import Mode, PolicyFactory, Strictness
+from .planning import ModeForecast, RequestShape, TimePredictor, forecast_modes, pick_mode
 from .sampling import Greedy
 from .session import Session
 from .shadow import ShadowEntry, ShadowMonitor
@@ -179,6 +181,7 @@ class Engine:
         classifier: str | None = None,
         threshold: float | None = None,
         level: float | None = None,
+        shape: RequestShape | None = None,
     ) -> ExitPolicy:
         """The exit policy of a mode.
 
@@ -186,21 +189,59 @@ class Engine:
             classifier: kind of the exit graph, where the folder has several; default: its first.
             threshold: of the classifier's score, instead of the manifest's.
             level: a certified share of disagreement, such as 0.02, whose threshold is taken.
+            shape: of the request, which mode `auto` decides by.
 
         Raises:
-            ExitUnavailableError: the folder has no such exits, or the level is not certified.
+            ExitUnavailableError: the folder has no such exits, the level is not certified, or
+                there is no plan for mode `auto`.
             RequestError: no such mode, or both a threshold and a level.
         """
-        return self._policies.of_mode(mode, Strictness(threshold, level), classifier)
+        strictness = Strictness(threshold, level)
+        if mode == "auto":
+            return self._planned(shape, strictness).policy
+        return self._policies.of_mode(mode, strictness, classifier)
 
     def choice_policy(
-        self, mode: Mode, *, threshold: float | None = None, level: float | None = None
+        self,
+        mode: Mode,
+        *,
+        threshold: float | None = None,
+        level: float | None = None,
+        shape: RequestShape | None = None,
     ) -> ExitPolicy:
         """`policy` for choices among labels: the exit graph that was calibrated for them.
 
         A folder whose calibration data had no labels has none; `policy` is taken then.
         """
-        return self._policies.of_choice(mode, Strictness(threshold, level))
+        strictness = Strictness(threshold, level)
+        if mode == "auto":
+            return self._planned(shape, strictness).policy
+        return self._policies.of_choice(mode, strictness)
+
+    def forecasts(
+        self, shape: RequestShape, *, level: float | None = None
+    ) -> tuple[ModeForecast, ...]:
+        """What each mode is expected to take for such a request, `off` first.
+
+        Raises:
+            ExitUnavailableError: the folder has no plan.
+        """
+        return self._forecasts(shape, Strictness(level=level))
+
+    def _planned(self, shape: RequestShape | None, strictness: Strictness) -> ModeForecast:
+        if shape is None:
+            raise RequestError("mode auto decides by the request's shape: give one")
+        return pick_mode(self._forecasts(shape, strictness))
+
+    def _forecasts(self, shape: RequestShape, strictness: Strictness) -> tuple[ModeForecast, ...]:
+        plan = self._manifest.plan
+        if plan is None:
+            raise ExitUnavailableError(
+                "this engine has no plan, which mode auto decides by: run `adainfer bench DIR`"
+            )
+        layers = self._manifest.model.num_layers
+        predictor = TimePredictor(plan.times, layers, self._backend.max_rows)
+        return forecast_modes(self._policies, predictor, shape, strictness)
 
     def generate(
         self,
@@ -219,7 +260,8 @@ class Engine:
             prompt: text, or token ids.
             mode: `off` runs every layer; `adaptive` stops where the exit graph says so; `context`
                 lets the prompt's positions stop and runs the last one through every layer;
-                `combined` looks for the one and the other.
+                `combined` looks for the one and the other; `auto` takes what is expected to be
+                fastest here, for a prompt of this length and so many new tokens.
             threshold, level: see `policy`.
             ignore_eos: go on after an end-of-text token (for benchmarks).
             timeout: seconds after which `DeadlineError` is raised.
@@ -230,7 +272,8 @@ class Engine:
         """
         eos = frozenset() if ignore_eos else frozenset(self._manifest.model.eos_token_ids)
         request = GenerateRequest(self._tokens(prompt), max_new_tokens, eos, timeout)
-        policy = self.policy(mode, threshold=threshold, level=level)
+        shape = RequestShape(len(request.prompt), max_new_tokens)
+        policy = self.policy(mode, threshold=threshold, level=level, shape=shape)
         with self.borrow() as session:
             decoder = PolicyDecoder(session, policy, Greedy())
             done = generate(session, decoder, request, self._manifest.max_seq_len)
@@ -260,7 +303,8 @@ class Engine:
         Raises:
             RequestError: fewer than two labels, empty or equal ones.
         """
-        policy = self.choice_policy(mode, threshold=threshold, level=level)
+        shape = RequestShape(len(self._tokens(prompt)), candidates=True)
+        policy = self.choice_policy(mode, threshold=threshold, level=level, shape=shape)
         done = self.choose_with(prompt, labels, policy)
         if self._compares(policy):
             full = self.choose_with(prompt, labels, NoExit())

@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from .plan_spec import PlanSpec
+
 __all__ = [
     "SCHEMA_VERSION",
     "Certificate",
@@ -186,7 +188,8 @@ class ExitSpec(_Record):
     """What `adaptive` mode evaluates between layers.
 
     Without points the calibration's answer was "do not exit": adaptive then runs every layer.
-    `thresholds` is the grid that certificates test, from the safest down.
+    `thresholds` is the grid that certificates test, from the safest down; `exit_shares` says, for
+    each of them, which share of held-out prompts leaves at each point.
     """
 
     points: tuple[ExitPoint, ...]
@@ -194,6 +197,7 @@ class ExitSpec(_Record):
     threshold: float | None = None
     target_agreement: float
     thresholds: tuple[float, ...] = ()
+    exit_shares: tuple[tuple[float, ...], ...] = ()
     certificate: Certificate | None = None
     kv_policy: Literal["deferred"] = "deferred"
     calibration: dict[str, Any] = {}
@@ -216,12 +220,14 @@ class CombinedExitSpec(_Record):
         path: thresholds (of answer exits, of context exits), from the safest pair down. One number
             orders them, so that certificates test them like any other: minus the place.
         threshold: minus the place of the pair that is taken by default.
+        exit_shares: per place, which share of held-out prompts leaves at each check.
     """
 
     answer: str
     path: tuple[tuple[float, float], ...]
     threshold: float
     target_agreement: float
+    exit_shares: tuple[tuple[float, ...], ...] = ()
     certificate: Certificate | None = None
     calibration: dict[str, Any] = {}
 
@@ -256,7 +262,8 @@ class Manifest(_Record):
     kind of classifier, that requests and evaluations may name. `choice_exit` is for choices among
     labels: it reads features over the labels' rows of the head alone. They share the adapters:
     there is at most one per exit layer. `context_exit` lets all positions but the last stop,
-    `combined_exit` looks for answer exits and context exits in one request.
+    `combined_exit` looks for answer exits and context exits in one request. `plan` is what mode
+    `auto` decides by.
     """
 
     schema_version: int
@@ -276,6 +283,7 @@ class Manifest(_Record):
     choice_exit: ExitSpec | None = None
     context_exit: ExitSpec | None = None
     combined_exit: CombinedExitSpec | None = None
+    plan: PlanSpec | None = None
     tokenizer: TokenizerSpec | None = None
     files: dict[str, FileRecord]
 
@@ -321,6 +329,7 @@ class Manifest(_Record):
                 "choice_exit": None,
                 "context_exit": None,
                 "combined_exit": None,
+                "plan": None,
                 "joined": (),
                 "files": {},
             }

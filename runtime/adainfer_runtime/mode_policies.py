@@ -13,8 +13,8 @@ from .manifest import CombinedExitSpec, ExitSpec, Manifest
 
 __all__ = ["MODES", "Mode", "PolicyFactory", "Strictness"]
 
-Mode = Literal["off", "adaptive", "context", "combined"]
-MODES: tuple[Mode, ...] = ("off", "adaptive", "context", "combined")
+Mode = Literal["off", "adaptive", "context", "combined", "auto"]
+MODES: tuple[Mode, ...] = ("off", "adaptive", "context", "combined", "auto")
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class PolicyFactory:
     def of_mode(
         self, mode: str, strictness: Strictness, classifier: str | None = None
     ) -> ExitPolicy:
-        """The policy of a mode.
+        """The policy of a mode (`auto` is none of its own: see `planning`).
 
         Args:
             classifier: kind of the answer exits' graph, where the folder has several.

@@ -119,7 +119,7 @@ class Session:
             self._chain.advance(check.layer)
             if check.kind == "context" and not self._chain.can_translate(check.layer):
                 continue
-            evidence = self._look(check, candidates if policy.over_candidates else None)
+            evidence = self.look(check, candidates if policy.over_candidates else None)
             stop, state = policy.decide(check, evidence, state)
             if stop:
                 return Prediction(_among(evidence.result, candidates), check.layer)
@@ -152,18 +152,32 @@ class Session:
         for check in ordered:
             self._chain.advance(check.layer)
             if check.kind == "context":
-                seen = self._look(check, None)
+                seen = self.look(check, None)
                 for found in evidence:
                     found[check] = seen
                 continue
             for found, candidates in zip(evidence, questions, strict=True):
-                found[check] = self._look(check, candidates)
+                found[check] = self.look(check, candidates)
         self.complete()
         hidden = self._chain.last_hidden()
         return tuple(
             Observation(found, self._probe(hidden, candidates))
             for found, candidates in zip(evidence, questions, strict=True)
         )
+
+    def look(
+        self, check: ExitCheck, candidates: npt.NDArray[np.int64] | None = None
+    ) -> ExitEvidence:
+        """One check of the last position, which must stand at the check's boundary."""
+        if check.kind == "context":
+            waiting = self.length - 1 - self._chain.ledger.filled[-1]
+            cost = waiting * self._translation_costs[check.layer]
+            self._chain.ledger.record_probe(cost, 0)
+            hidden = self._chain.answer_over_translation(check.layer)
+            return ExitEvidence(self._probe(hidden, None), 0.0)
+        self._chain.ledger.record_probe(self._adapter_costs.get(check.layer, 0), 0)
+        adapted, trust = self._backend.adapt(check.layer, self._chain.last_hidden())
+        return ExitEvidence(self._probe(adapted, candidates), trust)
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""
@@ -199,17 +213,6 @@ class Session:
     def kv(self, layer: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Exact K (after rotary) and V of a layer: `[kv_heads, filled, head_dim]` each."""
         return self._chain.kv(layer)
-
-    def _look(self, check: ExitCheck, candidates: npt.NDArray[np.int64] | None) -> ExitEvidence:
-        if check.kind == "context":
-            waiting = self.length - 1 - self._chain.ledger.filled[-1]
-            cost = waiting * self._translation_costs[check.layer]
-            self._chain.ledger.record_probe(cost, 0)
-            hidden = self._chain.answer_over_translation(check.layer)
-            return ExitEvidence(self._probe(hidden, None), 0.0)
-        self._chain.ledger.record_probe(self._adapter_costs.get(check.layer, 0), 0)
-        adapted, trust = self._backend.adapt(check.layer, self._chain.last_hidden())
-        return ExitEvidence(self._probe(adapted, candidates), trust)
 
     def _probe(
         self, hidden: npt.NDArray[np.float32], candidates: npt.NDArray[np.int64] | None

@@ -37,6 +37,7 @@ class ModeChoice(str, Enum):
     adaptive = "adaptive"
     context = "context"
     combined = "combined"
+    auto = "auto"
 
 
 def register(app: typer.Typer) -> None:
