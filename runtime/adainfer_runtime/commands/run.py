@@ -12,8 +12,9 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..engine import ChoiceResult, Engine, GenerationResult
+from ..engine import Engine
 from ..errors import RequestError
+from ..results import ChoiceResult, GenerationResult
 from .options import LevelOption, ThreadsOption, ThresholdOption
 
 __all__ = ["register"]
