@@ -24,7 +24,7 @@ class Conversation:
     was cancelled stays, with the answer as far as it came.
 
     Example:
-        >>> talk = engine.conversation(system="Be brief.")  # doctest: +SKIP
+        >>> talk = engine.conversation()  # doctest: +SKIP
         >>> talk.say("Name a fruit.").text  # doctest: +SKIP
         >>> talk.say("Another one.").statistics.reused_tokens  # doctest: +SKIP
 
