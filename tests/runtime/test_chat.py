@@ -106,7 +106,7 @@ def test_missing_and_malformed_templates(tiny):
         engine.chat([{"role": "user", "content": "x"}])
     with pytest.raises(ChatTemplateError, match="this engine has no chat template"):
         engine.conversation()
-    with pytest.raises(ChatTemplateError, match="the chat template is malformed: .*endfor"):
+    with pytest.raises(ChatTemplateError, match=r"the chat template is malformed: .*endfor"):
         ChatTemplate("{% for x in messages %}", {}).require()
 
 
