@@ -21,6 +21,7 @@ from adainfer_export import ExportRequest, export
 from adainfer_runtime import Engine
 from adainfer_runtime.commands.answers import AnswerPrinter, ExitColours, cancel_on_interrupt
 from adainfer_runtime.commands.app import build_app
+from adainfer_runtime.commands.chat import _lines
 from adainfer_runtime.errors import ChatTemplateError, RequestError
 from adainfer_runtime.results import StreamEvent
 
@@ -212,14 +213,24 @@ class Terminal:
         return os.waitstatus_to_exitcode(status)
 
 
+def test_ctrl_c_at_the_prompt_leaves_nothing(monkeypatch):
+    typed = iter([" hi ", KeyboardInterrupt, "more", EOFError])
+
+    def answer(prompt):
+        said = next(typed)
+        if isinstance(said, str):
+            return said
+        raise said
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    notes = []
+    assert list(_lines(notes.append)) == ["hi", "more"]
+    assert notes[1:] == ["/exit or Ctrl-D leaves"]
+
+
 def test_chat_on_a_terminal(folder):
     terminal = Terminal("chat", folder, "--max-new-tokens", 60, script=SLOW + MAIN)
-    terminal.expect(r"> ")
-    time.sleep(
-        0.3
-    )  # a signal between readline's prompt and its wait is seen only with the next key
-    terminal.send("\x03")  # without an answer to end: a hint, and the next line
-    terminal.expect(r"/exit or Ctrl-D leaves")
     terminal.expect(r"> ")
     terminal.send("hello\r")
     terminal.expect(r"hello\r\n")
