@@ -34,7 +34,8 @@ class GenerateRequest:
         timeout: seconds after which `DeadlineError` is raised, or None.
         stop_token_ids: the same, under another name of the reason.
         logprobs: alternatives per token; None for no log-probabilities at all.
-        cancelled: asked before every token; the text then ends as it is.
+        cancelled: asked before every token, and while the prompt is read; the text then ends as
+            it is.
     """
 
     prompt: Sequence[int]
@@ -75,6 +76,10 @@ class Generated:
     def seconds(self) -> float:
         """Of all its work."""
         return self.prompt_seconds + self.decode_seconds
+
+
+class _CancelledError(Exception):
+    """While the prompt was read."""
 
 
 class _NoText:
@@ -134,7 +139,8 @@ def stream(
 ) -> Generator[StreamEvent, None, Generated]:
     """Extends the session with the prompt and continues it by the decoder, which works on it.
 
-    Yields an event per token; the stream may be closed between two of them.
+    Yields an event per token; the stream may be closed between two of them. Cancelled while the
+    prompt is read, it leaves the session empty.
 
     Args:
         text: turns tokens into text, and ends it at stop strings.
@@ -142,7 +148,8 @@ def stream(
 
     Raises:
         PromptTooLongError: prompt and new tokens exceed `max_length`.
-        DeadlineError: the timeout passed; the session keeps what it has.
+        DeadlineError: the timeout passed; the session keeps what it has, or is empty where that
+            was while the prompt was read.
         RequestError: nothing to generate, or a decoder that gives no logits was asked for
             log-probabilities.
     """
@@ -151,9 +158,15 @@ def stream(
     start = time.perf_counter()
     progress = _Progress(session, watch)
 
+    def check() -> None:
+        if request.cancelled():
+            raise _CancelledError
+        _check_deadline(request, start, 0)
+
     def begin() -> Emitted:
         session.extend(request.prompt)
-        return decoder.step()
+        with session.interruptible(check):
+            return decoder.step()
 
     reason, work = _reason_to_wait(request), begin
     try:
@@ -179,10 +192,12 @@ def stream(
                 reason = _reason_to_wait(request)
                 if reason is None:
                     _check_deadline(request, start, len(progress.tokens))
+        decoder.close()
     except GeneratorExit:
         decoder.close()
         raise
-    decoder.close()
+    except _CancelledError:
+        reason = "cancelled"
     tail = text.flush()
     if text.stopped:
         reason = "stop"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -103,6 +104,20 @@ class Session:
                 "or export with a larger --max-seq-len"
             )
         self._chain.admit(ids)
+
+    @contextmanager
+    def interruptible(self, check: Callable[[], None]) -> Iterator[None]:
+        """Calls `check` before every pass of a stage. Where it raises, the session is empty
+        afterwards: nothing can be said of passes that were begun.
+        """
+        self._chain.before_pass = check
+        try:
+            yield
+        except BaseException:
+            self.truncate(0)
+            raise
+        finally:
+            self._chain.before_pass = None
 
     def reuse(self, tokens: Sequence[int]) -> int:
         """Keeps what the session has in common with the beginning of a new sequence.

@@ -12,14 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adainfer_runtime import CancelToken, Engine
+from adainfer_runtime.decoding import PolicyDecoder
 from adainfer_runtime.errors import (
     DeadlineError,
     ExitUnavailableError,
     RequestError,
     TokenizerMissingError,
 )
-from adainfer_runtime.exit_policy import FixedExit
+from adainfer_runtime.exit_policy import FixedExit, NoExit
+from adainfer_runtime.generate import GenerateRequest, generate
 from adainfer_runtime.profile import StageClock
+from adainfer_runtime.sampling import Greedy, make_sampler
+from adainfer_runtime.sampling_options import SamplingOptions
 from adainfer_runtime.tokenizer import load_tokenizer
 
 from ..reference import reference_logits
@@ -180,6 +184,64 @@ def test_cancelling(engine):
     assert before.statistics.time_to_first_token is None
 
 
+def test_long_prompts_can_be_cancelled_and_late(engine):
+    """Between the passes of a prompt; what comes after is as if it had not been."""
+    chunked = engine_with(engine, max_rows=5)
+    prompt, asked = [5 + i % 50 for i in range(60)], []
+
+    def after_seven():
+        asked.append(None)
+        return len(asked) > 7
+
+    talk = chunked.session()
+    talk.extend([5, 6, 7])
+    talk.complete()
+    request = GenerateRequest(prompt, 5, cancelled=after_seven)
+    done = generate(talk, PolicyDecoder(talk, NoExit(), Greedy()), request, 128)
+    assert (done.tokens, done.finish_reason, done.first_token) == ((), "cancelled", None)
+    assert len(asked) == 8
+    assert (talk.length, set(talk.filled)) == (0, {0})
+    late = GenerateRequest(prompt, 5, timeout=0.0)
+    with pytest.raises(DeadlineError, match="after 0 of 5 tokens"):
+        generate(talk, PolicyDecoder(talk, NoExit(), Greedy()), late, 128)
+    again = generate(talk, PolicyDecoder(talk, NoExit(), Greedy()), GenerateRequest(prompt, 5), 128)
+    assert again.tokens == engine.generate(prompt, max_new_tokens=5, ignore_eos=True).tokens
+
+
+@pytest.mark.parametrize("max_rows", [4, 512])
+def test_exits_with_every_option(engine, max_rows):
+    """Sampling and stops read the logits of the layer where a token stopped."""
+    prompt, layers = [5 + (7 * i) % 200 for i in range(21)], [2, 4, 1, 3, 4, 2, 1, 1, 3, 4]
+
+    class Early(Engine):
+        def policy(self, mode, **given):
+            return ByExits(layers)
+
+    early = Early(engine.manifest, Chunked(engine.backend, max_rows), engine.tokenizer)
+    for options in (
+        {},
+        {"temperature": 0.8, "top_k": 30, "seed": 5},
+        {"repetition_penalty": 1.4, "frequency_penalty": 0.2},
+    ):
+        result = early.generate(
+            prompt, mode="adaptive", max_new_tokens=10, ignore_eos=True, logprobs=0, **options
+        )
+        assert list(result.exit_layers) == layers
+        sampler = make_sampler(SamplingOptions(**options), len(prompt))
+        session, tokens = engine.session(), list(prompt)
+        session.extend(prompt)
+        for layer, token, logprob in zip(layers, result.tokens, result.logprobs, strict=True):
+            session.advance(layer)
+            logits = engine.backend.probe_logits(session.hidden()[-1:])[0]
+            assert token == sampler.draw(sampler.probabilities(logits, tokens))
+            expected = logits[token] - np.log(np.exp(logits.astype(np.float64)).sum())
+            assert logprob.logprob == pytest.approx(expected, abs=1e-3)
+            tokens.append(token)
+            session = engine.session()
+            session.extend(tokens)
+        assert result.statistics.kv_fills > 0
+
+
 def test_requests_are_checked_before_the_first_event(engine):
     with pytest.raises(RequestError, match="max_new_tokens must be at least 1"):
         engine.stream([5], max_new_tokens=0)
@@ -303,10 +365,6 @@ def test_times_go_to_the_request_that_took_them(engine):
 @given(layers=st.lists(st.integers(1, 4), min_size=1, max_size=8))
 def test_fills_are_what_early_exits_left_out(tiny, layers):
     """Every position is run at most once per layer; debts of older ones are fills."""
-    from adainfer_runtime.decoding import PolicyDecoder
-    from adainfer_runtime.generate import GenerateRequest, generate
-    from adainfer_runtime.sampling import Greedy
-
     session = tiny("llama").engine.session()
     decoder = PolicyDecoder(session, ByExits(layers), Greedy())
     request = GenerateRequest([5, 6, 7], len(layers))
