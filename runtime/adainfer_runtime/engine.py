@@ -17,7 +17,7 @@ from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, ExitPolicy, NoExit
 from .generation_options import GenerationKeywords, GenerationOptions, Mode
 from .manifest import ExitSpec, Manifest
-from .profile import ProfiledBackend, StageClock
+from .profile import ProfiledBackend, StageClock, measuring
 from .results import ChoiceResult, GenerationResult, StreamEvent
 from .session import Session
 from .shadow import ShadowEntry, ShadowMonitor
@@ -263,11 +263,13 @@ class Engine:
             RequestError: fewer than two labels, empty or equal ones.
         """
         policy = self.choice_policy(mode, threshold=threshold, level=level)
-        done = self.choose_with(prompt, labels, policy)
+        stage_seconds: dict[str, float] = {}
+        with measuring(self.clock, stage_seconds):
+            done = self.choose_with(prompt, labels, policy)
         if self._compares(policy):
             full = self.choose_with(prompt, labels, NoExit())
             self._record(policy, agrees=done.index == full.index)
-        self.recorder.choice(done.exit_layer, done.seconds, done.count)
+        self.recorder.choice(done.exit_layer, done.seconds, done.count, stage_seconds)
         return ChoiceResult(
             labels[done.index],
             done.index,

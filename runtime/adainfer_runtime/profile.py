@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from .backends import Backend, ExitEvidence, ProbeResult, SequenceBuffers
 from .backends.base import Float32
 
-__all__ = ["ProfiledBackend", "StageClock"]
+__all__ = ["ProfiledBackend", "StageClock", "measuring"]
 
 
 class StageClock:
@@ -43,6 +43,11 @@ class StageClock:
         seconds = getattr(self._local, "seconds", None)
         if seconds is not None:
             seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - start
+
+
+def measuring(clock: StageClock | None, seconds: dict[str, float]) -> AbstractContextManager[None]:
+    """`clock.into(seconds)`; nothing where there is no clock."""
+    return nullcontext() if clock is None else clock.into(seconds)
 
 
 class ProfiledBackend:

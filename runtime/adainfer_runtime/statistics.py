@@ -73,21 +73,23 @@ class StatisticsRecorder:
             self._add_seconds("decode", done.decode_seconds)
             self._exits.update(done.exits)
             self._work += work
-            for kind, seconds in done.stage_seconds.items():
-                self._stage_seconds[kind] = self._stage_seconds.get(kind, 0.0) + seconds
+            self._add_stages(done.stage_seconds)
 
     def abandoned(self, how: str) -> None:
         """A text that has not: `failed` or `closed`."""
         with self._lock:
             self._ends[how] += 1
 
-    def choice(self, exit_layer: int, seconds: float, work: WorkCount) -> None:
+    def choice(
+        self, exit_layer: int, seconds: float, work: WorkCount, stages: Mapping[str, float]
+    ) -> None:
         """An answered choice."""
         with self._lock:
             self._sums["choices"] += 1
             self._add_seconds("choice", seconds)
             self._exits[exit_layer] += 1
             self._work += work
+            self._add_stages(stages)
 
     def snapshot(self) -> EngineStatistics:
         """The sums so far."""
@@ -113,3 +115,7 @@ class StatisticsRecorder:
 
     def _add_seconds(self, name: str, seconds: float) -> None:
         self._seconds[name] = self._seconds.get(name, 0.0) + seconds
+
+    def _add_stages(self, stages: Mapping[str, float]) -> None:
+        for kind, seconds in stages.items():
+            self._stage_seconds[kind] = self._stage_seconds.get(kind, 0.0) + seconds

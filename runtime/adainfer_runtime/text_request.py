@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from .errors import RequestError
 from .exit_policy import ExitPolicy
 from .generate import Generated, GenerateRequest, check_request, stream
 from .generation_options import GenerationOptions
+from .profile import measuring
 from .results import GenerationResult, RequestStatistics, StreamEvent
 from .sampling import make_sampler
 from .session import Session, check_tokens
@@ -82,15 +82,11 @@ class TextRequest:
             replace(self.request, prompt=tokens[reused:]),
             self.engine.manifest.max_seq_len,
             TextStream(self.engine.tokenizer, tokens, options.stop_strings),
-            self._watch(stage_seconds),
+            partial(measuring, self.engine.clock, stage_seconds),
         )
         if options.greedy and done.first_token is not None:
             self.engine.compare(self.policy, tokens, done.first_token)
         return done, _statistics(done, len(tokens), reused, waited, stage_seconds)
-
-    def _watch(self, seconds: dict[str, float]) -> Callable[[], AbstractContextManager[None]]:
-        clock = self.engine.clock
-        return nullcontext if clock is None else partial(clock.into, seconds)
 
     def _result(self, done: Generated, statistics: RequestStatistics) -> GenerationResult:
         count = done.prompt + done.decode
@@ -162,7 +158,6 @@ def _statistics(
     stage_seconds: dict[str, float],
 ) -> RequestStatistics:
     count, new = done.prompt + done.decode, len(done.tokens)
-    # The step that found an end of the text took time as well: it is one of the later ones.
     later = max(new - 1, 0)
     return RequestStatistics(
         prompt_tokens=prompt_tokens,

@@ -336,8 +336,14 @@ def test_statistics_of_a_request(engine):
 def test_statistics_of_an_engine(engine):
     engine = engine_with(engine, profile=True)
     results = [engine.generate([5, 6, 7 + i], max_new_tokens=4, ignore_eos=True) for i in range(3)]
-    engine.choose("x:", ["a", "b"])
     total = engine.statistics
+    assert total.stage_seconds["layers"] == pytest.approx(
+        sum(r.statistics.stage_seconds["layers"] for r in results)
+    )
+    engine.choose("x:", ["a", "b"])
+    before, total = total, engine.statistics
+    assert total.stage_seconds["layers"] > before.stage_seconds["layers"]
+    assert total.choice_seconds > 0
     assert total.texts == {"length": 3}
     assert (total.choices, total.prompt_tokens, total.new_tokens) == (1, 9, 12)
     assert total.exits == {4: 13}
@@ -346,8 +352,6 @@ def test_statistics_of_an_engine(engine):
     decode = sum(r.statistics.decode_seconds for r in results)
     assert total.decode_seconds == pytest.approx(decode)
     assert total.tokens_per_second == pytest.approx(9 / decode)
-    layers = sum(r.statistics.stage_seconds["layers"] for r in results)
-    assert total.stage_seconds["layers"] == pytest.approx(layers)
 
 
 def test_times_go_to_the_request_that_took_them(engine):
