@@ -23,9 +23,6 @@ __all__ = [
 
 Float64 = npt.NDArray[np.float64]
 
-# Candidates that top-p sorts at first: a nucleus is seldom larger, a vocabulary is.
-_FIRST_CANDIDATES = 256
-
 
 def softmax(logits: Float64) -> Float64:
     """Probabilities; at least one logit must be finite."""
@@ -77,10 +74,14 @@ def keep_top_p(logits: Float64, p: float) -> Float64:
     if p >= 1.0:
         return logits
     probabilities = softmax(logits)
-    kept = _nucleus(probabilities, p)
-    changed = np.full_like(logits, -np.inf)
-    changed[kept] = logits[kept]
-    return changed
+    ordered = np.sort(probabilities)[::-1]  # values alone: several times as fast as an argsort
+    before = np.cumsum(ordered) - ordered
+    count = max(1, int(np.count_nonzero(before < p)))
+    least = ordered[count - 1]
+    kept = probabilities > least
+    equals = np.flatnonzero(probabilities == least)
+    kept[equals[: count - int(np.count_nonzero(kept))]] = True
+    return np.where(kept, logits, -np.inf)
 
 
 def keep_min_p(logits: Float64, p: float) -> Float64:
@@ -89,17 +90,3 @@ def keep_min_p(logits: Float64, p: float) -> Float64:
         return logits
     # In logarithms: p(token) < p · p(first) without computing either.
     return np.where(logits < logits.max() + np.log(p), -np.inf, logits)
-
-
-def _nucleus(probabilities: Float64, p: float) -> npt.NDArray[np.int64]:
-    """Indices of the fewest tokens that hold `p`; sorts no more of them than it must."""
-    size = _FIRST_CANDIDATES
-    while True:
-        size = min(size, len(probabilities))
-        part = np.argpartition(-probabilities, size - 1)[:size]
-        ordered = part[np.argsort(-probabilities[part], kind="stable")]
-        before = np.cumsum(probabilities[ordered]) - probabilities[ordered]
-        needed = int(np.count_nonzero(before < p))
-        if needed < size or size == len(probabilities):
-            return np.asarray(ordered[: max(needed, 1)])
-        size *= 8
