@@ -170,7 +170,7 @@ def test_debug_shows_the_traceback():
     "arguments",
     [("adainfer",), ("adainfer-export",)]
     + [("adainfer", name) for name in
-       ("run", "eval", "inspect", "export", "calibrate", "validate", "list")],
+       ("run", "chat", "eval", "inspect", "export", "calibrate", "validate", "list")],
 )  # fmt: skip
 def test_help(arguments):
     assert "Usage" in command(*arguments, "--help").stdout

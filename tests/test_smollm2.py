@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from adainfer_export.calibrate.builtin import builtin_examples
 from adainfer_export.sources import resolve
@@ -96,6 +97,85 @@ def test_end_of_turn_stops_the_text(engine):
     assert result.finish_reason == "eos"
     assert "anana" in result.text or "pple" in result.text
     assert engine.manifest.model.eos_token_ids == (2,)
+
+
+def test_the_files_chat_template_is_kept(engine, smollm2_gguf):
+    from gguf import GGUFReader
+    from transformers import PreTrainedTokenizerFast
+
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Who are you?"},
+    ]
+    theirs = PreTrainedTokenizerFast(tokenizer_object=engine.tokenizer._inner)
+    reader = GGUFReader(smollm2_gguf)
+    theirs.chat_template = reader.fields["tokenizer.chat_template"].contents()
+    expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert expected.startswith("<|im_start|>system\nYou are a helpful AI assistant named SmolLM")
+    assert engine.tokenizer.chat_template.render(messages) == expected
+    ids = engine.tokenizer.encode_chat(messages)
+    assert ids == theirs.encode(expected, add_special_tokens=False)
+    assert ids.count(1) == 5  # <|im_start|> is one token
+
+
+def test_a_conversation_equals_its_prompts(engine):
+    """Four turns over one KV cache, each as if the whole chat had been read anew."""
+    talk = engine.conversation()
+    for asked in ("Name a fruit.", "Another one, please.", "Où est Paris? 😀", "Thanks!"):
+        chat = [*talk.messages, {"role": "user", "content": asked}]
+        expected = engine.chat(chat, max_new_tokens=24)
+        found = talk.say(asked, max_new_tokens=24)
+        assert (found.text, found.finish_reason) == (expected.text, expected.finish_reason)
+        new = found.statistics.prompt_tokens - found.statistics.reused_tokens
+        assert new <= 40 if len(chat) == 1 else new <= 25
+    assert talk.messages[-1]["content"]
+
+
+def check_generate(engine, reference, count):
+    """Penalties, stop strings and the model's own end, as transformers' `generate` has them."""
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast(tokenizer_object=engine.tokenizer._inner)
+    random, reasons = np.random.default_rng(5), []
+    stops = ["\n\n", ". The", " and ", "?"]
+    subjects = ["a river", "three fruits", "my dog", "the moon", "good bread"]
+    for number in range(count):
+        subject = subjects[number % len(subjects)]
+        asked = f"Write {1 + number} short sentence(s) about {subject}."
+        ids = engine.tokenizer.encode_chat([{"role": "user", "content": asked}])
+        penalty = float(random.choice([1.0, 1.1, 1.3]))
+        stop = list(random.choice(stops, 2, replace=False)) if number % 2 else []
+        mine = engine.generate(ids, max_new_tokens=48, repetition_penalty=penalty, stop=stop)
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            out = reference.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                max_new_tokens=48,
+                do_sample=False,
+                repetition_penalty=penalty,
+                eos_token_id=[2],
+                pad_token_id=2,
+                **({"stop_strings": stop, "tokenizer": theirs} if stop else {}),
+            )[0, len(ids) :]
+        text = theirs.decode(out, skip_special_tokens=True)
+        places = [place for string in stop if (place := text.find(string)) >= 0]
+        assert mine.text == text[: min(places, default=len(text))]
+        assert list(mine.tokens) == [token for token in out.tolist() if token != 2]
+        reasons.append(mine.finish_reason)
+    return reasons
+
+
+def test_generate_equals_transformers(engine, reference):
+    check_generate(engine, reference, 2)
+
+
+@pytest.mark.slow
+def test_generate_equals_transformers_on_50_prompts(engine, reference):
+    reasons = check_generate(engine, reference, 50)
+    print({reason: reasons.count(reason) for reason in set(reasons)})
+    assert {"eos", "stop"} <= set(reasons)
 
 
 @pytest.mark.parametrize("policy", ["all", "random"])

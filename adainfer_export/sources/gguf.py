@@ -17,7 +17,7 @@ from adainfer_runtime.manifest import SourceFile, SourceSpec
 from ..architectures import ARCHITECTURES, Architecture
 from ..errors import CheckpointError, SourceError, UnsupportedError
 from .checkpoint import require_finite
-from .gguf_tokenizer import build_tokenizer
+from .gguf_tokenizer import build_tokenizer, special_tokens
 
 __all__ = ["GgufFile"]
 
@@ -119,6 +119,8 @@ class GgufFile:
             (folder / "chat_template.jinja").write_text(str(template), encoding="utf-8")
         settings = {"eos_token_id": list(self.eos_token_ids)}
         (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
+        names = json.dumps(special_tokens(keys), ensure_ascii=False)
+        (folder / "special_tokens_map.json").write_text(names, encoding="utf-8")
         return True
 
     def _undo_interleaving(

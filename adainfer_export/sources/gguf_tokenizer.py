@@ -13,9 +13,16 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from ..errors import UnsupportedError
 
-__all__ = ["build_tokenizer"]
+__all__ = ["build_tokenizer", "special_tokens"]
 
 _CONTROL, _USER_DEFINED = 3, 4
+# What chat templates know by name, and where a file says which token it is.
+_NAMED = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 # The published split patterns of Llama-3 and Qwen-2 (cl100k with other digit groups).
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}|"
@@ -83,3 +90,10 @@ def build_tokenizer(keys: Mapping[str, Any], where: str) -> Tokenizer:
             single=f"{tokens[bos]} $A", special_tokens=[(tokens[bos], bos)]
         )
     return tokenizer
+
+
+def special_tokens(keys: Mapping[str, Any]) -> dict[str, str]:
+    """Special tokens by the names that Hugging Face has for them, as far as the file says."""
+    tokens: list[str] = keys["tokenizer.ggml.tokens"]
+    ids = {name: keys.get(key) for name, key in _NAMED.items()}
+    return {name: tokens[int(token)] for name, token in ids.items() if token is not None}

@@ -1,23 +1,42 @@
 """Run LLMs with adaptive early exit: loads engine folders that `adainfer-export` writes."""
 
-from .engine import ChoiceResult, Engine, GenerationResult
+from .conversation import Conversation
+from .engine import Engine
 from .errors import AdaInferError
 from .exit_policy import ClassifierExit, ExitPolicy, FixedExit, NoExit
+from .generation_options import CancelToken, GenerationOptions
 from .manifest import Manifest
+from .results import (
+    ChoiceResult,
+    GenerationResult,
+    RequestStatistics,
+    StreamEvent,
+    TokenLogprob,
+)
+from .sampling_options import SamplingOptions
 from .session import Prediction, Session
+from .statistics import EngineStatistics
 
 __all__ = [
     "AdaInferError",
+    "CancelToken",
     "ChoiceResult",
     "ClassifierExit",
+    "Conversation",
     "Engine",
+    "EngineStatistics",
     "ExitPolicy",
     "FixedExit",
+    "GenerationOptions",
     "GenerationResult",
     "Manifest",
     "NoExit",
     "Prediction",
+    "RequestStatistics",
+    "SamplingOptions",
     "Session",
+    "StreamEvent",
+    "TokenLogprob",
     "__version__",
 ]
 

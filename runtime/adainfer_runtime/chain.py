@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
 
@@ -32,6 +34,7 @@ class Chain:
         self._pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
         self._tokens = np.zeros(manifest.max_seq_len, np.int64)
         self._first_tokens: dict[tuple[int, int], dict[int, tuple[Float32, Float32]]] = {}
+        self.before_pass: Callable[[], None] | None = None
 
     @property
     def length(self) -> int:
@@ -139,6 +142,8 @@ class Chain:
         return key[:, :filled], value[:, :filled]
 
     def _run(self, todo: Pass, previous: Pass | None) -> None:
+        if self.before_pass is not None:
+            self.before_pass()
         rows = todo.end - todo.start
         target = self._buffers.hidden(todo.stage, rows)
         if previous is None or previous.stage != todo.stage - 1:

@@ -5,19 +5,30 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from .exit_policy import ExitPolicy, NoExit
 from .sampling import Sampler
 from .session import Session
 
 __all__ = ["Decoder", "Emitted", "PolicyDecoder"]
 
+Float32 = npt.NDArray[np.float32]
+
 
 @dataclass(frozen=True)
 class Emitted:
-    """A token that is final, and the layers (1 … L) that it took."""
+    """A token that is final, and the layers (1 … L) that it took.
+
+    Attributes:
+        logits: `[vocab_size]` that the token was taken from, before penalties and temperature;
+            None from a decoder that has none (log-probabilities are then refused).
+    """
 
     token: int
     exit_layer: int
+    logits: Float32 | None = None
 
 
 class Decoder(Protocol):
@@ -56,7 +67,7 @@ class PolicyDecoder:
         else:
             tokens = self._session.tokens
             self._last = self._sampler.draw(self._sampler.probabilities(result.logits, tokens))
-        return Emitted(self._last, prediction.exit_layer)
+        return Emitted(self._last, prediction.exit_layer, result.logits)
 
     def close(self) -> None:
         """Nothing to take back."""

@@ -3,69 +3,32 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Unpack
 
 from .backends import Backend, load_backend
 from .choose import Chosen, choose, join_label
-from .decoding import PolicyDecoder
+from .conversation import Conversation
 from .engine_folder import load_manifest, verify_files
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
-from .generate import Generated, GenerateRequest, generate
+from .generation_options import GenerationKeywords, GenerationOptions
 from .manifest import Manifest
 from .mode_policies import Mode, PolicyFactory, Strictness
 from .planning import ModeForecast, RequestShape, TimePredictor, forecast_modes, pick_mode
-from .sampling import Greedy
+from .profile import ProfiledBackend, StageClock, measuring
+from .results import ChoiceResult, GenerationResult, StreamEvent
 from .session import Session
 from .shadow import ShadowEntry, ShadowMonitor
+from .statistics import EngineStatistics, StatisticsRecorder
+from .text_request import finish, prepare
 from .tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["ChoiceResult", "Engine", "GenerationResult", "Mode"]
+__all__ = ["Engine"]
 
 _IDLE_SESSIONS = 4
-
-
-@dataclass(frozen=True)
-class GenerationResult:
-    """Generated text, and what it cost.
-
-    Attributes:
-        text: empty where the engine has no tokenizer.
-        exit_layers: layers executed for each token, 1 … `layers_total`.
-        layers_saved: 1 − position-layers executed / dense, prompt and decode together, as
-            counted by the runtime; `prompt_layers_saved` and `decode_layers_saved` apart.
-        compute_saved: 1 − multiply-adds executed / dense, adapters and probes included.
-        finish_reason: `eos`, or `length`.
-    """
-
-    text: str
-    tokens: tuple[int, ...]
-    exit_layers: tuple[int, ...]
-    layers_total: int
-    layers_saved: float
-    prompt_layers_saved: float
-    decode_layers_saved: float
-    compute_saved: float
-    seconds: float
-    finish_reason: Literal["eos", "length"]
-
-
-@dataclass(frozen=True)
-class ChoiceResult:
-    """The chosen label; `scores` are the labels' log-probabilities among the labels."""
-
-    label: str
-    index: int
-    scores: tuple[float, ...]
-    exit_layer: int
-    layers_total: int
-    layers_saved: float
-    compute_saved: float
-    seconds: float
 
 
 class Engine:
@@ -82,12 +45,15 @@ class Engine:
         backend: Backend,
         tokenizer: Tokenizer,
         shadow: ShadowMonitor | None = None,
+        clock: StageClock | None = None,
     ) -> None:
         self._shadow = shadow
+        self.clock = clock
+        self.recorder = StatisticsRecorder()
         self._manifest = manifest
-        self._backend = backend
+        self._backend = backend if clock is None else ProfiledBackend(backend, clock)
         self._tokenizer = tokenizer
-        self._policies = PolicyFactory(backend, manifest)
+        self._policies = PolicyFactory(self._backend, manifest)
         self._idle: list[Session] = []
         self._lock = threading.Lock()
 
@@ -100,6 +66,7 @@ class Engine:
         *,
         low_memory: bool = False,
         shadow_every: int | None = None,
+        profile: bool = False,
         verify: bool = False,
     ) -> Engine:
         """Loads an engine folder.
@@ -110,6 +77,7 @@ class Engine:
             low_memory: hold the weights once. Otherwise int4 engines hold them a second time, laid
                 out for passes of many positions: prompts are then read 1.4 times as fast.
             shadow_every: also run every n-th adaptive request in full and compare: see `shadow`.
+            profile: measure time by kind of stage: see `statistics`. Costs nothing where off.
             verify: also compare every file's sha256 with the manifest's (sizes always are).
 
         Raises:
@@ -127,6 +95,7 @@ class Engine:
             threads=threads,
             low_memory=low_memory,
             shadow_every=shadow_every,
+            profile=profile,
         )
 
     @classmethod
@@ -139,13 +108,15 @@ class Engine:
         threads: int | None = None,
         low_memory: bool = False,
         shadow_every: int | None = None,
+        profile: bool = False,
     ) -> Engine:
         """Loads stages under a manifest that is at hand (the compiler's, before it is written)."""
         backend = load_backend(
             folder, manifest, device=device, threads=threads, low_memory=low_memory
         )
         shadow = None if shadow_every is None else ShadowMonitor(shadow_every)
-        return cls(manifest, backend, load_tokenizer(folder, manifest), shadow)
+        clock = StageClock() if profile else None
+        return cls(manifest, backend, load_tokenizer(folder, manifest), shadow, clock)
 
     @property
     def manifest(self) -> Manifest:
@@ -169,6 +140,11 @@ class Engine:
         Of a text the first token is compared, of a choice the label.
         """
         return self._shadow.report() if self._shadow else ()
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """What was done since the engine was loaded."""
+        return self.recorder.snapshot()
 
     def session(self) -> Session:
         """A sequence of one's own."""
@@ -244,48 +220,61 @@ class Engine:
         return forecast_modes(self._policies, predictor, shape, strictness)
 
     def generate(
-        self,
-        prompt: str | Sequence[int],
-        *,
-        max_new_tokens: int = 64,
-        mode: Mode = "off",
-        threshold: float | None = None,
-        level: float | None = None,
-        ignore_eos: bool = False,
-        timeout: float | None = None,
+        self, prompt: str | Sequence[int], **options: Unpack[GenerationKeywords]
     ) -> GenerationResult:
-        """Continues a prompt greedily.
+        """Continues a prompt.
 
         Args:
             prompt: text, or token ids.
-            mode: `off` runs every layer; `adaptive` stops where the exit graph says so; `context`
-                lets the prompt's positions stop and runs the last one through every layer;
-                `combined` looks for the one and the other; `auto` takes what is expected to be
-                fastest here, for a prompt of this length and so many new tokens.
-            threshold, level: see `policy`.
-            ignore_eos: go on after an end-of-text token (for benchmarks).
-            timeout: seconds after which `DeadlineError` is raised.
+            **options: the fields of `GenerationOptions` and `SamplingOptions`, by name: how far,
+                under which mode, how tokens are drawn (greedily, unless `temperature` is given),
+                what ends the text.
 
         Raises:
             RequestError: the request cannot be served; the engine stays usable.
             DeadlineError: the timeout passed.
         """
-        eos = frozenset() if ignore_eos else frozenset(self._manifest.model.eos_token_ids)
-        request = GenerateRequest(self._tokens(prompt), max_new_tokens, eos, timeout)
-        shape = RequestShape(len(request.prompt), max_new_tokens)
-        policy = self.policy(mode, threshold=threshold, level=level, shape=shape)
-        with self.borrow() as session:
-            decoder = PolicyDecoder(session, policy, Greedy())
-            done = generate(session, decoder, request, self._manifest.max_seq_len)
-        if self._compares(policy):
-            with self.borrow() as session:
-                session.extend(request.prompt)
-                full = session.predict(NoExit()).result.token
-            # No token came out where the first was an end-of-text token.
-            first = done.tokens[0] if done.tokens else None
-            agrees = first == full or (first is None and full in eos)
-            self._record(policy, agrees=agrees)
-        return self._result(done)
+        return finish(self.stream(prompt, **options))
+
+    def stream(
+        self, prompt: str | Sequence[int], **options: Unpack[GenerationKeywords]
+    ) -> Generator[StreamEvent, None, None]:
+        """The same, token by token. The request is checked now, and worked on as events are asked
+        for; closing the generator ends it.
+
+        Yields:
+            an event per token, and a last one with the result.
+        """
+        request = prepare(self, self._tokens(prompt), GenerationOptions.of(options))
+        return request.run_on_borrowed()
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationKeywords]
+    ) -> GenerationResult:
+        """The assistant's answer to a chat, by the folder's chat template.
+
+        To stream it, or to give the template values of its own: `stream(tokenizer.encode_chat(…))`.
+
+        Args:
+            messages: each with `role` (`system`, `user`, `assistant`) and `content`.
+            **options: as for `generate`.
+
+        Raises:
+            ChatTemplateError: the folder has no chat template, or it refuses these messages.
+            RequestError, DeadlineError: see `generate`.
+        """
+        return self.generate(self._tokenizer.encode_chat(messages), **options)
+
+    def conversation(self, messages: Sequence[Mapping[str, Any]] = ()) -> Conversation:
+        """A chat over one KV cache: each turn computes only what is new.
+
+        Args:
+            messages: what it begins with, such as a system message.
+
+        Raises:
+            ChatTemplateError: the folder has no chat template.
+        """
+        return Conversation(self, messages)
 
     def choose(
         self,
@@ -305,10 +294,13 @@ class Engine:
         """
         shape = RequestShape(len(self._tokens(prompt)), candidates=True)
         policy = self.choice_policy(mode, threshold=threshold, level=level, shape=shape)
-        done = self.choose_with(prompt, labels, policy)
+        stage_seconds: dict[str, float] = {}
+        with measuring(self.clock, stage_seconds):
+            done = self.choose_with(prompt, labels, policy)
         if self._compares(policy):
             full = self.choose_with(prompt, labels, NoExit())
             self._record(policy, agrees=done.index == full.index)
+        self.recorder.choice(done.exit_layer, done.seconds, done.count, stage_seconds)
         return ChoiceResult(
             labels[done.index],
             done.index,
@@ -337,6 +329,17 @@ class Engine:
         joined = [join_label(text, label) for label in labels]
         return [self._tokenizer.encode_continuation(label) for label in joined]
 
+    def compare(self, policy: ExitPolicy, prompt: Sequence[int], first: int) -> None:
+        """Where it is its turn, runs a prompt in full and notes whether the first token agrees."""
+        if not self._compares(policy):
+            return
+        with self.borrow() as session:
+            session.extend(prompt)
+            full = session.predict(NoExit()).result.token
+        eos = self._manifest.model.eos_token_ids
+        # The end of a text is one answer, whichever token says it.
+        self._record(policy, agrees=first == full or (first in eos and full in eos))
+
     def _compares(self, policy: ExitPolicy) -> bool:
         return bool(policy.checks) and self._shadow is not None and self._shadow.due()
 
@@ -346,21 +349,6 @@ class Engine:
 
     def _tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-
-    def _result(self, done: Generated) -> GenerationResult:
-        count = done.prompt + done.decode
-        return GenerationResult(
-            text=self._tokenizer.decode(list(done.tokens)),
-            tokens=done.tokens,
-            exit_layers=done.exit_layers,
-            layers_total=self._manifest.model.num_layers,
-            layers_saved=count.layers_saved,
-            prompt_layers_saved=done.prompt.layers_saved,
-            decode_layers_saved=done.decode.layers_saved,
-            compute_saved=count.compute_saved,
-            seconds=done.seconds,
-            finish_reason=done.finish_reason,
-        )
 
     @contextmanager
     def borrow(self) -> Iterator[Session]:

@@ -10,6 +10,7 @@
     ├── RequestError             the request itself is wrong
     │   ├── PromptTooLongError
     │   ├── TokenizerMissingError
+    │   ├── ChatTemplateError
     │   └── ExitUnavailableError
     ├── DeadlineError            the request's time is over
     ├── TaskFileError            a JSON-lines task file cannot be read, used or written
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 __all__ = [
     "AdaInferError",
+    "ChatTemplateError",
     "DatasetUnavailableError",
     "DeadlineError",
     "DeviceError",
@@ -76,6 +78,10 @@ class PromptTooLongError(RequestError):
 
 class TokenizerMissingError(RequestError):
     """Text was given to an engine that was exported without a tokenizer."""
+
+
+class ChatTemplateError(RequestError):
+    """The engine has no chat template, or it does not take these messages."""
 
 
 class ExitUnavailableError(RequestError):

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 
-from .decoding import Decoder
+import numpy as np
+
+from .decoding import Decoder, Emitted
 from .errors import DeadlineError, PromptTooLongError, RequestError
 from .ledger import WorkCount
-from .session import Session
+from .results import FinishReason, StreamEvent, TokenLogprob
+from .session import Session, log_softmax
+from .text_stream import TextStream
 
-__all__ = ["GenerateRequest", "Generated", "generate"]
+__all__ = ["GenerateRequest", "Generated", "check_request", "generate", "stream"]
+
+
+def _never() -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -20,15 +28,23 @@ class GenerateRequest:
     """What is asked for.
 
     Attributes:
+        prompt: what is to be added to the session before the text.
         max_new_tokens: at least 1.
         eos_token_ids: tokens that end the text (they are not part of the result).
         timeout: seconds after which `DeadlineError` is raised, or None.
+        stop_token_ids: the same, under another name of the reason.
+        logprobs: alternatives per token; None for no log-probabilities at all.
+        cancelled: asked before every token, and while the prompt is read; the text then ends as
+            it is.
     """
 
     prompt: Sequence[int]
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     timeout: float | None = None
+    stop_token_ids: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    cancelled: Callable[[], bool] = _never
 
 
 @dataclass(frozen=True)
@@ -39,68 +55,227 @@ class Generated:
         exit_layers: layers that each token took, 1 … L.
         prompt: work up to the first token; `decode`: after it. Debts of early exits count where
             they are paid, so decode's savings can be negative.
+        prompt_seconds, decode_seconds: of the same work.
+        first_token: the first that came, even if it ended the text.
+        text: of the tokens; `tail` is its end, which was let out only when no token followed.
     """
 
     tokens: tuple[int, ...]
     exit_layers: tuple[int, ...]
-    finish_reason: Literal["eos", "length"]
+    finish_reason: FinishReason
     prompt: WorkCount
     decode: WorkCount
-    seconds: float
+    prompt_seconds: float
+    decode_seconds: float
+    first_token: int | None
+    text: str = ""
+    tail: str = ""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+
+    @property
+    def seconds(self) -> float:
+        """Of all its work."""
+        return self.prompt_seconds + self.decode_seconds
+
+
+class _CancelledError(Exception):
+    """While the prompt was read."""
+
+
+class _NoText:
+    """For callers who want tokens alone."""
+
+    def decode(self, tokens: list[int]) -> str:
+        return ""
+
+    def has_text(self, token: int) -> bool:
+        return False
+
+
+_NOTHING = WorkCount(0, 0)
+
+
+@dataclass
+class _Progress:
+    """What the loop has so far."""
+
+    session: Session
+    watch: Callable[[], AbstractContextManager[None]]
+    tokens: list[int] = field(default_factory=list)
+    exit_layers: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    first_token: int | None = None
+    prompt: WorkCount = _NOTHING
+    decode: WorkCount = _NOTHING
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._before = self.session.count
+
+    def advance(self, work: Callable[[], Emitted]) -> Emitted:
+        """One step of the decoder, measured."""
+        start = time.perf_counter()
+        with self.watch():
+            emitted = work()
+        seconds, count = time.perf_counter() - start, self.session.count - self._before
+        self._before += count
+        if self.first_token is None:
+            self.first_token = emitted.token
+            self.prompt, self.prompt_seconds = count, seconds
+        else:
+            self.decode += count
+            self.decode_seconds += seconds
+        return emitted
+
+
+def stream(
+    session: Session,
+    decoder: Decoder,
+    request: GenerateRequest,
+    max_length: int,
+    text: TextStream | None = None,
+    watch: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Generator[StreamEvent, None, Generated]:
+    """Extends the session with the prompt and continues it by the decoder, which works on it.
+
+    Yields an event per token; the stream may be closed between two of them. Cancelled while the
+    prompt is read, it leaves the session empty.
+
+    Args:
+        text: turns tokens into text, and ends it at stop strings.
+        watch: entered while the model works.
+
+    Raises:
+        PromptTooLongError: prompt and new tokens exceed `max_length`.
+        DeadlineError: the timeout passed; the session keeps what it has, or is empty where that
+            was while the prompt was read.
+        RequestError: nothing to generate, or a decoder that gives no logits was asked for
+            log-probabilities.
+    """
+    check_request(request, session.length, max_length)
+    text = TextStream(_NoText()) if text is None else text
+    start = time.perf_counter()
+    progress = _Progress(session, watch)
+
+    def check() -> None:
+        if request.cancelled():
+            raise _CancelledError
+        _check_deadline(request, start, 0)
+
+    def begin() -> Emitted:
+        session.extend(request.prompt)
+        with session.interruptible(check):
+            return decoder.step()
+
+    reason, work = _reason_to_wait(request), begin
+    try:
+        while reason is None:
+            emitted = progress.advance(work)
+            work = decoder.step
+            reason = _reason_to_end(request, emitted.token)
+            if reason is not None:
+                break
+            progress.tokens.append(emitted.token)
+            progress.exit_layers.append(emitted.exit_layer)
+            logprob = None
+            if request.logprobs is not None:
+                logprob = _logprob(emitted, request.logprobs)
+                progress.logprobs.append(logprob)
+            piece = text.push(emitted.token)
+            yield StreamEvent(piece, emitted.token, emitted.exit_layer, logprob)
+            if text.stopped:
+                reason = "stop"
+            elif len(progress.tokens) == request.max_new_tokens:
+                reason = "length"
+            else:
+                reason = _reason_to_wait(request)
+                if reason is None:
+                    _check_deadline(request, start, len(progress.tokens))
+        decoder.close()
+    except GeneratorExit:
+        decoder.close()
+        raise
+    except _CancelledError:
+        reason = "cancelled"
+    tail = text.flush()
+    if text.stopped:
+        reason = "stop"
+    return Generated(
+        tuple(progress.tokens),
+        tuple(progress.exit_layers),
+        reason,
+        progress.prompt,
+        progress.decode,
+        progress.prompt_seconds,
+        progress.decode_seconds,
+        progress.first_token,
+        text.text,
+        tail,
+        None if request.logprobs is None else tuple(progress.logprobs),
+    )
 
 
 def generate(
     session: Session, decoder: Decoder, request: GenerateRequest, max_length: int
 ) -> Generated:
-    """Extends the session with the prompt and continues it by the decoder, which works on it.
+    """`stream` to its end, for its tokens alone."""
+    events = stream(session, decoder, request, max_length)
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            done: Generated = end.value
+            return done
+
+
+def check_request(request: GenerateRequest, length: int, max_length: int) -> None:
+    """Whether the request fits behind `length` positions.
 
     Raises:
-        PromptTooLongError: prompt and new tokens exceed `max_length`.
-        DeadlineError: the timeout passed; the session keeps what it has.
-        RequestError: nothing to generate.
+        PromptTooLongError, RequestError: it does not; see `stream`.
     """
-    _check(session, request, max_length)
-    start = time.perf_counter()
-    before = session.count
-    session.extend(request.prompt)
-    emitted = decoder.step()
-    after_prompt = session.count
-    tokens: list[int] = []
-    exit_layers: list[int] = []
-    reason: Literal["eos", "length"] = "length"
-    while True:
-        if emitted.token in request.eos_token_ids:
-            reason = "eos"
-            break
-        tokens.append(emitted.token)
-        exit_layers.append(emitted.exit_layer)
-        if len(tokens) == request.max_new_tokens:
-            break
-        if request.timeout is not None and time.perf_counter() - start > request.timeout:
-            raise DeadlineError(
-                f"the deadline of {request.timeout} s passed after {len(tokens)} of "
-                f"{request.max_new_tokens} tokens"
-            )
-        emitted = decoder.step()
-    decoder.close()
-    return Generated(
-        tuple(tokens),
-        tuple(exit_layers),
-        reason,
-        after_prompt - before,
-        session.count - after_prompt,
-        time.perf_counter() - start,
-    )
-
-
-def _check(session: Session, request: GenerateRequest, max_length: int) -> None:
     if request.max_new_tokens < 1:
         raise RequestError(f"max_new_tokens must be at least 1, found {request.max_new_tokens}")
     # The last new token is returned, not fed back: it needs no position.
-    total = session.length + len(request.prompt) + request.max_new_tokens - 1
+    total = length + len(request.prompt) + request.max_new_tokens - 1
     if total > max_length:
         raise PromptTooLongError(
-            f"{len(request.prompt)} prompt tokens and {request.max_new_tokens} new ones do not fit "
-            f"this engine's maximum of {max_length}; shorten the prompt, ask for fewer tokens, "
-            "or export with a larger --max-seq-len"
+            f"{length + len(request.prompt)} prompt tokens and {request.max_new_tokens} new ones "
+            f"do not fit this engine's maximum of {max_length}; shorten the prompt, ask for fewer "
+            "tokens, or export with a larger --max-seq-len"
         )
+
+
+def _reason_to_wait(request: GenerateRequest) -> FinishReason | None:
+    return "cancelled" if request.cancelled() else None
+
+
+def _reason_to_end(request: GenerateRequest, token: int) -> FinishReason | None:
+    if token in request.stop_token_ids:
+        return "stop"
+    return "eos" if token in request.eos_token_ids else None
+
+
+def _check_deadline(request: GenerateRequest, start: float, tokens: int) -> None:
+    if request.timeout is not None and time.perf_counter() - start > request.timeout:
+        raise DeadlineError(
+            f"the deadline of {request.timeout} s passed after {tokens} of "
+            f"{request.max_new_tokens} tokens"
+        )
+
+
+def _logprob(emitted: Emitted, alternatives: int) -> TokenLogprob:
+    if emitted.logits is None:
+        raise RequestError("this mode gives no log-probabilities: leave logprobs out")
+    logprobs = log_softmax(emitted.logits)
+    count = min(alternatives, len(logprobs))
+    if count == 0:
+        return TokenLogprob(emitted.token, float(logprobs[emitted.token]))
+    best = np.argpartition(-logprobs, count - 1)[:count]
+    ordered = best[np.argsort(-logprobs[best], kind="stable")]
+    return TokenLogprob(
+        emitted.token,
+        float(logprobs[emitted.token]),
+        tuple((int(token), float(logprobs[token])) for token in ordered),
+    )

@@ -44,12 +44,15 @@ class WorkCount:
         executed, dense: position-layers.
         compute, dense_compute: multiply-adds, adapters and probes included; the dense model
             needs one probe per prediction.
+        fills: position-layers among `executed` that were made up for positions older than
+            those that came last.
     """
 
     executed: int
     dense: int
     compute: int = 0
     dense_compute: int = 0
+    fills: int = 0
 
     @property
     def layers_saved(self) -> float:
@@ -67,6 +70,7 @@ class WorkCount:
             self.dense + other.dense,
             self.compute + other.compute,
             self.dense_compute + other.dense_compute,
+            self.fills + other.fills,
         )
 
     def __sub__(self, other: WorkCount) -> WorkCount:
@@ -75,6 +79,7 @@ class WorkCount:
             self.dense - other.dense,
             self.compute - other.compute,
             self.dense_compute - other.dense_compute,
+            self.fills - other.fills,
         )
 
 
@@ -90,6 +95,7 @@ class Ledger:
         self._stages = stages
         self._filled = [0] * len(stages)
         self._length = 0
+        self._newest = 0  # first of the positions that came last
         self._count = WorkCount(0, 0)
 
     @property
@@ -110,7 +116,7 @@ class Ledger:
     def admit(self, positions: int) -> None:
         """Adds positions that no layer has seen yet."""
         start, end = self._length, self._length + positions
-        self._length = end
+        self._length, self._newest = end, start
         self._count += WorkCount(
             executed=0,
             dense=positions * sum(stage.layers for stage in self._stages),
@@ -136,6 +142,8 @@ class Ledger:
     def record(self, done: Pass) -> None:
         """Notes that a pass was executed."""
         self._filled[done.stage] = done.end
+        older = max(0, min(done.end, self._newest) - done.start)
+        self._count += WorkCount(0, 0, fills=older * self._stages[done.stage].layers)
         self.record_aside(done)
 
     def record_aside(self, todo: Pass) -> None:
@@ -153,5 +161,5 @@ class Ledger:
 
     def truncate(self, length: int) -> None:
         """Forgets positions from `length` on, in every layer."""
-        self._length = length
+        self._length, self._newest = length, min(length, self._newest)
         self._filled = [min(filled, length) for filled in self._filled]

@@ -425,6 +425,11 @@ class Manifest(_Record):
             raise ValueError("combined exits without the answer or the context exits they combine")
         return self
 
+    @property
+    def tokenizer_files(self) -> tuple[str, ...]:
+        """Paths of all files that belong to the tokenizer."""
+        return self.tokenizer.files if self.tokenizer else ()
+
     def referenced_files(self) -> tuple[str, ...]:
         """Every path that the manifest names, relative to the folder."""
         stages = (*self.stages, *self.joined)

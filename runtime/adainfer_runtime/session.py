@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from .exit_policy import ExitCheck, ExitPolicy
 from .ledger import WorkCount
 from .manifest import Manifest
 
-__all__ = ["Observation", "Prediction", "Session"]
+__all__ = ["Observation", "Prediction", "Session", "check_tokens"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,21 @@ class Observation:
 
     evidence: Mapping[ExitCheck, ExitEvidence]
     full: ProbeResult
+
+
+def check_tokens(tokens: Sequence[int], vocabulary: int) -> npt.NDArray[np.int64]:
+    """Token ids `[n]`, at least one.
+
+    Raises:
+        RequestError: no tokens, or ids outside the vocabulary.
+    """
+    ids = np.asarray(tokens)
+    if ids.size == 0 or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise RequestError("the prompt holds no tokens: give text or a list of token ids")
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        bad = ids[(ids < 0) | (ids >= vocabulary)][0]
+        raise RequestError(f"token id {bad} is outside the vocabulary of {vocabulary}")
+    return ids.astype(np.int64)
 
 
 class Session:
@@ -80,20 +96,44 @@ class Session:
             PromptTooLongError: they do not fit the engine's maximum length.
             RequestError: no tokens, or ids outside the vocabulary.
         """
-        ids = np.asarray(tokens)
-        if ids.size == 0 or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-            raise RequestError("the prompt holds no tokens: give text or a list of token ids")
-        vocabulary = self._manifest.model.vocab_size
-        if ids.min() < 0 or ids.max() >= vocabulary:
-            bad = ids[(ids < 0) | (ids >= vocabulary)][0]
-            raise RequestError(f"token id {bad} is outside the vocabulary of {vocabulary}")
+        ids = check_tokens(tokens, self._manifest.model.vocab_size)
         total, limit = self.length + len(ids), self._manifest.max_seq_len
         if total > limit:
             raise PromptTooLongError(
                 f"{total} tokens do not fit this engine's maximum of {limit}; shorten the prompt, "
                 "or export with a larger --max-seq-len"
             )
-        self._chain.admit(ids.astype(np.int64))
+        self._chain.admit(ids)
+
+    @contextmanager
+    def interruptible(self, check: Callable[[], None]) -> Iterator[None]:
+        """Calls `check` before every pass of a stage. Where it raises, the session is empty
+        afterwards: nothing can be said of passes that were begun.
+        """
+        self._chain.before_pass = check
+        try:
+            yield
+        except BaseException:
+            self.truncate(0)
+            raise
+        finally:
+            self._chain.before_pass = None
+
+    def reuse(self, tokens: Sequence[int]) -> int:
+        """Keeps what the session has in common with the beginning of a new sequence.
+
+        The last token is never kept, so that something remains to `extend` with.
+
+        Returns:
+            the length that is kept; `extend` with `tokens` from there on.
+        """
+        common = min(self.length, len(tokens) - 1)
+        if common > 0:
+            kept, wanted = self._chain.tokens[:common], np.asarray(tokens[:common])
+            different = np.flatnonzero(kept != wanted)
+            common = int(different[0]) if different.size else common
+        self.truncate(max(common, 0))
+        return self.length
 
     def predict(
         self, policy: ExitPolicy, candidates: npt.NDArray[np.int64] | None = None

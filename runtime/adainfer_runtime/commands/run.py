@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from ..engine import ChoiceResult, Engine, GenerationResult
+from ..engine import Engine
 from ..errors import RequestError
-from .options import LevelOption, ThreadsOption, ThresholdOption
+from ..generation_options import GenerationKeywords
+from ..results import ChoiceResult
+from ..text_request import finish
+from .answers import (
+    AnswerPrinter,
+    ExitColours,
+    cancel_on_interrupt,
+    describe_logprobs,
+    describe_text,
+)
+from .generation_arguments import takes_generation_options
+from .options import ThreadsOption
 
 __all__ = ["register"]
 
+_INTERRUPTED = 130  # what shells expect after Ctrl-C
 _EXAMPLES = """
 Examples:
 
     adainfer run engines/ --prompt "The capital of France is" --max-new-tokens 16
+
+    adainfer run engines/ --prompt "Name three fruits." --chat --temperature 0.7 --top-p 0.9
+
+    adainfer run engines/ --prompt "1, 2, 3," --stop 9 --mode adaptive --show-exits
 
     adainfer run engines/ --mode adaptive --labels positive,negative \\
         --prompt "Review: a delight. Sentiment: positive. Review: dull. Sentiment:"
@@ -30,35 +46,33 @@ Examples:
 """
 
 
-class ModeChoice(str, Enum):
-    """Values of --mode."""
-
-    off = "off"
-    adaptive = "adaptive"
-    context = "context"
-    combined = "combined"
-    auto = "auto"
-
-
 def register(app: typer.Typer) -> None:
     """Adds the subcommand."""
     app.command(name="run", epilog=_EXAMPLES)(run)
 
 
+@takes_generation_options(max_new_tokens=64)
 def run(
     folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
     prompt: Annotated[str, typer.Option(help="Text; `-` reads standard input.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens to generate at most.")] = 64,
-    mode: Annotated[ModeChoice, typer.Option(help="Run all layers, or exit early.")] = (
-        ModeChoice.off
-    ),
+    options: GenerationKeywords,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")
+    ] = False,
     labels: Annotated[
         str | None, typer.Option(help="Choose among these instead (comma-separated).")
     ] = None,
-    threshold: ThresholdOption = None,
-    level: LevelOption = None,
+    logprobs: Annotated[
+        int | None, typer.Option(help="Show log-probabilities, with this many alternatives.")
+    ] = None,
+    show_exits: Annotated[
+        bool, typer.Option("--show-exits", help="Colour the text by exit layer.")
+    ] = False,
+    stream: Annotated[
+        bool | None,
+        typer.Option(help="Print text as it comes; default: on a terminal.", show_default=False),
+    ] = None,
     threads: ThreadsOption = None,
-    timeout: Annotated[float | None, typer.Option(help="Deadline in seconds.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Generate text, or choose a label, from one prompt."""
@@ -67,43 +81,54 @@ def run(
     if not text:
         raise RequestError("the prompt is empty")
     if labels is not None:
-        names = [label for label in labels.split(",") if label]
-        choice = engine.choose(text, names, mode=mode.value, threshold=threshold, level=level)
-        _print(asdict(choice) | {"text": choice.label}, json_output, _describe_choice(choice))
+        _choose(engine, text, labels, options, json_output)
         return
-    result = engine.generate(
+    request: str | Sequence[int] = text
+    if chat:
+        request = engine.tokenizer.encode_chat([{"role": "user", "content": text}])
+    with cancel_on_interrupt() as cancel:
+        asked: GenerationKeywords = {**options, "logprobs": logprobs, "cancel": cancel}
+        events = engine.stream(request, **asked)
+        if json_output:
+            result = finish(events)
+            print(json.dumps(asdict(result)))
+        else:
+            colours = ExitColours(engine.manifest) if show_exits else None
+            piecemeal = sys.stdout.isatty() if stream is None else stream
+            result = AnswerPrinter(colours).print(events if piecemeal else list(events))
+            if colours is not None:
+                Console(stderr=True).print(colours.legend(), highlight=False)
+            if logprobs is not None:
+                print(describe_logprobs(result, engine.tokenizer), file=sys.stderr)
+            _print_summary(describe_text(result))
+    if cancel():
+        raise typer.Exit(_INTERRUPTED)
+
+
+def _choose(
+    engine: Engine, text: str, labels: str, options: GenerationKeywords, json_output: bool
+) -> None:
+    names = [label for label in labels.split(",") if label]
+    choice = engine.choose(
         text,
-        max_new_tokens=max_new_tokens,
-        mode=mode.value,
-        threshold=threshold,
-        level=level,
-        timeout=timeout,
+        names,
+        mode=options["mode"],
+        threshold=options["threshold"],
+        level=options["level"],
     )
-    _print(asdict(result), json_output, _describe(result))
-
-
-def _print(data: dict[str, object], as_json: bool, description: tuple[str, str]) -> None:
-    if as_json:
-        print(json.dumps(data))
+    if json_output:
+        print(json.dumps(asdict(choice) | {"text": choice.label}))
         return
-    text, summary = description
-    print(text)
+    print(choice.label)
+    _print_summary(_describe_choice(choice))
+
+
+def _print_summary(summary: str) -> None:
     Console(stderr=True).print(summary, style="dim", highlight=False)
 
 
-def _describe(result: GenerationResult) -> tuple[str, str]:
-    rate = len(result.tokens) / result.seconds
-    exits = Counter(result.exit_layers)
-    layers = ", ".join(f"{layer}: {exits[layer]}" for layer in sorted(exits))
-    return result.text, (
-        f"{len(result.tokens)} tokens in {result.seconds:.2f} s ({rate:.0f}/s); "
-        f"{result.layers_saved:.1%} of layers saved; tokens by exit layer of "
-        f"{result.layers_total}: {layers}"
-    )
-
-
-def _describe_choice(choice: ChoiceResult) -> tuple[str, str]:
-    return choice.label, (
+def _describe_choice(choice: ChoiceResult) -> str:
+    return (
         f"exit after layer {choice.exit_layer} of {choice.layers_total}; "
         f"{choice.layers_saved:.1%} of layers saved; {choice.seconds * 1000:.0f} ms"
     )

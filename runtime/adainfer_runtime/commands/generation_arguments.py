@@ -1,0 +1,127 @@
+"""The options of commands that generate text, in one place."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from enum import Enum
+from functools import wraps
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from ..generation_options import GenerationKeywords
+from .options import LevelOption, ThresholdOption
+
+__all__ = ["ModeChoice", "takes_generation_options"]
+
+_LENGTHS = "Length and end"
+_SAMPLING = "Sampling"
+
+
+class ModeChoice(str, Enum):
+    """Values of --mode."""
+
+    off = "off"
+    adaptive = "adaptive"
+    context = "context"
+    combined = "combined"
+    auto = "auto"
+
+
+def _collect(
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Tokens to generate at most.", rich_help_panel=_LENGTHS)
+    ],
+    min_new_tokens: Annotated[
+        int, typer.Option(help="No end of the text before.", rich_help_panel=_LENGTHS)
+    ] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="Text that ends the answer; repeatable.", rich_help_panel=_LENGTHS),
+    ] = None,
+    timeout: Annotated[
+        float | None, typer.Option(help="Deadline in seconds.", rich_help_panel=_LENGTHS)
+    ] = None,
+    mode: Annotated[ModeChoice, typer.Option(help="Run all layers, or exit early.")] = (
+        ModeChoice.off
+    ),
+    threshold: ThresholdOption = None,
+    level: LevelOption = None,
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option(help="The k most probable tokens; 0: all.", rich_help_panel=_SAMPLING)
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="The fewest with this probability.", rich_help_panel=_SAMPLING)
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(help="At least this share of the best one's.", rich_help_panel=_SAMPLING),
+    ] = 0.0,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="1 does nothing.", rich_help_panel=_SAMPLING)
+    ] = 1.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Per occurrence in the answer.", rich_help_panel=_SAMPLING)
+    ] = 0.0,
+    presence_penalty: Annotated[
+        float, typer.Option(help="Once, if in the answer.", rich_help_panel=_SAMPLING)
+    ] = 0.0,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the random draws.", rich_help_panel=_SAMPLING)
+    ] = None,
+) -> GenerationKeywords:
+    return {
+        "max_new_tokens": max_new_tokens,
+        "min_new_tokens": min_new_tokens,
+        "stop": tuple(stop or ()),
+        "timeout": timeout,
+        "mode": mode.value,
+        "threshold": threshold,
+        "level": level,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "frequency_penalty": frequency_penalty,
+        "presence_penalty": presence_penalty,
+        "seed": seed,
+    }
+
+
+def takes_generation_options(max_new_tokens: int) -> Callable[[Callable[..., None]], Any]:
+    """Gives a command the options above. Its parameter `options` receives them together.
+
+    Args:
+        max_new_tokens: the command's default.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        shared = dict(inspect.signature(_collect, eval_str=True).parameters)
+        shared["max_new_tokens"] = shared["max_new_tokens"].replace(default=max_new_tokens)
+        own = dict(inspect.signature(command, eval_str=True).parameters)
+        del own["options"]
+
+        @wraps(command)
+        def call(**given: Any) -> None:
+            options = _collect(**{name: given.pop(name) for name in shared})
+            command(**given, options=options)
+
+        parameters = [
+            parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+            for parameter in (*own.values(), *shared.values())
+        ]
+        # Typer reads both.
+        call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        hints = get_type_hints(_collect, include_extras=True) | get_type_hints(
+            command, include_extras=True
+        )
+        call.__annotations__ = {name: hints[name] for name in (*own, *shared)}
+        del call.__wrapped__
+        return call
+
+    return decorate

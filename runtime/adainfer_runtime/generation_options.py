@@ -1,0 +1,153 @@
+"""Everything that a request for text can ask for, checked before any work."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from .errors import RequestError
+from .mode_policies import Mode
+from .sampling import MinimumLength
+from .sampling_options import SamplingKeywords, SamplingOptions
+from .stop_strings import StopStrings
+
+__all__ = ["CancelToken", "GenerationKeywords", "GenerationOptions"]
+
+_MAX_LOGPROBS = 100
+_GREEDY = SamplingOptions()
+_SAMPLING = frozenset(field.name for field in fields(SamplingOptions))
+
+
+def _never() -> bool:
+    return False
+
+
+class CancelToken:
+    """Ends a text from another thread or a signal handler, at the next token."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        """For good: a token serves one request (or several that end together)."""
+        self._event.set()
+
+    def __call__(self) -> bool:
+        """Whether it was cancelled."""
+        return self._event.is_set()
+
+
+class GenerationKeywords(SamplingKeywords, total=False):
+    """Keyword arguments of `Engine.generate`, `stream`, `chat` and `Conversation`: the fields of
+    `GenerationOptions`, and those of `SamplingOptions` in place of `sampling`.
+    """
+
+    max_new_tokens: int
+    min_new_tokens: int
+    mode: Mode
+    threshold: float | None
+    level: float | None
+    ignore_eos: bool
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    logprobs: int | None
+    timeout: float | None
+    cancel: CancelToken | None
+
+
+@dataclass(frozen=True)
+class GenerationOptions:
+    """A request, apart from its prompt.
+
+    Attributes:
+        max_new_tokens: at least 1.
+        min_new_tokens: before them, no end-of-text or stop token is taken.
+        mode: `off` runs every layer; `adaptive` stops where the exit graph says so; `context`
+            lets the prompt's positions stop and runs the last one through every layer; `combined`
+            looks for the one and the other; `auto` takes what is expected to be fastest here, for
+            a prompt of this length and so many new tokens.
+        threshold, level: see `Engine.policy`. A level is certified for greedy decoding alone.
+        ignore_eos: go on after an end-of-text token (for benchmarks).
+        stop: strings that end the text, which is returned without them. They are looked for in
+            the new text, not in the prompt.
+        stop_token_ids: tokens that end the text beside the model's own.
+        logprobs: this many alternatives per token, with log-probabilities; 0 gives the token's
+            own alone, None none.
+        timeout: seconds after which `DeadlineError` is raised.
+        cancel: ends the text when it is cancelled; what there is, is returned.
+
+    Raises:
+        RequestError: a value outside its range, or a level with anything but greedy decoding.
+    """
+
+    max_new_tokens: int = 64
+    min_new_tokens: int = 0
+    mode: Mode = "off"
+    threshold: float | None = None
+    level: float | None = None
+    ignore_eos: bool = False
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    logprobs: int | None = None
+    timeout: float | None = None
+    cancel: CancelToken | None = None
+    sampling: SamplingOptions = _GREEDY
+
+    @classmethod
+    def of(cls, keywords: GenerationKeywords) -> GenerationOptions:
+        """From keyword arguments.
+
+        Raises:
+            TypeError: an unknown one.
+        """
+        given: dict[str, Any] = dict(keywords)
+        sampling = {name: given.pop(name) for name in _SAMPLING & given.keys()}
+        return cls(**given, sampling=SamplingOptions(**sampling))
+
+    def __post_init__(self) -> None:
+        StopStrings(self.stop_strings)  # refuses what cannot be one
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise RequestError(
+                f"min_new_tokens must be between 0 and max_new_tokens ({self.max_new_tokens}), "
+                f"found {self.min_new_tokens}"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= _MAX_LOGPROBS:
+            raise RequestError(
+                f"logprobs must be between 0 and {_MAX_LOGPROBS} alternatives, "
+                f"found {self.logprobs}"
+            )
+        if self.timeout is not None and not self.timeout >= 0:
+            raise RequestError(f"timeout must be 0 or more seconds, found {self.timeout}")
+        if self.level is not None and not self.greedy:
+            raise RequestError(
+                f"level {self.level}: certificates speak of greedy decoding of the model's own "
+                "logits; leave temperature, penalties, logit_bias and min_new_tokens out, or give "
+                "a threshold instead"
+            )
+
+    @property
+    def greedy(self) -> bool:
+        """Whether each token is the largest of the model's own logits."""
+        return self.sampling.greedy and not self.sampling.changes_logits and not self.min_new_tokens
+
+    @property
+    def cancelled(self) -> Callable[[], bool]:
+        """Whether to end now."""
+        return self.cancel or _never
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """`stop` as a tuple."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    def ends(self, eos_token_ids: Sequence[int]) -> tuple[frozenset[int], frozenset[int]]:
+        """Tokens that end the text: the model's, unless they are ignored, and the request's."""
+        eos = frozenset() if self.ignore_eos else frozenset(eos_token_ids)
+        return eos, frozenset(self.stop_token_ids)
+
+    def minimum(self, eos_token_ids: Sequence[int]) -> MinimumLength:
+        """What the sampler must forbid, and for how long."""
+        eos, stop = self.ends(eos_token_ids)
+        return MinimumLength(self.min_new_tokens, eos | stop)

@@ -1,0 +1,106 @@
+"""How tokens are to be drawn, as a request states it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TypedDict
+
+from .errors import RequestError
+
+__all__ = ["SamplingKeywords", "SamplingOptions"]
+
+_NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """The fields of `SamplingOptions` as keyword arguments."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Applied in this order, which is that of transformers' `generate`: bias, penalties,
+    temperature, top-k, top-p, min-p.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the most probable token and draws nothing.
+        top_k: keep the k most probable tokens; 0 keeps all.
+        top_p: keep the fewest tokens that hold this much probability; 1 keeps all.
+        min_p: keep tokens at least this probable, relative to the most probable; 0 keeps all.
+        repetition_penalty: divides positive and multiplies negative logits of tokens of prompt
+            and text (CTRL, arXiv 1909.05858); 1 does nothing.
+        frequency_penalty: subtracted once per occurrence in the text (not in the prompt);
+            0 does nothing.
+        presence_penalty: subtracted once from tokens that occur in the text.
+        logit_bias: added to the logits of these token ids; minus infinity forbids one.
+        seed: of the random generator; None takes one from the system. The same seed gives the
+            same text on the same engine and machine.
+
+    Raises:
+        RequestError: a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("top_k", "seed"):
+            _require_whole(name, getattr(self, name))
+        _require("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more")
+        _require("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
+        _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
+        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
+        penalty = self.repetition_penalty
+        _require("repetition_penalty", penalty, penalty > 0, "above 0 (1 does nothing)")
+        for name in ("frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            _require(name, value, -2 <= value <= 2, "between -2 and 2")
+        _require("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more")
+        for token, bias in self.logit_bias.items():
+            _require_whole("logit_bias token", token)
+            in_range = bias < math.inf  # also refuses NaN
+            _require(f"logit_bias of token {token}", bias, in_range, "finite, or minus infinity")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether nothing is drawn at random."""
+        return self.temperature == 0
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether bias or penalties come before the choice."""
+        return bool(self.logit_bias) or (
+            self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+        )
+
+
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
+    finite = not isinstance(value, float) or math.isfinite(value) or name.startswith("logit_bias")
+    if not (holds and finite):
+        raise RequestError(f"{name} must be {expected}, found {value}")
+
+
+def _require_whole(name: str, value: object) -> None:
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise RequestError(f"{name} must be a whole number, found {value!r}")

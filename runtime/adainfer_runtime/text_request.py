@@ -1,0 +1,178 @@
+"""A request for text, from its options to its result."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+from .decoding import PolicyDecoder
+from .errors import RequestError
+from .exit_policy import ExitPolicy
+from .generate import Generated, GenerateRequest, check_request, stream
+from .generation_options import GenerationOptions
+from .planning import RequestShape
+from .profile import measuring
+from .results import GenerationResult, RequestStatistics, StreamEvent
+from .sampling import make_sampler
+from .session import Session, check_tokens
+from .text_stream import TextStream
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+__all__ = ["TextRequest", "finish", "prepare"]
+
+
+@dataclass(frozen=True)
+class TextRequest:
+    """A request that was found good. `run` it once.
+
+    Attributes:
+        tokens: the whole prompt.
+        request: the same without options that are the caller's own: `prompt` is set when it is
+            known how much of it is new.
+        arrived: `time.perf_counter()` when it came.
+    """
+
+    engine: Engine
+    tokens: Sequence[int]
+    options: GenerationOptions
+    policy: ExitPolicy
+    request: GenerateRequest
+    arrived: float
+
+    def run_on_borrowed(self) -> Generator[StreamEvent, None, None]:
+        """The text, on a session of the engine's."""
+        with self.engine.borrow() as session:
+            last = yield from self.run(session)
+        yield last
+
+    def run(self, session: Session) -> Generator[StreamEvent, None, StreamEvent]:
+        """Its tokens' events, on a session that keeps what it has in common with the prompt.
+
+        Returns:
+            the last event, which carries the result.
+        """
+        recorder = self.engine.recorder
+        try:
+            done, statistics = yield from self._run(session)
+        except GeneratorExit:
+            recorder.abandoned("closed")
+            raise
+        except BaseException:
+            recorder.abandoned("failed")
+            raise
+        recorder.text(done.finish_reason, statistics, done.prompt + done.decode)
+        return StreamEvent(done.tail, result=self._result(done, statistics))
+
+    def _run(
+        self, session: Session
+    ) -> Generator[StreamEvent, None, tuple[Generated, RequestStatistics]]:
+        model, options, tokens = self.engine.manifest.model, self.options, self.tokens
+        reused = session.reuse(tokens)
+        sampler = make_sampler(options.sampling, len(tokens), options.minimum(model.eos_token_ids))
+        stage_seconds: dict[str, float] = {}
+        waited = time.perf_counter() - self.arrived
+        done = yield from stream(
+            session,
+            PolicyDecoder(session, self.policy, sampler),
+            replace(self.request, prompt=tokens[reused:]),
+            self.engine.manifest.max_seq_len,
+            TextStream(self.engine.tokenizer, tokens, options.stop_strings),
+            partial(measuring, self.engine.clock, stage_seconds),
+        )
+        if options.greedy and done.first_token is not None:
+            self.engine.compare(self.policy, tokens, done.first_token)
+        return done, _statistics(done, len(tokens), reused, waited, stage_seconds)
+
+    def _result(self, done: Generated, statistics: RequestStatistics) -> GenerationResult:
+        count = done.prompt + done.decode
+        return GenerationResult(
+            text=done.text,
+            tokens=done.tokens,
+            exit_layers=done.exit_layers,
+            layers_total=self.engine.manifest.model.num_layers,
+            layers_saved=count.layers_saved,
+            prompt_layers_saved=done.prompt.layers_saved,
+            decode_layers_saved=done.decode.layers_saved,
+            compute_saved=count.compute_saved,
+            seconds=done.seconds,
+            finish_reason=done.finish_reason,
+            statistics=statistics,
+            logprobs=done.logprobs,
+        )
+
+
+def prepare(engine: Engine, prompt: Sequence[int], options: GenerationOptions) -> TextRequest:
+    """Checks a request before anything is computed.
+
+    Raises:
+        RequestError: it cannot be served.
+    """
+    arrived = time.perf_counter()
+    if options.stop_strings:
+        engine.tokenizer.require()
+    vocabulary = engine.manifest.model.vocab_size
+    tokens = check_tokens(prompt, vocabulary).tolist()
+    _check_ids("stop_token_ids", options.stop_token_ids, vocabulary)
+    _check_ids("logit_bias", options.sampling.logit_bias, vocabulary)
+    eos, stop = options.ends(engine.manifest.model.eos_token_ids)
+    request = GenerateRequest(
+        tokens,
+        options.max_new_tokens,
+        eos,
+        options.timeout,
+        stop,
+        options.logprobs,
+        options.cancelled,
+    )
+    check_request(request, 0, engine.manifest.max_seq_len)
+    shape = RequestShape(len(tokens), options.max_new_tokens)
+    policy = engine.policy(
+        options.mode, threshold=options.threshold, level=options.level, shape=shape
+    )
+    return TextRequest(engine, tokens, options, policy, request, arrived)
+
+
+def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> None:
+    for token in ids:
+        if not 0 <= token < vocabulary:
+            raise RequestError(
+                f"{name}: token id {token} is outside the vocabulary of {vocabulary}"
+            )
+
+
+def finish(events: Iterable[StreamEvent]) -> GenerationResult:
+    """The result at the end of a stream."""
+    *_, last = events
+    if last.result is None:
+        raise AssertionError("a stream ends with its result")
+    return last.result
+
+
+def _statistics(
+    done: Generated,
+    prompt_tokens: int,
+    reused: int,
+    waited: float,
+    stage_seconds: dict[str, float],
+) -> RequestStatistics:
+    count, new = done.prompt + done.decode, len(done.tokens)
+    later = max(new - 1, 0)
+    return RequestStatistics(
+        prompt_tokens=prompt_tokens,
+        reused_tokens=reused,
+        new_tokens=new,
+        time_to_first_token=None if done.first_token is None else waited + done.prompt_seconds,
+        prompt_seconds=done.prompt_seconds,
+        decode_seconds=done.decode_seconds,
+        tokens_per_second=later / done.decode_seconds if done.decode_seconds else 0.0,
+        layers_executed=count.executed,
+        kv_fills=count.fills,
+        exits=dict(sorted(Counter(done.exit_layers).items())),
+        stage_seconds=stage_seconds,
+    )

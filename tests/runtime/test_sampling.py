@@ -1,0 +1,202 @@
+"""Sampling: the same probabilities as transformers' processors, and draws that follow them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import get_type_hints
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import chisquare
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from adainfer_runtime.errors import RequestError
+from adainfer_runtime.generation_options import CancelToken, GenerationKeywords, GenerationOptions
+from adainfer_runtime.sampling import Drawn, Greedy, MinimumLength, make_sampler
+from adainfer_runtime.sampling_options import SamplingKeywords, SamplingOptions
+
+OPTIONS = st.builds(
+    dict,
+    temperature=st.sampled_from([0.3, 0.7, 1.0, 1.6]),
+    top_k=st.sampled_from([0, 1, 5, 40, 10_000]),
+    top_p=st.sampled_from([1.0, 0.05, 0.5, 0.9]),
+    min_p=st.sampled_from([0.0, 0.05, 0.4]),
+    repetition_penalty=st.sampled_from([1.0, 0.8, 1.3]),
+    logit_bias=st.sampled_from([{}, {3: 2.5}, {1: -4.0, 7: 1.0}]),
+)
+
+
+def theirs(options, logits, tokens, prompt_length, minimum=0, ends=(1,)):
+    """What `generate` would draw from, by the processors that it makes of these options."""
+    processors = LogitsProcessorList()
+    if options["logit_bias"]:
+        bias = {(token,): value for token, value in options["logit_bias"].items()}
+        processors.append(SequenceBiasLogitsProcessor(bias))
+    if options["repetition_penalty"] != 1.0:
+        processors.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if minimum:
+        processors.append(
+            MinNewTokensLengthLogitsProcessor(prompt_length, minimum, torch.tensor(ends))
+        )
+    processors.append(TemperatureLogitsWarper(options["temperature"]))
+    if options["top_k"]:
+        processors.append(TopKLogitsWarper(options["top_k"]))
+    if options["top_p"] < 1.0:
+        processors.append(TopPLogitsWarper(options["top_p"]))
+    if options["min_p"]:
+        processors.append(MinPLogitsWarper(options["min_p"]))
+    scores = processors(torch.tensor([tokens]), torch.tensor(logits[None].astype(np.float64)))
+    return torch.softmax(scores, -1)[0].numpy()
+
+
+@settings(max_examples=250, deadline=None)
+@given(options=OPTIONS, seed=st.integers(0, 10**6), size=st.sampled_from([12, 900]))
+def test_probabilities_are_those_of_transformers(options, seed, size):
+    random = np.random.default_rng(seed)
+    logits = (random.normal(size=size) * random.choice([0.5, 3.0])).astype(np.float32)
+    tokens = random.integers(0, size, 9).tolist()
+    minimum = int(random.choice([0, 8]))
+    sampler = Drawn(SamplingOptions(**options), 4, MinimumLength(minimum, frozenset({1})))
+    before = logits.copy()
+    np.testing.assert_allclose(
+        sampler.probabilities(logits, tokens),
+        theirs(options, logits, tokens, 4, minimum),
+        atol=1e-9,
+    )
+    np.testing.assert_array_equal(logits, before)
+
+
+def test_penalties_of_occurrences_count_the_text_alone():
+    """OpenAI's formula: logits − frequency · count − presence · (count > 0)."""
+    logits = np.linspace(-1, 1, 6).astype(np.float32)
+    options = SamplingOptions(temperature=1.0, frequency_penalty=0.5, presence_penalty=0.25)
+    found = Drawn(options, 2).probabilities(logits, [5, 5, 3, 3, 0])
+    expected = logits.astype(np.float64) - [0.75, 0, 0, 1.25, 0, 0]
+    expected = np.exp(expected) / np.exp(expected).sum()
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_greedy_with_penalties_takes_the_largest_of_the_changed_logits():
+    logits = np.array([1.0, 3.0, 2.9], np.float32)
+    sampler = make_sampler(SamplingOptions(repetition_penalty=1.5), 0)
+    assert not sampler.plain
+    assert sampler.draw(sampler.probabilities(logits, [])) == 1
+    assert sampler.draw(sampler.probabilities(logits, [1])) == 2
+    forbidden = make_sampler(SamplingOptions(logit_bias={1: float("-inf")}), 0)
+    assert forbidden.draw(forbidden.probabilities(logits, [])) == 2
+
+
+def test_only_unchanged_greedy_is_plain():
+    assert isinstance(make_sampler(SamplingOptions(), 3), Greedy)
+    assert isinstance(make_sampler(SamplingOptions(top_k=5, top_p=0.5, seed=3), 3), Greedy)
+    assert not make_sampler(SamplingOptions(), 3, MinimumLength(2, frozenset({1}))).plain
+    assert not make_sampler(SamplingOptions(temperature=0.1), 3).plain
+
+
+def test_draws_follow_the_distribution():
+    probabilities = np.array([0.0, 0.5, 0.0, 0.2, 0.25, 0.05, 0.0])
+    sampler = Drawn(SamplingOptions(temperature=1.0, seed=1), 0)
+    draws = np.bincount([sampler.draw(probabilities) for _ in range(20_000)], minlength=7)
+    assert draws[probabilities == 0].sum() == 0
+    held = probabilities > 0
+    assert chisquare(draws[held], probabilities[held] * 20_000).pvalue > 1e-4
+    scaled = Drawn(SamplingOptions(temperature=1.0, seed=1), 0)
+    again = [scaled.draw(probabilities * 0.3) for _ in range(20_000)]  # need not sum to 1
+    np.testing.assert_array_equal(np.bincount(again, minlength=7), draws)
+
+
+def test_the_last_token_of_positive_probability_bounds_the_draw():
+    sampler = Drawn(SamplingOptions(temperature=1.0), 0)
+    sampler._random = type("Highest", (), {"random": lambda self: 1.0})()
+    assert sampler.draw(np.array([0.5, 0.5, 0.0])) == 1
+
+
+def test_seeds():
+    probabilities = np.full(50, 0.02)
+
+    def draws(seed):
+        sampler = Drawn(SamplingOptions(temperature=1.0, seed=seed), 0)
+        return [sampler.draw(probabilities) for _ in range(20)]
+
+    assert draws(7) == draws(7)
+    assert draws(7) != draws(8)
+    assert draws(None) != draws(None)
+
+
+def test_everything_forbidden():
+    sampler = Drawn(SamplingOptions(logit_bias={0: -np.inf, 1: -np.inf}), 0)
+    with pytest.raises(RequestError, match="logit_bias and min_new_tokens forbid every token"):
+        sampler.probabilities(np.zeros(2, np.float32), [])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, "temperature must be 0 (greedy) or more, found -0.1"),
+        ({"temperature": float("nan")}, "temperature must be 0 (greedy) or more, found nan"),
+        ({"temperature": float("inf")}, "temperature must be 0 (greedy) or more, found inf"),
+        ({"top_k": -1}, "top_k must be 0 (all) or more, found -1"),
+        ({"top_k": 2.5}, "top_k must be a whole number, found 2.5"),
+        ({"top_p": 0}, "top_p must be above 0 and at most 1, found 0"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1, found 1.1"),
+        ({"min_p": 1.5}, "min_p must be between 0 and 1, found 1.5"),
+        (
+            {"repetition_penalty": 0.0},
+            "repetition_penalty must be above 0 (1 does nothing), found 0.0",
+        ),
+        ({"frequency_penalty": 3}, "frequency_penalty must be between -2 and 2, found 3"),
+        ({"presence_penalty": -2.5}, "presence_penalty must be between -2 and 2, found -2.5"),
+        ({"seed": -1}, "seed must be 0 or more, found -1"),
+        (
+            {"logit_bias": {4: float("nan")}},
+            "logit_bias of token 4 must be finite, or minus infinity, found nan",
+        ),
+        ({"logit_bias": {"a": 1.0}}, "logit_bias token must be a whole number, found 'a'"),
+        ({"max_new_tokens": 4, "min_new_tokens": 5}, "min_new_tokens must be between 0 and"),
+        ({"logprobs": 101}, "logprobs must be between 0 and 100 alternatives, found 101"),
+        ({"timeout": -1.0}, "timeout must be 0 or more seconds, found -1.0"),
+        ({"stop": ["a", ""]}, "a stop string is empty"),
+        ({"level": 0.02, "temperature": 0.5}, "certificates speak of greedy decoding"),
+        ({"level": 0.02, "repetition_penalty": 1.1}, "certificates speak of greedy decoding"),
+    ],
+)
+def test_bad_options_are_one_line(options, message):
+    with pytest.raises(RequestError) as caught:
+        GenerationOptions.of(options)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_option():
+    with pytest.raises(TypeError, match="tempature"):
+        GenerationOptions.of({"tempature": 1.0})
+
+
+def test_keywords_are_the_options():
+    names = {field.name for field in fields(GenerationOptions)} - {"sampling"}
+    sampling = {field.name for field in fields(SamplingOptions)}
+    assert set(get_type_hints(GenerationKeywords)) == names | sampling
+    assert set(get_type_hints(SamplingKeywords)) == sampling
+    theirs, ours = get_type_hints(SamplingKeywords), get_type_hints(SamplingOptions)
+    assert theirs == {name: ours[name] for name in theirs}
+    theirs, ours = get_type_hints(GenerationKeywords), get_type_hints(GenerationOptions)
+    assert {name: theirs[name] for name in names} == {name: ours[name] for name in names}
+
+
+def test_cancel_token():
+    token = CancelToken()
+    assert not token()
+    token.cancel()
+    assert token()

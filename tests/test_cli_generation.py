@@ -1,0 +1,256 @@
+"""`adainfer run` and `adainfer chat`: in process, through pipes and on a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from typer.testing import CliRunner
+
+from adainfer_export import ExportRequest, export
+from adainfer_runtime import Engine
+from adainfer_runtime.commands.answers import AnswerPrinter, ExitColours, cancel_on_interrupt
+from adainfer_runtime.commands.app import build_app
+from adainfer_runtime.commands.chat import _lines
+from adainfer_runtime.errors import ChatTemplateError, RequestError
+from adainfer_runtime.results import StreamEvent
+
+from .checkpoints import make_checkpoint
+from .runtime.test_chat import CHATML
+
+MAIN = "from adainfer_runtime.commands import main\nmain()\n"
+# Answers that take long enough to be interrupted.
+SLOW = (
+    "import time\n"
+    "from adainfer_runtime.decoding import PolicyDecoder\n"
+    "step = PolicyDecoder.step\n"
+    "PolicyDecoder.step = lambda self: (time.sleep(0.05), step(self))[1]\n"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cli")
+    make_checkpoint(root / "checkpoint")
+    (root / "checkpoint" / "chat_template.jinja").write_text(CHATML)
+    export(ExportRequest(str(root / "checkpoint"), root / "engines", precision="fp32"))
+    return root / "engines"
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine.load(folder)
+
+
+def run(*arguments, stdin=None, **settings):
+    done = CliRunner().invoke(build_app(), list(map(str, arguments)), input=stdin, **settings)
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done
+
+
+def test_run_options_are_those_of_generate(folder, engine):
+    done = run(
+        "run", folder, "--prompt", "hello", "--max-new-tokens", 12, "--temperature", 0.9,
+        "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty", 1.1,
+        "--frequency-penalty", 0.2, "--presence-penalty", 0.1, "--seed", 4, "--stop", "zz",
+        "--stop", "qq", "--logprobs", 2, "--min-new-tokens", 3, "--json",
+    )  # fmt: skip
+    data = json.loads(done.stdout)
+    expected = engine.generate(
+        "hello", max_new_tokens=12, temperature=0.9, top_k=50, top_p=0.9, min_p=0.01,
+        repetition_penalty=1.1, frequency_penalty=0.2, presence_penalty=0.1, seed=4,
+        stop=["zz", "qq"], logprobs=2, min_new_tokens=3,
+    )  # fmt: skip
+    assert data["text"] == expected.text
+    assert tuple(data["tokens"]) == expected.tokens
+    assert len(data["logprobs"]) == len(expected.tokens)
+    assert {"prompt_seconds", "time_to_first_token", "kv_fills"} <= set(data["statistics"])
+
+
+def test_run_streams_what_it_would_print(folder):
+    arguments = ["run", folder, "--prompt", "hello", "--max-new-tokens", 12]
+    whole, streamed = run(*arguments), run(*arguments, "--stream")
+    assert whole.stdout == streamed.stdout == run(*arguments, "--no-stream").stdout
+    assert "12 tokens in" in whole.stderr
+    assert "12 tokens in" not in whole.stdout
+
+
+def test_run_chat_applies_the_template(folder, engine):
+    done = run("run", folder, "--prompt", "hi", "--chat", "--max-new-tokens", 6, "--json")
+    expected = engine.chat([{"role": "user", "content": "hi"}], max_new_tokens=6)
+    assert json.loads(done.stdout)["text"] == expected.text
+
+
+def test_run_shows_logprobs_and_the_legend(folder):
+    done = run(
+        "run", folder, "--prompt", "hi", "--max-new-tokens", 2, "--logprobs", 3, "--show-exits"
+    )
+    rows = [line for line in done.stderr.splitlines() if " | " in line]
+    assert len(rows) == 2
+    assert all(len(re.findall(r"-\d+\.\d{3}", row)) == 4 for row in rows)
+    assert "exit after layer: ■ 4 (all)" in done.stderr
+
+
+def test_run_errors(folder):
+    with pytest.raises(RequestError, match="top_p must be above 0"):
+        run("run", folder, "--prompt", "x", "--top-p", 0)
+    with pytest.raises(RequestError, match="certificates speak of greedy decoding"):
+        run("run", folder, "--prompt", "x", "--level", 0.02, "--temperature", 1)
+
+
+def test_tokens_are_coloured_by_exit_layer(monkeypatch):
+    colours = ExitColours(SimpleNamespace(depth=4, exit_layers=(2, 3)))
+    assert colours.legend().plain == "exit after layer: ■ 2  ■ 3  ■ 4 (all)"
+    events = [
+        StreamEvent("early", 1, 2),
+        StreamEvent(" later", 2, 3),
+        StreamEvent(" full", 3, 4),
+        StreamEvent("", result="result"),
+    ]
+    for environment, expected in (
+        ({}, "early later full\n"),
+        ({"FORCE_COLOR": "1", "TERM": "xterm-256color"},
+         "\x1b[92mearly\x1b[0m\x1b[96m later\x1b[0m full\n"),
+        ({"FORCE_COLOR": "1", "TERM": "xterm-256color", "NO_COLOR": "1"}, "early later full\n"),
+    ):  # fmt: skip
+        for name in ("FORCE_COLOR", "TERM", "NO_COLOR", "COLORTERM"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        out = io.StringIO()
+        assert AnswerPrinter(colours, out).print(events) == "result"
+        assert out.getvalue() == expected
+
+
+def test_control_characters_stay_off_the_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    for stream, expected in ((Terminal(), "a[2Jb\n\tc"), (io.StringIO(), "a\x1b[2Jb\n\tc")):
+        AnswerPrinter(None, stream).write("a\x1b[2Jb\n\tc")
+        assert stream.getvalue() == expected
+
+
+def test_one_interrupt_ends_the_answer_and_two_the_program():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), cancel_on_interrupt() as cancel:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert cancel()
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_chat_from_a_pipe(folder, engine):
+    asked = "hi\n\n/stats\nmore\n/nonsense\n/reset\nhi\n/exit\nnever\n"
+    done = run("chat", folder, "--system", "Be.", "--max-new-tokens", 6, "--json", stdin=asked)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    talk = engine.conversation([{"role": "system", "content": "Be."}])
+    expected = [talk.say(line, max_new_tokens=6).text for line in ("hi", "more")]
+    assert [answer["text"] for answer in answers] == [*expected, expected[0]]
+    assert answers[1]["statistics"]["reused_tokens"] > 0
+    assert "answers: " in done.stderr  # /stats
+    assert "/nonsense is no command: /reset forgets" in done.stderr
+    plain = run("chat", folder, "--max-new-tokens", 3, "--show-exits", stdin="hi\n")
+    assert plain.stdout.endswith("\n")
+    assert "exit after layer" in plain.stderr
+
+
+def test_chat_needs_a_template(tiny):
+    with pytest.raises(ChatTemplateError, match="this engine has no chat template"):
+        run("chat", tiny("llama").folder, stdin="hi\n")
+
+
+def test_what_is_refused_ends_a_piped_chat(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", MAIN, "chat", str(folder), "--max-new-tokens", "200"],
+        input="hi\nhi\n", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "do not fit this engine's maximum of 128" in done.stderr
+
+
+class Terminal:
+    """A program on a terminal of its own."""
+
+    def __init__(self, *arguments, script=MAIN):
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            # As a shell in the foreground starts programs: one in the background ignores Ctrl-C.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            command = [sys.executable, "-c", script, *map(str, arguments)]
+            os.execvpe(sys.executable, command, {**os.environ, "TERM": "xterm"})
+        self.seen = ""
+
+    def expect(self, pattern, seconds=60.0):
+        """Reads until the pattern appears; what was read until then is forgotten."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.seen)):
+            assert time.monotonic() < end, self.seen
+            if select.select([self.fd], [], [], 0.5)[0]:
+                self.seen += os.read(self.fd, 4096).decode(errors="replace")
+        self.seen = self.seen[match.end() :]
+        return match[0]
+
+    def send(self, text):
+        os.write(self.fd, text.encode())
+
+    def wait(self):
+        _, status = os.waitpid(self.pid, 0)
+        os.close(self.fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_ctrl_c_at_the_prompt_leaves_nothing(monkeypatch):
+    typed = iter([" hi ", KeyboardInterrupt, "more", EOFError])
+
+    def answer(prompt):
+        said = next(typed)
+        if isinstance(said, str):
+            return said
+        raise said
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    notes = []
+    assert list(_lines(notes.append)) == ["hi", "more"]
+    assert notes[1:] == ["/exit or Ctrl-D leaves"]
+
+
+def test_chat_on_a_terminal(folder):
+    terminal = Terminal("chat", folder, "--max-new-tokens", 60, script=SLOW + MAIN)
+    terminal.expect(r"> ")
+    terminal.send("hello\r")
+    terminal.expect(r"hello\r\n")
+    time.sleep(0.4)
+    terminal.send("\x03")
+    cancelled = terminal.expect(r"(\d+) tokens in [^;]*, cancelled;")
+    assert int(cancelled.split()[0]) < 60
+    terminal.expect(r"> ")
+    terminal.send("/stats\r")
+    terminal.expect(r"answers: cancelled 1")
+    terminal.expect(r"> ")
+    terminal.send("/exit\r")
+    assert terminal.wait() == 0
+
+
+def test_run_on_a_terminal_can_be_interrupted(folder):
+    terminal = Terminal(
+        "run", folder, "--prompt", "hi", "--max-new-tokens", 100, script=SLOW + MAIN
+    )
+    terminal.expect(r"\S")  # the first piece, long before the last
+    terminal.send("\x03")
+    terminal.expect(r"tokens in [^;]*, cancelled;")
+    assert terminal.wait() == 130
