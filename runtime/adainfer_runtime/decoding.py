@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from .backends import ProbeResult
 from .exit_policy import ExitPolicy, NoExit
 from .sampling import Sampler
 from .session import Session
 
-__all__ = ["Decoder", "Emitted", "PolicyDecoder"]
+__all__ = ["Decoder", "Emitted", "PolicyDecoder", "take"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class Decoder(Protocol):
         """Leaves the session with the prompt and all emitted tokens but the last."""
 
 
+def take(sampler: Sampler, result: ProbeResult, session: Session) -> int:
+    """The sampler's token after the session's last position."""
+    if sampler.plain:
+        return result.token
+    return sampler.draw(sampler.probabilities(result.logits, session.tokens))
+
+
 class PolicyDecoder:
     """One prediction a token, under an exit policy (modes `off`, `adaptive` and `context`)."""
 
@@ -50,12 +58,7 @@ class PolicyDecoder:
                 # Translated K,V answer one question; what follows is computed over exact ones.
                 policy = NoExit()
         prediction = self._session.predict(policy)
-        result = prediction.result
-        if self._sampler.plain:
-            self._last = result.token
-        else:
-            tokens = self._session.tokens
-            self._last = self._sampler.draw(self._sampler.probabilities(result.logits, tokens))
+        self._last = take(self._sampler, prediction.result, self._session)
         return Emitted(self._last, prediction.exit_layer)
 
     def close(self) -> None:

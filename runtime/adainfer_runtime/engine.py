@@ -5,14 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from .backends import Backend, load_backend
 from .certificate import certified_threshold
 from .choose import Chosen, choose, join_label
-from .decoding import PolicyDecoder
+from .decode_options import DEFAULT_OPTIONS, DecodeOptions, drafts_of, make_decoder
 from .engine_folder import load_manifest, verify_files
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, ExitPolicy, NoExit
@@ -22,10 +22,11 @@ from .sampling import Greedy
 from .session import Session
 from .shadow import ShadowEntry, ShadowMonitor
 from .tokenizer import Tokenizer, load_tokenizer
+from .verified import NO_DRAFTS, DraftCount
 
 __all__ = ["ChoiceResult", "Engine", "GenerationResult", "Mode"]
 
-Mode = Literal["off", "adaptive", "context"]
+Mode = Literal["off", "adaptive", "context", "verified"]
 _IDLE_SESSIONS = 4
 
 
@@ -35,11 +36,13 @@ class GenerationResult:
 
     Attributes:
         text: empty where the engine has no tokenizer.
-        exit_layers: layers executed for each token, 1 … `layers_total`.
+        exit_layers: layers executed for each token, 1 … `layers_total`; of a draft that was
+            accepted, the layer that proposed it.
         layers_saved: 1 − position-layers executed / dense, prompt and decode together, as
             counted by the runtime; `prompt_layers_saved` and `decode_layers_saved` apart.
         compute_saved: 1 − multiply-adds executed / dense, adapters and probes included.
         finish_reason: `eos`, or `length`.
+        drafts: proposed and accepted, in mode `verified`.
     """
 
     text: str
@@ -52,6 +55,7 @@ class GenerationResult:
     compute_saved: float
     seconds: float
     finish_reason: Literal["eos", "length"]
+    drafts: DraftCount = NO_DRAFTS
 
 
 @dataclass(frozen=True)
@@ -193,12 +197,12 @@ class Engine:
                 is not certified.
             RequestError: no such mode, or both a threshold and a level.
         """
-        if mode == "off":
+        if mode in ("off", "verified"):
             return NoExit()
         if mode == "context":
             return self._context_policy(threshold, level)
         if mode != "adaptive":
-            raise RequestError(f"mode {mode!r} is unknown: off, adaptive or context")
+            raise RequestError(f"mode {mode!r} is unknown: off, adaptive, context or verified")
         spec = self._exit_graph(classifier)
         return self._classifier_exit(spec, threshold, level)
 
@@ -224,16 +228,19 @@ class Engine:
         level: float | None = None,
         ignore_eos: bool = False,
         timeout: float | None = None,
+        options: DecodeOptions = DEFAULT_OPTIONS,
     ) -> GenerationResult:
         """Continues a prompt greedily.
 
         Args:
             prompt: text, or token ids.
             mode: `off` runs every layer; `adaptive` stops where the exit graph says so; `context`
-                lets the prompt's positions stop and runs the last one through every layer.
+                lets the prompt's positions stop and runs the last one through every layer;
+                `verified` drafts tokens at an exit point and confirms them: `off`'s own text.
             threshold, level: see `policy`.
             ignore_eos: go on after an end-of-text token (for benchmarks).
             timeout: seconds after which `DeadlineError` is raised.
+            options: how the mode decodes, where its defaults are not wanted.
 
         Raises:
             RequestError: the request cannot be served; the engine stays usable.
@@ -243,8 +250,17 @@ class Engine:
         request = GenerateRequest(self._tokens(prompt), max_new_tokens, eos, timeout)
         policy = self.policy(mode, threshold=threshold, level=level)
         with self.borrow() as session:
-            decoder = PolicyDecoder(session, policy, Greedy())
+            decoder = make_decoder(
+                session,
+                self._manifest,
+                policy,
+                Greedy(),
+                len(request.prompt) + max_new_tokens - 1,
+                options,
+                verified=mode == "verified",
+            )
             done = generate(session, decoder, request, self._manifest.max_seq_len)
+        done = replace(done, drafts=drafts_of(decoder))
         if self._compares(policy):
             with self.borrow() as session:
                 session.extend(request.prompt)
@@ -382,6 +398,7 @@ class Engine:
             compute_saved=count.compute_saved,
             seconds=done.seconds,
             finish_reason=done.finish_reason,
+            drafts=done.drafts,
         )
 
     @contextmanager

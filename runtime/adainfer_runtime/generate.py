@@ -11,6 +11,7 @@ from .decoding import Decoder
 from .errors import DeadlineError, PromptTooLongError, RequestError
 from .ledger import WorkCount
 from .session import Session
+from .verified import NO_DRAFTS, DraftCount
 
 __all__ = ["GenerateRequest", "Generated", "generate"]
 
@@ -36,7 +37,8 @@ class Generated:
     """What came out.
 
     Attributes:
-        exit_layers: layers that each token took, 1 … L.
+        exit_layers: layers that each token took, 1 … L; of a draft that was accepted, the layer
+            that proposed it.
         prompt: work up to the first token; `decode`: after it. Debts of early exits count where
             they are paid, so decode's savings can be negative.
     """
@@ -47,6 +49,7 @@ class Generated:
     prompt: WorkCount
     decode: WorkCount
     seconds: float
+    drafts: DraftCount = NO_DRAFTS
 
 
 def generate(

@@ -155,3 +155,15 @@ class Ledger:
         """Forgets positions from `length` on, in every layer."""
         self._length = length
         self._filled = [min(filled, length) for filled in self._filled]
+
+    def withdraw(self, length: int) -> None:
+        """Takes back positions from `length` on that were guesses: nobody asked for them, and the
+        dense model would not have run them. What they executed stays counted.
+        """
+        positions = self._length - length
+        self._count -= WorkCount(
+            executed=0,
+            dense=positions * sum(stage.layers for stage in self._stages),
+            dense_compute=sum(stage.multiply_adds(length, self._length) for stage in self._stages),
+        )
+        self.truncate(length)

@@ -59,6 +59,11 @@ class Session:
         return self._chain.length
 
     @property
+    def depth(self) -> int:
+        """Layers of the full model."""
+        return self._manifest.depth
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """Token ids so far."""
         return tuple(int(token) for token in self._chain.tokens)
@@ -194,6 +199,33 @@ class Session:
         """Hidden states `[positions, hidden_size]`, each at the boundary it stands at (a view)."""
         return self._chain.hidden(start, self.length if end is None else end)
 
+    def look(self, exit_layer: int) -> ExitEvidence:
+        """What an exit point says of the last position, which waits there then.
+
+        Raises:
+            RequestError: no engine ends there, or the position is past it.
+        """
+        if self.length == 0 or self._chain.depth(self.length - 1) > exit_layer:
+            raise RequestError("look needs a new position: extend the session first")
+        self.advance(exit_layer)
+        return self._evidence(exit_layer, None)
+
+    def verify_tokens(self, start: int) -> npt.NDArray[np.int64]:
+        """The full model's tokens `[positions]` after each position from `start` on."""
+        return self._backend.probe_features(self._verified(start))[0]
+
+    def verify_logits(self, start: int) -> npt.NDArray[np.float32]:
+        """Its logits `[positions, vocab_size]`."""
+        return self._backend.probe_logits(self._verified(start))
+
+    def roll_back(self, length: int) -> None:
+        """Takes back positions from `length` on that were guesses, and the predictions after them:
+        they count as work that was done, but not as work that was asked for.
+        """
+        withdrawn = self.length - length
+        self._chain.ledger.withdraw(length)
+        self._chain.ledger.record_probe(0, -withdrawn * self._probe_cost)
+
     def log_probs(self, start: int) -> npt.NDArray[np.float32]:
         """Log-probabilities `[positions, vocab_size]` from `start` on, after all layers."""
         self.complete()
@@ -207,6 +239,12 @@ class Session:
     def kv(self, layer: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Exact K (after rotary) and V of a layer: `[kv_heads, filled, head_dim]` each."""
         return self._chain.kv(layer)
+
+    def _verified(self, start: int) -> npt.NDArray[np.float32]:
+        self.complete()
+        cost = (self.length - start) * self._probe_cost
+        self._chain.ledger.record_probe(cost, cost)
+        return self.hidden(start)
 
     def _evidence(self, exit_layer: int, candidates: npt.NDArray[np.int64] | None) -> ExitEvidence:
         self._chain.ledger.record_probe(self._adapter_costs.get(exit_layer, 0), 0)

@@ -36,6 +36,7 @@ class ModeChoice(str, Enum):
     off = "off"
     adaptive = "adaptive"
     context = "context"
+    verified = "verified"
 
 
 def register(app: typer.Typer) -> None:

@@ -1,0 +1,69 @@
+"""Which decoder serves a request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .decoding import Decoder, PolicyDecoder
+from .draft_schedule import DecodeCosts, DraftSchedule
+from .exit_policy import ExitPolicy
+from .manifest import Manifest
+from .sampling import Sampler
+from .session import Session
+from .verified import NO_DRAFTS, DraftCount, VerifiedDecoder, verified_decoder
+
+__all__ = ["DEFAULT_OPTIONS", "DecodeOptions", "drafts_of", "make_decoder"]
+
+
+@dataclass(frozen=True)
+class DecodeOptions:
+    """How modes decode, where their defaults are not wanted.
+
+    Attributes:
+        draft_layer: exit point that drafts in mode `verified`; default: by expected cost.
+        draft_schedule: how many drafts; default: by their acceptance so far and their cost.
+        costs: measured costs for that choice; default: by multiply-adds.
+    """
+
+    draft_layer: int | None = None
+    draft_schedule: DraftSchedule | None = None
+    costs: DecodeCosts | None = None
+
+
+DEFAULT_OPTIONS = DecodeOptions()
+
+
+def make_decoder(
+    session: Session,
+    manifest: Manifest,
+    policy: ExitPolicy,
+    sampler: Sampler,
+    limit: int,
+    options: DecodeOptions,
+    *,
+    verified: bool,
+) -> Decoder:
+    """A decoder on a session.
+
+    Args:
+        limit: positions that the session may come to hold: prompt and new tokens but the last.
+
+    Raises:
+        ExitUnavailableError: mode `verified` has nothing to draft with.
+    """
+    if not verified:
+        return PolicyDecoder(session, policy, sampler)
+    return verified_decoder(
+        session,
+        manifest,
+        sampler,
+        limit,
+        draft_layer=options.draft_layer,
+        schedule=options.draft_schedule,
+        costs=options.costs,
+    )
+
+
+def drafts_of(decoder: Decoder) -> DraftCount:
+    """Drafts that a decoder proposed and had accepted; none outside of mode `verified`."""
+    return decoder.drafts if isinstance(decoder, VerifiedDecoder) else NO_DRAFTS
