@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from .decoding import Decoder, PolicyDecoder
 from .draft_schedule import DecodeCosts, DraftSchedule
 from .exit_policy import ExitPolicy
+from .kv_fill import KvPolicy
 from .manifest import Manifest
 from .sampling import Sampler
 from .session import Session
@@ -20,11 +21,14 @@ class DecodeOptions:
     """How modes decode, where their defaults are not wanted.
 
     Attributes:
+        kv_policy: what becomes of positions that stopped early, in modes `adaptive` and `context`:
+            `deferred` is exact.
         draft_layer: exit point that drafts in mode `verified`; default: by expected cost.
         draft_schedule: how many drafts; default: by their acceptance so far and their cost.
         costs: measured costs for that choice; default: by multiply-adds.
     """
 
+    kv_policy: KvPolicy = "deferred"
     draft_layer: int | None = None
     draft_schedule: DraftSchedule | None = None
     costs: DecodeCosts | None = None
@@ -52,7 +56,7 @@ def make_decoder(
         ExitUnavailableError: mode `verified` has nothing to draft with.
     """
     if not verified:
-        return PolicyDecoder(session, policy, sampler)
+        return PolicyDecoder(session, policy, sampler, options.kv_policy)
     return verified_decoder(
         session,
         manifest,

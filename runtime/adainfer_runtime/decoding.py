@@ -7,6 +7,7 @@ from typing import Protocol
 
 from .backends import ProbeResult
 from .exit_policy import ExitPolicy, NoExit
+from .kv_fill import KvPolicy
 from .sampling import Sampler
 from .session import Session
 
@@ -43,7 +44,14 @@ def take(sampler: Sampler, result: ProbeResult, session: Session) -> int:
 class PolicyDecoder:
     """One prediction a token, under an exit policy (modes `off`, `adaptive` and `context`)."""
 
-    def __init__(self, session: Session, policy: ExitPolicy, sampler: Sampler) -> None:
+    def __init__(
+        self,
+        session: Session,
+        policy: ExitPolicy,
+        sampler: Sampler,
+        kv_policy: KvPolicy = "deferred",
+    ) -> None:
+        self._kv_policy: KvPolicy = kv_policy
         self._session = session
         self._policy = policy
         self._sampler = sampler
@@ -55,9 +63,9 @@ class PolicyDecoder:
         if self._last is not None:
             self._session.extend([self._last])
             if policy.translates:
-                # Translated K,V answer one question; what follows is computed over exact ones.
+                # Translated K,V answer one question; the KV policy says what follows is over.
                 policy = NoExit()
-        prediction = self._session.predict(policy)
+        prediction = self._session.predict(policy, kv_policy=self._kv_policy)
         self._last = take(self._sampler, prediction.result, self._session)
         return Emitted(self._last, prediction.exit_layer)
 

@@ -25,7 +25,7 @@ __all__ = [
     "TokenizerSpec",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _EXIT_FOLDERS = ("adapters", "exit", "reports")
 
 
@@ -95,14 +95,15 @@ class StageSpec(_Record):
     """One graph. Layer numbers are 1-based and inclusive; 0 for stages that hold no layer.
 
     `probe` is final norm and LM head with AdaInfer's features, `candidates` the same over some of
-    the head's rows.
+    the head's rows, `kv_fill` one layer's K and V from the hidden state of a position that skipped
+    the layer.
 
     `wide_file` is the same stage on the same weights, for passes of many positions.
     `multiply_adds` counts one position through the stage's weight matrices.
     """
 
     name: str
-    kind: Literal["embed", "layers", "probe", "candidates"]
+    kind: Literal["embed", "layers", "probe", "candidates", "kv_fill"]
     file: str
     wide_file: str | None = None
     first_layer: int = 0
@@ -259,6 +260,11 @@ class Manifest(_Record):
     def candidates(self) -> StageSpec:
         """The probe over candidate rows of the LM head."""
         return next(stage for stage in self.stages if stage.kind == "candidates")
+
+    @property
+    def kv_fills(self) -> dict[int, StageSpec]:
+        """The stages that give a skipped layer's K and V, by layer; none on some targets."""
+        return {stage.first_layer: stage for stage in self.stages if stage.kind == "kv_fill"}
 
     @property
     def layer_stages(self) -> tuple[StageSpec, ...]:

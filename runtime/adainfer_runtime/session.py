@@ -12,7 +12,8 @@ from .backends import Backend, ExitEvidence, ProbeResult
 from .chain import Chain
 from .errors import PromptTooLongError, RequestError
 from .exit_policy import ExitPolicy
-from .ledger import WorkCount
+from .kv_fill import KvFiller, KvPolicy, find_filler
+from .ledger import KvState, WorkCount
 from .manifest import Manifest
 
 __all__ = ["Observation", "Prediction", "Session"]
@@ -39,9 +40,9 @@ class Observation:
 class Session:
     """A conversation of one's own: `extend` it with tokens, ask it to `predict`, go on.
 
-    Skipped layers are handled by the `deferred` policy: a position that stopped early waits, and
-    passes the layers it skipped together with the next position that goes deeper. Every KV
-    entry that is used equals the full model's.
+    Skipped layers are handled by the `deferred` policy unless a prediction asks for another: a
+    position that stopped early waits, and passes the layers it skipped together with the next
+    position that goes deeper. Every KV entry that is used equals the full model's.
     """
 
     def __init__(self, backend: Backend, manifest: Manifest) -> None:
@@ -75,8 +76,15 @@ class Session:
 
     @property
     def filled(self) -> tuple[int, ...]:
-        """Exact KV positions per layer stage; never increases with depth."""
+        """Positions with K and V per layer stage; never increases with depth."""
         return self._chain.ledger.filled
+
+    @property
+    def exact_length(self) -> int:
+        """Positions from the first on that no approximate K and V were made for: what of the
+        session may serve a request that wants the full model's.
+        """
+        return self._chain.ledger.exact_length
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Adds tokens to the sequence. Nothing is computed yet beyond their embedding.
@@ -101,19 +109,35 @@ class Session:
         self._chain.admit(ids.astype(np.int64))
 
     def predict(
-        self, policy: ExitPolicy, candidates: npt.NDArray[np.int64] | None = None
+        self,
+        policy: ExitPolicy,
+        candidates: npt.NDArray[np.int64] | None = None,
+        kv_policy: KvPolicy = "deferred",
     ) -> Prediction:
         """The next token after the last position, by as few layers as the policy allows.
 
         Args:
+            kv_policy: what becomes of positions that stopped early, where this one goes deeper.
             candidates: `[n]` different token ids of which one is wanted; the result's logits are
                 then theirs, `[n]`. Default: the whole vocabulary.
 
         Raises:
-            RequestError: the session is empty.
+            RequestError: the session is empty, or no such KV policy.
+            ExitUnavailableError: the folder lacks what the KV policy needs.
         """
         if self.length == 0:
             raise RequestError("the session is empty: extend it with a prompt first")
+        filler = find_filler(kv_policy, self._backend, self._manifest)
+        prediction = self._predict(policy, candidates, filler)
+        self._chain.ledger.stop()
+        return prediction
+
+    def _predict(
+        self,
+        policy: ExitPolicy,
+        candidates: npt.NDArray[np.int64] | None,
+        filler: KvFiller | None,
+    ) -> Prediction:
         rows = self._probe_cost if candidates is None else len(candidates) * self._width
         self._chain.ledger.record_probe(0, rows)
         state = np.zeros(policy.state_size, np.float32)
@@ -121,7 +145,7 @@ class Session:
         for layer in policy.exit_layers:
             if layer < reached:
                 continue  # the position is past this exit point: its hidden state there is gone
-            self._chain.advance(layer)
+            self._chain.advance(layer, filler)
             if policy.translates:
                 if not self._chain.can_translate(layer):
                     continue
@@ -131,7 +155,7 @@ class Session:
             stop, state = policy.decide(layer, evidence, state)
             if stop:
                 return Prediction(_among(evidence.result, candidates), layer)
-        self.complete()
+        self._chain.advance(self._manifest.boundaries[-1], filler)
         return Prediction(self._probe(self._chain.last_hidden(), candidates), self._manifest.depth)
 
     def observe(
@@ -237,8 +261,14 @@ class Session:
         self._chain.truncate(length)
 
     def kv(self, layer: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Exact K (after rotary) and V of a layer: `[kv_heads, filled, head_dim]` each."""
+        """K (after rotary) and V of a layer: `[kv_heads, filled, head_dim]` each."""
         return self._chain.kv(layer)
+
+    def kv_states(self, layer: int) -> tuple[KvState, ...]:
+        """Of every position: whether K and V of a layer were computed by it (`exact`), made by a
+        KV policy (`propagated`, `translated`), or do not exist yet (`pending`).
+        """
+        return self._chain.kv_states(layer)
 
     def _verified(self, start: int) -> npt.NDArray[np.float32]:
         self.complete()

@@ -98,6 +98,11 @@ class Backend(Protocol):
         point, guessed from hidden states `[rows, hidden_size]` of positions from `start` on.
         """
 
+    def kv_fill(self, layer: int, hidden: Float32, start: int) -> tuple[Float32, Float32]:
+        """K (after rotary) and V `[kv_heads, rows, head_dim]` that a layer's own norm and weights
+        make of hidden states `[rows, hidden_size]` that are not its input; positions from `start`.
+        """
+
     def classify(
         self, graph: str, evidence: ExitEvidence, depth: float, state: Float32
     ) -> tuple[float, Float32]:

@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -131,6 +132,7 @@ class OrtCpuBackend:
         def open_stage(file: str) -> Any:
             return sessions.open(folder / file)
 
+        self._open_stage = open_stage
         self.manifest = manifest
         self.embed = open_stage(manifest.embed.file)
         self._stages = [open_stage(stage.file) for stage in manifest.layer_stages]
@@ -153,6 +155,12 @@ class OrtCpuBackend:
             for layer, point in manifest.context_points.items()
             if point.translate is not None
         }
+
+    @cached_property
+    def _kv_fills(self) -> dict[int, Any]:
+        """Opened when the policy is first asked for: most engines never are."""
+        fills = self.manifest.kv_fills.items()
+        return {layer: self._open_stage(spec.file) for layer, spec in fills}
 
     def stage(self, index: int, rows: int) -> Any:
         """The session that runs layer stage `index` over so many positions."""
@@ -207,6 +215,12 @@ class OrtCpuBackend:
         keys, values = self._translators[exit_layer].run(["key", "value"], feed)
         layers = range(exit_layer + 1, self.manifest.model.num_layers + 1)
         return dict(zip(layers, zip(keys, values, strict=True), strict=True))
+
+    def kv_fill(self, layer: int, hidden: Float32, start: int) -> tuple[Float32, Float32]:
+        """`[rows, hidden_size]` to K and V of one layer."""
+        feed = {"hidden": hidden[None], "start": np.array([start], np.int64)}
+        key, value = self._kv_fills[layer].run(["key", "value"], feed)
+        return key[0], value[0]
 
     def classify(
         self, graph: str, evidence: ExitEvidence, depth: float, state: Float32
