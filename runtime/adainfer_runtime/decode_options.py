@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .confidence import ConfidenceDecay, DecayingExit
 from .decoding import Decoder, PolicyDecoder
 from .draft_schedule import DecodeCosts, DraftSchedule
-from .exit_policy import ExitPolicy
+from .exit_policy import ClassifierExit, ExitPolicy
 from .kv_fill import KvPolicy
 from .manifest import Manifest
 from .sampling import Sampler
@@ -23,12 +24,14 @@ class DecodeOptions:
     Attributes:
         kv_policy: what becomes of positions that stopped early, in modes `adaptive` and `context`:
             `deferred` is exact.
+        confidence: lets the threshold of mode `adaptive` fall over the text; default: it does not.
         draft_layer: exit point that drafts in mode `verified`; default: by expected cost.
         draft_schedule: how many drafts; default: by their acceptance so far and their cost.
         costs: measured costs for that choice; default: by multiply-adds.
     """
 
     kv_policy: KvPolicy = "deferred"
+    confidence: ConfidenceDecay | None = None
     draft_layer: int | None = None
     draft_schedule: DraftSchedule | None = None
     costs: DecodeCosts | None = None
@@ -54,9 +57,11 @@ def make_decoder(
 
     Raises:
         ExitUnavailableError: mode `verified` has nothing to draft with.
+        RequestError: the exit graph's thresholds have no range to fall over.
     """
     if not verified:
-        return PolicyDecoder(session, policy, sampler, options.kv_policy)
+        schedule = _schedule(policy, manifest, options.confidence)
+        return PolicyDecoder(session, policy, sampler, options.kv_policy, schedule)
     return verified_decoder(
         session,
         manifest,
@@ -66,6 +71,16 @@ def make_decoder(
         schedule=options.draft_schedule,
         costs=options.costs,
     )
+
+
+def _schedule(
+    policy: ExitPolicy, manifest: Manifest, decay: ConfidenceDecay | None
+) -> DecayingExit | None:
+    if decay is None or not isinstance(policy, ClassifierExit):
+        return None  # nothing exits, or always at the same layer
+    specs = manifest.named_exits.values()
+    grids = {spec.classifier.graph: spec.thresholds for spec in specs if spec.classifier}
+    return DecayingExit.of(policy, decay, grids.get(policy.graph, ()))
 
 
 def drafts_of(decoder: Decoder) -> DraftCount:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .backends import ProbeResult
+from .confidence import ExitSchedule
 from .exit_policy import ExitPolicy, NoExit
 from .kv_fill import KvPolicy
 from .sampling import Sampler
@@ -42,7 +43,11 @@ def take(sampler: Sampler, result: ProbeResult, session: Session) -> int:
 
 
 class PolicyDecoder:
-    """One prediction a token, under an exit policy (modes `off`, `adaptive` and `context`)."""
+    """One prediction a token, under an exit policy (modes `off`, `adaptive` and `context`).
+
+    Args:
+        schedule: in place of the policy, another one for every token.
+    """
 
     def __init__(
         self,
@@ -50,8 +55,11 @@ class PolicyDecoder:
         policy: ExitPolicy,
         sampler: Sampler,
         kv_policy: KvPolicy = "deferred",
+        schedule: ExitSchedule | None = None,
     ) -> None:
         self._kv_policy: KvPolicy = kv_policy
+        self._schedule = schedule
+        self._steps = 0
         self._session = session
         self._policy = policy
         self._sampler = sampler
@@ -59,7 +67,8 @@ class PolicyDecoder:
 
     def step(self) -> Emitted:
         """Predicts after the last position."""
-        policy = self._policy
+        policy = self._schedule.at(self._steps) if self._schedule else self._policy
+        self._steps += 1
         if self._last is not None:
             self._session.extend([self._last])
             if policy.translates:
