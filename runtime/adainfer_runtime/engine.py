@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from .backends import Backend, load_backend
+from .batch import BatchScheduler, TakeTurns, drain
 from .certificate import certified_threshold
 from .choose import Chosen, choose, join_label
 from .decode_options import DEFAULT_OPTIONS, DecodeOptions, drafts_of, make_decoder
+from .decoding import Emitted
 from .engine_folder import load_manifest, verify_files
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, ExitPolicy, NoExit
-from .generate import Generated, GenerateRequest, generate
+from .generate import Generated, GenerateRequest, stream
 from .manifest import ExitSpec, Manifest
 from .sampling import Greedy
 from .session import Session
@@ -249,18 +252,7 @@ class Engine:
         eos = frozenset() if ignore_eos else frozenset(self._manifest.model.eos_token_ids)
         request = GenerateRequest(self._tokens(prompt), max_new_tokens, eos, timeout)
         policy = self.policy(mode, threshold=threshold, level=level)
-        with self.borrow() as session:
-            decoder = make_decoder(
-                session,
-                self._manifest,
-                policy,
-                Greedy(),
-                len(request.prompt) + max_new_tokens - 1,
-                options,
-                verified=mode == "verified",
-            )
-            done = generate(session, decoder, request, self._manifest.max_seq_len)
-        done = replace(done, drafts=drafts_of(decoder))
+        done = drain(self._text(request, policy, options, verified=mode == "verified"))
         if self._compares(policy):
             with self.borrow() as session:
                 session.extend(request.prompt)
@@ -270,6 +262,40 @@ class Engine:
             agrees = first == full or (first is None and full in eos)
             self._record(policy, agrees=agrees)
         return self._result(done)
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        mode: Mode = "off",
+        threshold: float | None = None,
+        level: float | None = None,
+        ignore_eos: bool = False,
+        timeout: float | None = None,
+        options: DecodeOptions = DEFAULT_OPTIONS,
+        scheduler: BatchScheduler = TakeTurns(),  # noqa: B008 - it is immutable
+    ) -> list[GenerationResult]:
+        """`generate` for several prompts that advance together; results are those of each alone.
+
+        Args:
+            timeout: of each text, from its own start.
+            scheduler: default: texts take turns, a token at a time, at most 8 at once.
+
+        Raises:
+            RequestError, DeadlineError: of the first text that fails; the others are given up.
+        """
+        eos = frozenset() if ignore_eos else frozenset(self._manifest.model.eos_token_ids)
+        policy = self.policy(mode, threshold=threshold, level=level)
+        requests = [
+            GenerateRequest(self._tokens(prompt), max_new_tokens, eos, timeout)
+            for prompt in prompts
+        ]
+        begin = [
+            partial(self._text, request, policy, options, verified=mode == "verified")
+            for request in requests
+        ]
+        return [self._result(done) for done in scheduler.run(begin)]
 
     def choose(
         self,
@@ -381,6 +407,22 @@ class Engine:
         if self._shadow is not None:
             promised = policy.promised if isinstance(policy, ClassifierExit) else None
             self._shadow.record(promised, agrees=agrees)
+
+    def _text(
+        self,
+        request: GenerateRequest,
+        policy: ExitPolicy,
+        options: DecodeOptions,
+        *,
+        verified: bool,
+    ) -> Generator[Emitted, None, Generated]:
+        limit = len(request.prompt) + request.max_new_tokens - 1
+        with self.borrow() as session:
+            decoder = make_decoder(
+                session, self._manifest, policy, Greedy(), limit, options, verified=verified
+            )
+            done = yield from stream(session, decoder, request, self._manifest.max_seq_len)
+        return replace(done, drafts=drafts_of(decoder))
 
     def _tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .decoding import Decoder
+from .batch import drain
+from .decoding import Decoder, Emitted
 from .errors import DeadlineError, PromptTooLongError, RequestError
 from .ledger import WorkCount
 from .session import Session
 from .verified import NO_DRAFTS, DraftCount
 
-__all__ = ["GenerateRequest", "Generated", "generate"]
+__all__ = ["GenerateRequest", "Generated", "generate", "stream"]
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ class Generated:
     drafts: DraftCount = NO_DRAFTS
 
 
-def generate(
+def stream(
     session: Session, decoder: Decoder, request: GenerateRequest, max_length: int
-) -> Generated:
+) -> Generator[Emitted, None, Generated]:
     """Extends the session with the prompt and continues it by the decoder, which works on it.
+
+    Yields every token.
 
     Raises:
         PromptTooLongError: prompt and new tokens exceed `max_length`.
@@ -77,6 +80,7 @@ def generate(
             break
         tokens.append(emitted.token)
         exit_layers.append(emitted.exit_layer)
+        yield emitted
         if len(tokens) == request.max_new_tokens:
             break
         if request.timeout is not None and time.perf_counter() - start > request.timeout:
@@ -94,6 +98,13 @@ def generate(
         session.count - after_prompt,
         time.perf_counter() - start,
     )
+
+
+def generate(
+    session: Session, decoder: Decoder, request: GenerateRequest, max_length: int
+) -> Generated:
+    """`stream` to its end."""
+    return drain(stream(session, decoder, request, max_length))
 
 
 def _check(session: Session, request: GenerateRequest, max_length: int) -> None:
