@@ -20,9 +20,7 @@ def test_verified_texts_equal_off(tiny, tmp_path):
     arguments = ["--prompts", "3", "--tokens", "16", "--batch", "1,2", "--drafts", "3"]
     arguments += ["--chunk", "7", "--kv-tolerance", "1e-4", "--json", str(out)]
     folder = tiny("llama").folder
-    done = subprocess.run(
-        [sys.executable, TOOL, folder, *arguments], capture_output=True, text=True
-    )
+    done = run(folder, *arguments)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert report["kernel_noise"] < 1e-3
