@@ -112,6 +112,14 @@ ContextOption = Annotated[
         "answer's does not.",
     ),
 ]
+ShortlistOption = Annotated[
+    bool,
+    typer.Option(
+        "--shortlist",
+        help="Also fit a low-rank head that proposes a few tokens: a cheaper probe for drafts and "
+        "exit checks.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -155,6 +163,7 @@ def run_export(
     classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
     classifier_file: ClassifierFileOption = None,
     context_exit: ContextOption = False,
+    shortlist: ShortlistOption = False,
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
@@ -178,6 +187,7 @@ def run_export(
             classifier,
             classifier_file,
             context_exit=context_exit,
+            shortlist=shortlist,
         ),
         revision=revision,
         force=force,
@@ -206,6 +216,7 @@ def run_calibrate(
     classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
     classifier_file: ClassifierFileOption = None,
     context_exit: ContextOption = False,
+    shortlist: ShortlistOption = False,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -218,6 +229,7 @@ def run_calibrate(
         classifier,
         classifier_file,
         context_exit=context_exit,
+        shortlist=shortlist,
     )
     if request is None:
         raise CalibrationError("`none` calibrates nothing: give `builtin` or task files")
@@ -272,6 +284,7 @@ def _calibration(
     classifier_file: Path | None,
     *,
     context_exit: bool,
+    shortlist: bool,
 ) -> CalibrationRequest | None:
     if ClassifierChoice.auto in classifiers and len(classifiers) > 1:
         raise CalibrationError("--classifier auto goes with no other --classifier")
@@ -288,6 +301,7 @@ def _calibration(
         classifiers=tuple(dict.fromkeys(choice.value for choice in classifiers)),
         classifier_file=classifier_file,
         context_exit=context_exit,
+        shortlist=shortlist,
     )
 
 

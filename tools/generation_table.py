@@ -1,4 +1,4 @@
-"""Modes, KV policies and draft schedules side by side: speed, layers, agreement with mode off.
+"""Modes, KV policies, probes and draft schedules side by side: speed, layers, agreement with mode off.
 
     python tools/generation_table.py build/smollm2 --prompts 12 --tokens 64 --rounds 5
 
@@ -29,6 +29,8 @@ from adainfer_runtime.confidence import ConfidenceDecay
 from adainfer_runtime.decode_options import DecodeOptions
 from adainfer_runtime.draft_schedule import Fixed
 from adainfer_runtime.engine import Mode
+from adainfer_runtime.kv_fill import KvPolicy
+from adainfer_runtime.session import ExitProbe
 
 _FORCED_DRAFTS = (1, 2, 4)
 _DECAY = 4.0
@@ -88,27 +90,37 @@ def main() -> None:
 
 def _rows(engine: Engine, tokens: int, forced_threshold: float | None) -> Iterator[Row]:
     manifest = engine.manifest
-    plain = DecodeOptions()
-    yield Row("off", "off", plain)
-    if manifest.exit is not None:
-        yield Row("verified", "verified", plain)
-    for layer in manifest.exit_points:
-        for drafts in _FORCED_DRAFTS:
-            options = DecodeOptions(draft_layer=layer, draft_schedule=Fixed(drafts))
-            yield Row(f"verified, forced: {drafts} of layer {layer}", "verified", options)
-    if not manifest.exit_points:
+    yield Row("off", "off", DecodeOptions())
+    if manifest.exit is None:
         return
-    policies = [DecodeOptions(), DecodeOptions(kv_policy="propagate")]
+    probes: tuple[ExitProbe, ...] = ("full", "shortlist") if manifest.shortlist else ("full",)
+    for probe in probes:
+        plain = DecodeOptions(probe=probe)
+        yield Row(f"verified, {probe}", "verified", plain)
+        for layer in manifest.exit_points:
+            for drafts in _FORCED_DRAFTS:
+                options = replace(plain, draft_layer=layer, draft_schedule=Fixed(drafts))
+                name = f"verified, {probe}, forced: {drafts} of layer {layer}"
+                yield Row(name, "verified", options)
+        if manifest.exit_points:
+            yield from _adaptive_rows(engine, plain, tokens, forced_threshold)
+
+
+def _adaptive_rows(
+    engine: Engine, plain: DecodeOptions, tokens: int, forced_threshold: float | None
+) -> Iterator[Row]:
+    manifest = engine.manifest
+    policies: list[KvPolicy] = ["deferred", "propagate"]
     if manifest.context_points.keys() & manifest.exit_points.keys():
-        policies.append(DecodeOptions(kv_policy="translated"))
+        policies.append("translated")
     decay = ConfidenceDecay(_DECAY, tokens)
-    for options in policies:
-        yield Row(f"adaptive, {options.kv_policy}", "adaptive", options)
-        falling = replace(options, confidence=decay)
-        yield Row(f"adaptive, {options.kv_policy}, falling", "adaptive", falling)
+    for policy in policies:
+        options = replace(plain, kv_policy=policy)
+        name = f"adaptive, {policy}, {plain.probe}"
+        yield Row(name, "adaptive", options)
+        yield Row(f"{name}, falling", "adaptive", replace(options, confidence=decay))
         if forced_threshold is not None:
-            name = f"adaptive, {options.kv_policy}, forced: {forced_threshold}"
-            yield Row(name, "adaptive", options, forced_threshold)
+            yield Row(f"{name}, forced: {forced_threshold}", "adaptive", options, forced_threshold)
 
 
 def _turn(

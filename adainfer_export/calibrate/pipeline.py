@@ -20,6 +20,7 @@ from .fitting import Fitted, FittedGraph, classifier_entries, fit_graphs
 from .request import CalibrationRequest
 from .scored import CHOICE, Scored, observe, score_predictions
 from .select import Outcome, choose_threshold, outcome_figures
+from .shortlist import with_shortlist
 
 __all__ = ["calibrate", "recalibrate"]
 
@@ -55,6 +56,8 @@ def calibrate(
         final = with_context_exit(
             files, final, fitted.parts, classifier_entries(request), request, reporter
         )
+    if request.shortlist:
+        final = with_shortlist(files, final, fitted.parts, reporter)
     final = _report(folder, final, fitted.parts)
     tried = written.files.keys() | files.written.keys()
     for name in tried - final.files.keys() - in_use.files.keys():

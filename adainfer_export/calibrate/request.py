@@ -24,6 +24,7 @@ class CalibrationRequest:
             first that pays the default one; or `auto` alone for the one that saves most.
         classifier_file: a classifier of one's own (see `classifiers.own`), which then comes first.
         context_exit: whether to fit a context exit as well.
+        shortlist: whether to fit a low-rank head that proposes tokens to a cheaper probe.
     """
 
     files: tuple[Path, ...] = ()
@@ -33,4 +34,5 @@ class CalibrationRequest:
     classifiers: tuple[str, ...] = ("svm",)
     classifier_file: Path | None = None
     context_exit: bool = False
+    shortlist: bool = False
     seed: int = 0

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from .confidence import ConfidenceDecay, DecayingExit
 from .decoding import Decoder, PolicyDecoder
 from .draft_schedule import DecodeCosts, DraftSchedule
+from .errors import ExitUnavailableError
 from .exit_policy import ClassifierExit, ExitPolicy
 from .kv_fill import KvPolicy
 from .manifest import Manifest
 from .sampling import Sampler
-from .session import Session
+from .session import ExitProbe, Session
 from .verified import NO_DRAFTS, DraftCount, VerifiedDecoder, verified_decoder
 
 __all__ = ["DEFAULT_OPTIONS", "DecodeOptions", "drafts_of", "make_decoder"]
@@ -25,6 +26,8 @@ class DecodeOptions:
         kv_policy: what becomes of positions that stopped early, in modes `adaptive` and `context`:
             `deferred` is exact.
         confidence: lets the threshold of mode `adaptive` fall over the text; default: it does not.
+        probe: of exit points in mode `adaptive`, and of drafts in mode `verified`; `shortlist` is
+            cheaper, and never has the last word.
         draft_layer: exit point that drafts in mode `verified`; default: by expected cost.
         draft_schedule: how many drafts; default: by their acceptance so far and their cost.
         costs: measured costs for that choice; default: by multiply-adds.
@@ -32,6 +35,7 @@ class DecodeOptions:
 
     kv_policy: KvPolicy = "deferred"
     confidence: ConfidenceDecay | None = None
+    probe: ExitProbe = "full"
     draft_layer: int | None = None
     draft_schedule: DraftSchedule | None = None
     costs: DecodeCosts | None = None
@@ -56,12 +60,16 @@ def make_decoder(
         limit: positions that the session may come to hold: prompt and new tokens but the last.
 
     Raises:
-        ExitUnavailableError: mode `verified` has nothing to draft with.
+        ExitUnavailableError: mode `verified` has nothing to draft with, or there is no shortlist.
         RequestError: the exit graph's thresholds have no range to fall over.
     """
+    if options.probe == "shortlist" and manifest.shortlist is None:
+        raise ExitUnavailableError(
+            "this engine has no shortlist: run `adainfer calibrate DIR --shortlist`"
+        )
     if not verified:
         schedule = _schedule(policy, manifest, options.confidence)
-        return PolicyDecoder(session, policy, sampler, options.kv_policy, schedule)
+        return PolicyDecoder(session, policy, sampler, options.kv_policy, schedule, options.probe)
     return verified_decoder(
         session,
         manifest,
@@ -70,6 +78,7 @@ def make_decoder(
         draft_layer=options.draft_layer,
         schedule=options.draft_schedule,
         costs=options.costs,
+        probe=options.probe,
     )
 
 

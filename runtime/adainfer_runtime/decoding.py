@@ -10,7 +10,7 @@ from .confidence import ExitSchedule
 from .exit_policy import ExitPolicy, NoExit
 from .kv_fill import KvPolicy
 from .sampling import Sampler
-from .session import Session
+from .session import ExitProbe, Session
 
 __all__ = ["Decoder", "Emitted", "PolicyDecoder", "take"]
 
@@ -56,7 +56,9 @@ class PolicyDecoder:
         sampler: Sampler,
         kv_policy: KvPolicy = "deferred",
         schedule: ExitSchedule | None = None,
+        exit_probe: ExitProbe = "full",
     ) -> None:
+        self._exit_probe: ExitProbe = exit_probe
         self._kv_policy: KvPolicy = kv_policy
         self._schedule = schedule
         self._steps = 0
@@ -74,7 +76,9 @@ class PolicyDecoder:
             if policy.translates:
                 # Translated K,V answer one question; the KV policy says what follows is over.
                 policy = NoExit()
-        prediction = self._session.predict(policy, kv_policy=self._kv_policy)
+        prediction = self._session.predict(
+            policy, kv_policy=self._kv_policy, exit_probe=self._exit_probe
+        )
         self._last = take(self._sampler, prediction.result, self._session)
         return Emitted(self._last, prediction.exit_layer)
 

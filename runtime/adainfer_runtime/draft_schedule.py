@@ -45,15 +45,21 @@ class DecodeCosts:
     draft_probe: float | None = None
 
     @classmethod
-    def of_manifest(cls, manifest: Manifest) -> DecodeCosts:
-        """By multiply-adds: what can be said without a measurement."""
+    def of_manifest(cls, manifest: Manifest, *, shortlist: bool = False) -> DecodeCosts:
+        """By multiply-adds: what can be said without a measurement.
+
+        Args:
+            shortlist: drafts use the folder's shortlist, where it has one.
+        """
         stages = manifest.layer_stages
         layer = sum(stage.multiply_adds for stage in stages) / manifest.depth
+        spec = manifest.shortlist
         adapters = [point.multiply_adds for point in manifest.exit_points.values()]
         return cls(
             manifest.depth,
             manifest.probe.multiply_adds / layer,
             max(adapters, default=0) / layer,
+            draft_probe=spec.multiply_adds / layer if shortlist and spec else None,
         )
 
     def batch(self, rows: int) -> float:

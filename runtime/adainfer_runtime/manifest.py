@@ -19,6 +19,7 @@ __all__ = [
     "Manifest",
     "ModelSpec",
     "Quantisation",
+    "ShortlistSpec",
     "SourceFile",
     "SourceSpec",
     "StageSpec",
@@ -207,6 +208,22 @@ class ExitSpec(_Record):
         return self
 
 
+class ShortlistSpec(_Record):
+    """A low-rank LM head that proposes `rows` tokens, to be scored exactly by `candidates`.
+
+    `file` takes `hidden` and gives its own logits `[vocab_size]`, their `log_sum_exp` and
+    `candidates`. `recall` is the share of held-out positions at which the best of them is the
+    head's own token, by the layer that the (adapted) hidden states are of. `multiply_adds` counts
+    both steps.
+    """
+
+    file: str
+    rank: int
+    rows: int
+    multiply_adds: int
+    recall: dict[str, float]
+
+
 class TokenizerSpec(_Record):
     """Files of the Hugging Face tokenizer."""
 
@@ -243,6 +260,7 @@ class Manifest(_Record):
     other_exits: tuple[ExitSpec, ...] = ()
     choice_exit: ExitSpec | None = None
     context_exit: ExitSpec | None = None
+    shortlist: ShortlistSpec | None = None
     tokenizer: TokenizerSpec | None = None
     files: dict[str, FileRecord]
 
@@ -292,6 +310,7 @@ class Manifest(_Record):
                 "other_exits": (),
                 "choice_exit": None,
                 "context_exit": None,
+                "shortlist": None,
                 "joined": (),
                 "files": {},
             }
@@ -371,6 +390,7 @@ class Manifest(_Record):
         paths += [stage.wide_file for stage in stages if stage.wide_file]
         paths += [point.adapter for point in self.exit_points.values() if point.adapter]
         paths += [point.translate for point in self.context_points.values() if point.translate]
+        paths += [self.shortlist.file] if self.shortlist else []
         for classifier in self.classifiers:
             paths.append(classifier.graph)
             if classifier.reference:

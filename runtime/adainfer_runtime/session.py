@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,9 @@ from .kv_fill import KvFiller, KvPolicy, find_filler
 from .ledger import KvState, WorkCount
 from .manifest import Manifest
 
-__all__ = ["Observation", "Prediction", "Session"]
+__all__ = ["ExitProbe", "Observation", "Prediction", "Session"]
+
+ExitProbe = Literal["full", "shortlist"]
 
 
 @dataclass(frozen=True)
@@ -113,22 +116,26 @@ class Session:
         policy: ExitPolicy,
         candidates: npt.NDArray[np.int64] | None = None,
         kv_policy: KvPolicy = "deferred",
+        exit_probe: ExitProbe = "full",
     ) -> Prediction:
         """The next token after the last position, by as few layers as the policy allows.
 
         Args:
             kv_policy: what becomes of positions that stopped early, where this one goes deeper.
+            exit_probe: `shortlist` looks at an exit point with the cheaper probe first, and
+                with the full one where that says "stop": both must agree. Candidates and context
+                exits have probes of their own.
             candidates: `[n]` different token ids of which one is wanted; the result's logits are
                 then theirs, `[n]`. Default: the whole vocabulary.
 
         Raises:
             RequestError: the session is empty, or no such KV policy.
-            ExitUnavailableError: the folder lacks what the KV policy needs.
+            ExitUnavailableError: the folder lacks what the KV policy or the probe needs.
         """
         if self.length == 0:
             raise RequestError("the session is empty: extend it with a prompt first")
         filler = find_filler(kv_policy, self._backend, self._manifest)
-        prediction = self._predict(policy, candidates, filler)
+        prediction = self._predict(policy, candidates, filler, exit_probe)
         self._chain.ledger.stop()
         return prediction
 
@@ -137,6 +144,7 @@ class Session:
         policy: ExitPolicy,
         candidates: npt.NDArray[np.int64] | None,
         filler: KvFiller | None,
+        exit_probe: ExitProbe,
     ) -> Prediction:
         rows = self._probe_cost if candidates is None else len(candidates) * self._width
         self._chain.ledger.record_probe(0, rows)
@@ -146,17 +154,35 @@ class Session:
             if layer < reached:
                 continue  # the position is past this exit point: its hidden state there is gone
             self._chain.advance(layer, filler)
-            if policy.translates:
-                if not self._chain.can_translate(layer):
-                    continue
-                evidence = self._context_evidence(layer)
-            else:
-                evidence = self._evidence(layer, candidates if policy.over_candidates else None)
-            stop, state = policy.decide(layer, evidence, state)
+            if policy.translates and not self._chain.can_translate(layer):
+                continue
+            stop, evidence, state = self._judge(layer, policy, candidates, state, exit_probe)
             if stop:
                 return Prediction(_among(evidence.result, candidates), layer)
         self._chain.advance(self._manifest.boundaries[-1], filler)
         return Prediction(self._probe(self._chain.last_hidden(), candidates), self._manifest.depth)
+
+    def _judge(
+        self,
+        layer: int,
+        policy: ExitPolicy,
+        candidates: npt.NDArray[np.int64] | None,
+        state: npt.NDArray[np.float32],
+        exit_probe: ExitProbe,
+    ) -> tuple[bool, ExitEvidence, npt.NDArray[np.float32]]:
+        """Whether to stop at a layer, what was found there, and the policy's next state."""
+        if policy.translates:
+            evidence = self._context_evidence(layer)
+        elif candidates is None and exit_probe == "shortlist":
+            evidence = self._evidence(layer, None, "shortlist")
+            stop, next_state = policy.decide(layer, evidence, state)
+            if not stop:
+                return stop, evidence, next_state
+            evidence = self._evidence(layer, None)
+        else:
+            evidence = self._evidence(layer, candidates if policy.over_candidates else None)
+        stop, next_state = policy.decide(layer, evidence, state)
+        return stop, evidence, next_state
 
     def observe(
         self,
@@ -223,16 +249,17 @@ class Session:
         """Hidden states `[positions, hidden_size]`, each at the boundary it stands at (a view)."""
         return self._chain.hidden(start, self.length if end is None else end)
 
-    def look(self, exit_layer: int) -> ExitEvidence:
+    def look(self, exit_layer: int, probe: ExitProbe = "full") -> ExitEvidence:
         """What an exit point says of the last position, which waits there then.
 
         Raises:
             RequestError: no engine ends there, or the position is past it.
+            ExitUnavailableError: the folder has no shortlist.
         """
         if self.length == 0 or self._chain.depth(self.length - 1) > exit_layer:
             raise RequestError("look needs a new position: extend the session first")
         self.advance(exit_layer)
-        return self._evidence(exit_layer, None)
+        return self._evidence(exit_layer, None, probe)
 
     def verify_tokens(self, start: int) -> npt.NDArray[np.int64]:
         """The full model's tokens `[positions]` after each position from `start` on."""
@@ -276,10 +303,20 @@ class Session:
         self._chain.ledger.record_probe(cost, cost)
         return self.hidden(start)
 
-    def _evidence(self, exit_layer: int, candidates: npt.NDArray[np.int64] | None) -> ExitEvidence:
+    def _evidence(
+        self,
+        exit_layer: int,
+        candidates: npt.NDArray[np.int64] | None,
+        probe: ExitProbe = "full",
+    ) -> ExitEvidence:
         self._chain.ledger.record_probe(self._adapter_costs.get(exit_layer, 0), 0)
         adapted, trust = self._backend.adapt(exit_layer, self._chain.last_hidden())
-        return ExitEvidence(self._probe(adapted, candidates), trust)
+        if probe == "full":
+            return ExitEvidence(self._probe(adapted, candidates), trust)
+        result = self._backend.shortlist(adapted)
+        spec = self._manifest.shortlist
+        self._chain.ledger.record_probe(spec.multiply_adds if spec else 0, 0)
+        return ExitEvidence(result, trust)
 
     def _context_evidence(self, exit_layer: int) -> ExitEvidence:
         waiting = self.length - 1 - self._chain.ledger.filled[-1]

@@ -30,7 +30,7 @@ from .errors import ExitUnavailableError
 from .exit_policy import NoExit
 from .manifest import Manifest
 from .sampling import Sampler
-from .session import Session
+from .session import ExitProbe, Session
 
 __all__ = [
     "NO_DRAFTS",
@@ -95,10 +95,11 @@ class ExitDrafter:
     """Drafts by an exit point's adapter and the probe."""
 
     layer: int
+    probe: ExitProbe = "full"
 
     def propose(self, session: Session, sampler: Sampler) -> Draft:
         """Every position is brought to the exit point; the last one is read there."""
-        result = session.look(self.layer).result
+        result = session.look(self.layer, self.probe).result
         if sampler.plain:
             return Draft(result.token, self.layer, result.top_prob)
         distribution = sampler.probabilities(result.logits, session.tokens)
@@ -233,6 +234,7 @@ def verified_decoder(
     draft_layer: int | None = None,
     schedule: DraftSchedule | None = None,
     costs: DecodeCosts | None = None,
+    probe: ExitProbe = "full",
 ) -> VerifiedDecoder:
     """The decoder of a request in mode `verified`.
 
@@ -241,11 +243,12 @@ def verified_decoder(
             whose calibration said "do not exit" drafts nothing.
         schedule: default: `Adaptive`.
         costs: default: by multiply-adds.
+        probe: that drafts are made with.
 
     Raises:
         ExitUnavailableError: nothing to draft with, or no engine ends at `draft_layer`.
     """
-    costs = costs or DecodeCosts.of_manifest(manifest)
+    costs = costs or DecodeCosts.of_manifest(manifest, shortlist=probe == "shortlist")
     if draft_layer is None:
         draft_layer = default_draft_layer(manifest, costs)
         if draft_layer is None and manifest.exit is None:
@@ -264,7 +267,7 @@ def verified_decoder(
     return VerifiedDecoder(
         session,
         sampler,
-        ExitDrafter(draft_layer),
+        ExitDrafter(draft_layer, probe),
         schedule or Adaptive(costs, draft_layer),
         limit,
         Acceptance(prior),

@@ -80,6 +80,11 @@ class Backend(Protocol):
     def probe_candidates(self, hidden: Float32, candidates: npt.NDArray[np.int64]) -> ProbeResult:
         """The same over `[candidates]` token ids alone: probabilities are among them."""
 
+    def shortlist(self, hidden: Float32) -> ProbeResult:
+        """The probe of a position, from tokens that a low-rank head proposes and the LM head scores
+        exactly; other logits, and the sum behind probabilities, are the low-rank head's.
+        """
+
     def probe_logits(self, hidden: Float32) -> Float32:
         """Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`."""
 

@@ -14,9 +14,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DeviceError, RequestError, StageError
+from ..errors import DeviceError, ExitUnavailableError, RequestError, StageError
 from ..manifest import Manifest, StageSpec
 from .base import ExitEvidence, Float32, ProbeResult
+from .rescore import rescored
 
 __all__ = ["OrtCpuBackend", "load", "open_session"]
 
@@ -142,6 +143,7 @@ class OrtCpuBackend:
         self._wide_rows = (quantisation.wide_rows if quantisation else None) or 0
         self._probe = open_stage(manifest.probe.file)
         self._candidates = open_stage(manifest.candidates.file)
+        self._proposals = open_stage(manifest.shortlist.file) if manifest.shortlist else None
         self._adapters = {
             layer: open_stage(point.adapter)
             for layer, point in manifest.exit_points.items()
@@ -185,6 +187,18 @@ class OrtCpuBackend:
         )
         token = int(candidates[place[0, 0]])
         return ProbeResult(token, float(top_prob[0, 0]), float(gap[0, 0]), logits[0, 0])
+
+    def shortlist(self, hidden: Float32) -> ProbeResult:
+        """One position `[hidden_size]`."""
+        if self._proposals is None:
+            raise ExitUnavailableError(
+                "this engine has no shortlist: run `adainfer calibrate DIR --shortlist`"
+            )
+        feed = {"hidden": hidden.reshape(1, 1, -1)}
+        outputs = ["logits", "log_sum_exp", "candidates"]
+        logits, total, candidates = self._proposals.run(outputs, feed)
+        exact = self.probe_candidates(hidden, candidates).logits
+        return rescored(logits, float(total[0]), candidates, exact)
 
     def probe_logits(self, hidden: Float32) -> Float32:
         """`[rows, hidden_size]` to `[rows, vocab_size]`."""
