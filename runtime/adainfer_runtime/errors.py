@@ -79,7 +79,7 @@ class TokenizerMissingError(RequestError):
 
 
 class ExitUnavailableError(RequestError):
-    """Adaptive mode was asked of an engine without an exit graph."""
+    """A mode, KV policy or probe needs what this engine folder does not have."""
 
 
 class DeadlineError(AdaInferError):

@@ -242,6 +242,7 @@ class Manifest(_Record):
     kind of classifier, that requests and evaluations may name. `choice_exit` is for choices among
     labels: it reads features over the labels' rows of the head alone. They share the adapters:
     there is at most one per exit layer. `context_exit` lets all positions but the last stop.
+    `shortlist` is a cheaper probe for drafts and first looks at exit points.
     """
 
     schema_version: int
