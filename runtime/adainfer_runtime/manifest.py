@@ -379,6 +379,10 @@ class Manifest(_Record):
             raise ValueError(f"stages must hold layers, and one each of {', '.join(singles)}")
         _check_layers(self.cut, self.model.num_layers)
         _check_layers(self.layer_stages, self.model.num_layers)
+        if len(self.kv_fills) not in (0, self.model.num_layers):
+            raise ValueError(
+                f"kv_fill stages for {len(self.kv_fills)} of {self.model.num_layers} layers"
+            )
         for layer in self.exit_layers:
             if layer not in self.boundaries[:-1]:
                 raise ValueError(f"exit point {layer} is no boundary between engines")
