@@ -127,6 +127,14 @@ TranslatorsOption = Annotated[
         "(ridge), or then trained through those layers.",
     ),
 ]
+ShortlistOption = Annotated[
+    bool,
+    typer.Option(
+        "--shortlist",
+        help="Also fit a low-rank head that proposes a few tokens: a cheaper probe for drafts and "
+        "exit checks.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -171,6 +179,7 @@ def run_export(
     classifier_file: ClassifierFileOption = None,
     context_exit: ContextOption = False,
     translators: TranslatorsOption = TranslatorChoice.distilled,
+    shortlist: ShortlistOption = False,
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
@@ -195,6 +204,7 @@ def run_export(
             classifier_file,
             context_exit=context_exit,
             translators=translators,
+            shortlist=shortlist,
         ),
         revision=revision,
         force=force,
@@ -224,6 +234,7 @@ def run_calibrate(
     classifier_file: ClassifierFileOption = None,
     context_exit: ContextOption = False,
     translators: TranslatorsOption = TranslatorChoice.distilled,
+    shortlist: ShortlistOption = False,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -237,6 +248,7 @@ def run_calibrate(
         classifier_file,
         context_exit=context_exit,
         translators=translators,
+        shortlist=shortlist,
     )
     if request is None:
         raise CalibrationError("`none` calibrates nothing: give `builtin` or task files")
@@ -292,6 +304,7 @@ def _calibration(
     *,
     context_exit: bool,
     translators: TranslatorChoice,
+    shortlist: bool,
 ) -> CalibrationRequest | None:
     if ClassifierChoice.auto in classifiers and len(classifiers) > 1:
         raise CalibrationError("--classifier auto goes with no other --classifier")
@@ -309,6 +322,7 @@ def _calibration(
         classifier_file=classifier_file,
         context_exit=context_exit,
         translators=translators.value,
+        shortlist=shortlist,
     )
 
 

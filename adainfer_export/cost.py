@@ -22,6 +22,11 @@ def _of_node(node: ir.Node) -> int:
     if node.op_type not in ("MatMul", "Gemm"):
         return 0
     weight = node.inputs[1]
-    if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
+    if weight is None or weight.shape is None or len(weight.shape) != 2:
         return 0
-    return math.prod(weight.const_value.shape.numpy())
+    producer = weight.producer()
+    cut = producer is not None and producer.op_type == "Slice"
+    stored = producer.inputs[0] if producer is not None and cut else weight
+    if stored is None or stored.const_value is None:
+        return 0
+    return math.prod(weight.shape.numpy())

@@ -126,10 +126,12 @@ def _write_stages(
     writer = StageWriter(folder, checkpoint)
     reporter.begin("exporting layers", num_layers)
     specs = []
-    for stage in split_decoder(decoder, groups):
+    project_kv = dialect.kv_fill.project if dialect.kv_fill else None
+    for stage in split_decoder(decoder, groups, project_kv):
         specs.append(_write_stage(stage, writer, dialect, precision, checkpoint.tied_head))
-        for layer in range(stage.first_layer, stage.last_layer + 1 if stage.last_layer else 0):
-            reporter.step(f"layer {layer}/{num_layers}")
+        if stage.kind == "layers":
+            for layer in range(stage.first_layer, stage.last_layer + 1):
+                reporter.step(f"layer {layer}/{num_layers}")
     files = writer.close()
     _require_all_used(checkpoint, writer.read)
     tokenizer, tokenizer_files = _write_tokenizer(folder, checkpoint)
@@ -170,6 +172,8 @@ def _write_stage(
         weights = dialect.lower_probe(graph, precision)
     elif stage.kind == "candidates":
         weights = dialect.lower_candidates(graph, precision)
+    elif stage.kind == "kv_fill" and dialect.kv_fill is not None:
+        weights = dialect.kv_fill.lower(graph, precision)
     else:
         weights = dialect.lower_layers(graph, precision)
         dialect.check_layers(graph, stage.last_layer - stage.first_layer + 1, precision)

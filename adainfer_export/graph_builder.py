@@ -7,6 +7,8 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
+from .lower.graph import CONTRIB
+
 __all__ = ["GraphBuilder", "graph_input", "serialise"]
 
 _OPSET, _IR_VERSION = 24, 11
@@ -18,6 +20,12 @@ class GraphBuilder:
     def __init__(self) -> None:
         self._tape = Tape()
         self._constants: dict[str, ir.Value] = {}
+        self._contrib = False
+
+    def contrib(self, op_type: str, *inputs: ir.Value, **attributes: int | float) -> ir.Value:
+        """A node of ONNX Runtime's own operators."""
+        self._contrib = True
+        return self._tape.op(op_type, list(inputs), attributes=attributes, domain=CONTRIB)
 
     def op(self, op_type: str, *inputs: ir.Value, **attributes: int | float) -> ir.Value:
         """A node with one output."""
@@ -27,6 +35,11 @@ class GraphBuilder:
         """The two largest along the last axis, and where they are; of equal ones the first."""
         values, places = self._tape.op_multi_out("TopK", [value, self.ints([2])], num_outputs=2)
         return values, places
+
+    def top(self, values: ir.Value, count: int) -> ir.Value:
+        """Where the largest are along the last axis."""
+        _, places = self._tape.op_multi_out("TopK", [values, self.ints([count])], num_outputs=2)
+        return places
 
     def const(self, name: str, values: npt.ArrayLike) -> ir.Value:
         """A float32 initialiser; the name must be new."""
@@ -39,6 +52,10 @@ class GraphBuilder:
     def index(self, name: str, values: list[int]) -> ir.Value:
         """A long int64 initialiser."""
         return self._add(name, np.array(values, np.int64))
+
+    def codes(self, name: str, values: npt.NDArray[np.uint8]) -> ir.Value:
+        """A uint8 initialiser."""
+        return self._add(name, values)
 
     def bools(self, name: str, values: npt.ArrayLike) -> ir.Value:
         """A boolean initialiser."""
@@ -100,7 +117,7 @@ class GraphBuilder:
             outputs,
             nodes=self._tape.nodes,
             initializers=self._tape.initializers,
-            opset_imports={"": _OPSET},
+            opset_imports={"": _OPSET} | ({CONTRIB: 1} if self._contrib else {}),
             name=name,
         )
         return ir.Model(graph, ir_version=_IR_VERSION, producer_name="adainfer-export")

@@ -6,7 +6,7 @@ decoder in which more crosses is refused. Layer numbers are 1-based, as in exit 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -15,11 +15,15 @@ from .errors import UnsupportedError
 from .features import add_candidate_features, add_features
 from .frontend import layer_of
 from .lower.attention import SEQLENS_K, TOTAL_LENGTH
+from .lower.kv_fill import START
 
 __all__ = ["StageGraph", "layer_groups", "split_decoder"]
 
 _OPSET = 24
 _IR_VERSION = 11
+
+# From an attention and the first row's position: its query, key and value, as they are cached.
+ProjectKv = Callable[[ir.Node, ir.Value], list[ir.Value]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,11 @@ def layer_groups(num_layers: int, per_engine: int) -> list[tuple[int, int]]:
     ]
 
 
-def split_decoder(model: ir.Model, groups: list[tuple[int, int]]) -> Iterator[StageGraph]:
-    """Yields `embed`, one stage per group of layers, `probe` and `candidates`, in that order.
+def split_decoder(
+    model: ir.Model, groups: list[tuple[int, int]], project_kv: ProjectKv | None = None
+) -> Iterator[StageGraph]:
+    """Yields `embed`, one stage per group of layers, `probe` and `candidates`, in that order; with
+    `project_kv` also one `kv_fill` per layer, behind the layer's own stage.
 
     Raises:
         UnsupportedError: another tensor than the residual stream crosses a boundary.
@@ -54,6 +61,9 @@ def split_decoder(model: ir.Model, groups: list[tuple[int, int]]) -> Iterator[St
     for first, last in groups:
         name = f"layer_{first:03d}" if first == last else f"layers_{first:03d}_{last:03d}"
         yield StageGraph(name, "layers", _layers(graph, name, boundaries, first, last), first, last)
+        if project_kv is not None:
+            for layer in range(first, last + 1):
+                yield _kv_fill(graph, boundaries[layer - 1], layer, project_kv)
     logits = graph.outputs[0]
     few = _extract(graph, "candidates", [boundaries[-1]], [logits])
     add_candidate_features(few.graph)
@@ -126,6 +136,21 @@ def _layers(
     return model
 
 
+def _kv_fill(graph: ir.Graph, before: ir.Value, layer: int, project_kv: ProjectKv) -> StageGraph:
+    present = next(out for out in graph.outputs if out.name == f"present.{layer - 1}.key")
+    attention = present.producer()
+    assert attention is not None  # caches are what attention gives
+    start = next((value for value in graph.inputs if value.name == START), None)
+    if start is None:
+        start = ir.Value(name=START, type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape([1]))
+        graph.inputs.append(start)
+    name = f"kv_fill_{layer:03d}"
+    outputs = project_kv(attention, start)
+    return StageGraph(
+        name, "kv_fill", _extract(graph, name, [before, start], outputs), layer, layer
+    )
+
+
 def _extract(
     graph: ir.Graph, name: str, inputs: list[ir.Value], outputs: list[ir.Value]
 ) -> ir.Model:
@@ -133,7 +158,7 @@ def _extract(
     stage.name = name
     stage.opset_imports[""] = _OPSET
     for value in stage.inputs:
-        if value.name not in (SEQLENS_K, TOTAL_LENGTH, "input_ids") and "past" not in (
+        if value.name not in (SEQLENS_K, TOTAL_LENGTH, START, "input_ids") and "past" not in (
             value.name or ""
         ):
             value.name = "hidden"

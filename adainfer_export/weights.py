@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .quantise import quantise_blocks
 from .sources.checkpoint import Checkpoint
 
-__all__ = ["Dense", "Quantised", "WeightExpr", "evaluate"]
+__all__ = ["Dense", "Quantised", "Rows", "Stored", "WeightExpr", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,23 @@ class Quantised:
     field: Literal["packed", "scales"]
 
 
-WeightExpr = Dense | Quantised
+@dataclass(frozen=True)
+class Rows:
+    """Rows `start … end-1` of `total` of what is stored already: a reference into it."""
+
+    whole: Dense | Quantised
+    start: int
+    end: int
+    total: int
+
+
+Stored = Dense | Quantised
+WeightExpr = Stored | Rows
 
 
 def evaluate(
-    checkpoint: Checkpoint, exprs: tuple[WeightExpr, ...]
-) -> dict[WeightExpr, npt.NDArray[np.generic]]:
+    checkpoint: Checkpoint, exprs: tuple[Stored, ...]
+) -> dict[Stored, npt.NDArray[np.generic]]:
     """Values of expressions over the same parts, each part read once.
 
     Raises:
@@ -49,7 +60,7 @@ def evaluate(
     """
     tensors = [checkpoint.read(name) for name in exprs[0].parts]
     dense = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=0)
-    values: dict[WeightExpr, npt.NDArray[np.generic]] = {}
+    values: dict[Stored, npt.NDArray[np.generic]] = {}
     for expr in exprs:
         if isinstance(expr, Dense):
             values[expr] = np.ascontiguousarray(dense.T) if expr.transpose else dense

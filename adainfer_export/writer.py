@@ -14,8 +14,9 @@ import onnx_ir as ir
 from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.manifest import FileRecord
 
+from .errors import LoweringError
 from .sources.checkpoint import Checkpoint
-from .weights import Dense, Quantised, WeightExpr, evaluate
+from .weights import Dense, Quantised, Rows, WeightExpr, evaluate
 
 __all__ = ["StageWriter"]
 
@@ -86,13 +87,25 @@ class StageWriter:
     def _place_weight(self, file: str, value: ir.Value, weights: dict[str, WeightExpr]) -> None:
         assert value.name is not None  # initialisers are keyed by name
         expr = weights.get(value.name, Dense((value.name,)))
+        if isinstance(expr, Rows):
+            value.const_value = self._reference(value, self._place_of_rows(expr))
+            return
         if expr not in self._places:
             # Both tensors of a quantised matrix come from one read of it.
-            siblings = tuple(e for e in weights.values() if e.parts == expr.parts)
+            stored = (e for e in weights.values() if not isinstance(e, Rows))
+            siblings = tuple(e for e in stored if e.parts == expr.parts)
             wanted = tuple(e for e in (expr, *siblings) if e not in self._places)
             for key, array in evaluate(self._checkpoint, tuple(dict.fromkeys(wanted))).items():
                 self._places[key] = self._append(file, array)
         value.const_value = self._reference(value, self._places[expr])
+
+    def _place_of_rows(self, expr: Rows) -> _Place:
+        whole = self._places.get(expr.whole)
+        if whole is None:
+            raise LoweringError(f"rows of {'+'.join(expr.whole.parts)}, which no stage holds")
+        row = whole.length // expr.total
+        offset = whole.offset + expr.start * row
+        return _Place(whole.file, offset, (expr.end - expr.start) * row)
 
     def _place_table(self, value: ir.Value) -> None:
         tensor = value.const_value

@@ -28,6 +28,7 @@ from .fitting import Fitted, classifier_entries, fit_graphs
 from .request import CalibrationRequest
 from .scored import CHOICE, CONTEXT, Scored, observe, score_predictions
 from .select import Outcome, choose_threshold, outcome_figures
+from .shortlist import with_shortlist
 
 __all__ = ["calibrate", "recalibrate"]
 
@@ -61,6 +62,8 @@ def calibrate(
     paying = tuple(graph for graph in fitted.graphs if graph.name in judged)
     final = write(paying, context=context.spec if context and CONTEXT in judged else None)
     final = _finish(final, judged)
+    if request.shortlist:
+        final = with_shortlist(files, final, fitted.parts, reporter)
     if final.named_exits:
         final = _with_plan(folder, final, reporter)
     final = _report(folder, final, fitted.parts)

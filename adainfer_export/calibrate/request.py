@@ -26,6 +26,7 @@ class CalibrationRequest:
         context_exit: whether to fit a context exit as well.
         translators: of context exits, `ridge` in closed form, `distilled` then trained through the
             layers above.
+        shortlist: whether to fit a low-rank head that proposes tokens to a cheaper probe.
     """
 
     files: tuple[Path, ...] = ()
@@ -36,4 +37,5 @@ class CalibrationRequest:
     classifier_file: Path | None = None
     context_exit: bool = False
     translators: Literal["distilled", "ridge"] = "distilled"
+    shortlist: bool = False
     seed: int = 0

@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from ..errors import UnsupportedError
 from ..weights import WeightExpr
-from . import attention, ort
+from . import attention, kv_fill, ort
 from .precision import PRECISIONS, Precision
 
 __all__ = ["TARGETS", "Dialect", "Target", "find_target"]
@@ -19,11 +19,20 @@ Weights = dict[str, WeightExpr]
 
 
 @dataclass(frozen=True)
+class KvFill:
+    """How a layer's K and V are computed from another hidden state (see `kv_fill`)."""
+
+    project: Callable[[ir.Node, ir.Value], list[ir.Value]]
+    lower: Callable[[ir.Graph, Precision], Weights]
+
+
+@dataclass(frozen=True)
 class Dialect:
     """The passes of a target, in the order they are applied.
 
     `widen` turns a lowered stage into its form for many positions and says whether there is one;
-    `fuse_joined` mends the seams of lowered stages that were put into one graph.
+    `fuse_joined` mends the seams of lowered stages that were put into one graph; `kv_fill` is None
+    where a target has no such stages.
     """
 
     lower_decoder: Callable[..., None]
@@ -34,6 +43,7 @@ class Dialect:
     check_layers: Callable[[ir.Graph, int, Precision], None]
     widen: Callable[[ir.Graph, Precision], bool]
     fuse_joined: Callable[[ir.Graph], None]
+    kv_fill: KvFill | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,7 @@ _ORT_CPU = Dialect(
     check_layers=ort.check_layers,
     widen=ort.widen,
     fuse_joined=ort.fuse_skip_norms,
+    kv_fill=KvFill(kv_fill.project_kv, kv_fill.lower_kv_fill),
 )
 
 TARGETS: tuple[Target, ...] = (

@@ -1,6 +1,10 @@
 """Run LLMs with adaptive early exit: loads engine folders that `adainfer-export` writes."""
 
+from .batch import BatchScheduler, TakeTurns
+from .confidence import ConfidenceDecay
 from .conversation import Conversation
+from .decode_options import DecodeOptions
+from .draft_schedule import Adaptive, DecodeCosts, Fixed
 from .engine import Engine
 from .errors import AdaInferError
 from .exit_policy import ClassifierExit, ExitPolicy, FixedExit, NoExit
@@ -19,13 +23,19 @@ from .statistics import EngineStatistics
 
 __all__ = [
     "AdaInferError",
+    "Adaptive",
+    "BatchScheduler",
     "CancelToken",
     "ChoiceResult",
     "ClassifierExit",
+    "ConfidenceDecay",
     "Conversation",
+    "DecodeCosts",
+    "DecodeOptions",
     "Engine",
     "EngineStatistics",
     "ExitPolicy",
+    "Fixed",
     "FixedExit",
     "GenerationOptions",
     "GenerationResult",
@@ -36,6 +46,7 @@ __all__ = [
     "SamplingOptions",
     "Session",
     "StreamEvent",
+    "TakeTurns",
     "TokenLogprob",
     "__version__",
 ]

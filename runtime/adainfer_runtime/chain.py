@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import groupby
 
 import numpy as np
 import numpy.typing as npt
 
 from .backends import Backend
-from .ledger import Ledger, Pass, StageCost
+from .kv_fill import KvFiller
+from .ledger import KvState, Ledger, Pass, StageCost
 from .manifest import Manifest, StageSpec
 
 __all__ = ["Chain"]
 
 Float32 = npt.NDArray[np.float32]
+
+_KeyValue = tuple[Float32, Float32]
 
 _KEPT_FIRST_TOKENS = 64
 
@@ -33,7 +37,7 @@ class Chain:
         self.ledger = Ledger(tuple(_cost(stage, manifest) for stage in stages))
         self._pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
         self._tokens = np.zeros(manifest.max_seq_len, np.int64)
-        self._first_tokens: dict[tuple[int, int], dict[int, tuple[Float32, Float32]]] = {}
+        self._first_tokens: dict[tuple[int, int], tuple[dict[int, _KeyValue], Float32]] = {}
         self.before_pass: Callable[[], None] | None = None
 
     @property
@@ -57,9 +61,16 @@ class Chain:
             self._pending[rows] = self._buffers.hidden(0, len(chunk))
         self.ledger.admit(len(tokens))
 
-    def advance(self, layer: int) -> None:
-        """Brings every position through the layers up to the boundary `layer` (1 … L)."""
+    def advance(self, layer: int, filler: KvFiller | None = None) -> None:
+        """Brings every position through the layers up to the boundary `layer` (1 … L).
+
+        Positions that wait on the way run along; with a filler they are filled instead, where it
+        serves all of them.
+        """
         stages = self._last_layers.index(layer) + 1
+        waiting = self.ledger.waiting
+        if filler is not None and self.ledger.filled[stages - 1] < waiting.stop:
+            self._fill(waiting, filler)
         previous: Pass | None = None
         for todo in self.ledger.plan(stages, self._backend.max_rows):
             self._run(todo, previous)
@@ -92,22 +103,52 @@ class Chain:
             self._place_first_token(layer, above)
         return self._run_aside(above, last)
 
-    def _place_first_token(self, layer: int, above: int) -> None:
-        """K and V of position 0 above `layer`: a matter of its token alone, so they are kept."""
+    def _fill(self, waiting: range, filler: KvFiller) -> None:
+        groups = [
+            (exit_layer, tuple(positions))
+            for exit_layer, positions in groupby(waiting, key=self.depth)
+        ]
+        if not all(filler.serves(exit_layer) for exit_layer, _ in groups):
+            return
+        for exit_layer, positions in groups:
+            start, end = positions[0], positions[-1] + 1
+            if start == 0:
+                # Every position attends to the first one: it is computed, which takes no other.
+                above = self._last_layers.index(exit_layer) + 1
+                self._pending[0] = self._place_first_token(exit_layer, above)
+                self.ledger.fill(0, 1, None)
+                start = 1
+            if start < end:
+                self._fill_alike(exit_layer, start, end, filler)
+
+    def _fill_alike(self, exit_layer: int, start: int, end: int, filler: KvFiller) -> None:
+        above = range(exit_layer + 1, self._last_layers[-1] + 1)
+        found, compute = filler.fill(exit_layer, above, self._pending[start:end], start)
+        for number, (key, value) in found.items():
+            self._buffers.write_kv(number, start, key, value)
+        self.ledger.fill(start, end, filler.kind, compute)
+
+    def _place_first_token(self, layer: int, above: int) -> Float32:
+        """K and V of position 0 above `layer`, and its final hidden state: a matter of its token
+        alone, so they are kept.
+        """
         key = (layer, int(self._tokens[0]))
         known = self._first_tokens.get(key)
         if known is None:
-            self._run_aside(above, 0)
-            known = {
+            hidden = self._run_aside(above, 0)
+            caches = {
                 number: (k[:, :1].copy(), v[:, :1].copy())
                 for number in range(layer + 1, self._last_layers[-1] + 1)
                 for k, v in (self._buffers.kv(number),)
             }
+            known = caches, hidden
             if len(self._first_tokens) >= _KEPT_FIRST_TOKENS:
                 self._first_tokens.clear()
             self._first_tokens[key] = known
-        for number, (k, v) in known.items():
+        caches, hidden = known
+        for number, (k, v) in caches.items():
             self._buffers.write_kv(number, 0, k, v)
+        return hidden
 
     def _run_aside(self, above: int, position: int) -> Float32:
         self._buffers.hidden(above, 1)[:] = self._pending[position]
@@ -119,7 +160,7 @@ class Chain:
 
     def depth(self, position: int) -> int:
         """Layers that a position has been through (the boundary it stands at)."""
-        stages = sum(filled > position for filled in self.ledger.filled)
+        stages = self.ledger.computed(position)
         return self._last_layers[stages - 1] if stages else 0
 
     def last_hidden(self) -> Float32:
@@ -134,12 +175,19 @@ class Chain:
         """Forgets positions from `length` on; pending ones before it stay pending."""
         self.ledger.truncate(length)
 
+    def kv_states(self, layer: int) -> tuple[KvState, ...]:
+        """What every position's K and V of a layer (1-based) are."""
+        stage = self._stage_of(layer)
+        return tuple(self.ledger.state(stage, position) for position in range(self.length))
+
     def kv(self, layer: int) -> tuple[Float32, Float32]:
         """K and V of a layer (1-based), cut to what is filled: `[kv_heads, filled, head_dim]`."""
-        stage = next(i for i, last in enumerate(self._last_layers) if layer <= last)
         key, value = self._buffers.kv(layer)
-        filled = self.ledger.filled[stage]
+        filled = self.ledger.filled[self._stage_of(layer)]
         return key[:, :filled], value[:, :filled]
+
+    def _stage_of(self, layer: int) -> int:
+        return next(i for i, last in enumerate(self._last_layers) if layer <= last)
 
     def _run(self, todo: Pass, previous: Pass | None) -> None:
         if self.before_pass is not None:

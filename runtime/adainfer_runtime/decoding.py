@@ -8,11 +8,14 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .backends import ProbeResult
+from .confidence import ExitSchedule
 from .exit_policy import ExitPolicy, NoExit
+from .kv_fill import KvPolicy
 from .sampling import Sampler
-from .session import Session
+from .session import ExitProbe, Session
 
-__all__ = ["Decoder", "Emitted", "PolicyDecoder"]
+__all__ = ["Decoder", "Emitted", "PolicyDecoder", "take"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -43,10 +46,33 @@ class Decoder(Protocol):
         """Leaves the session with the prompt and all emitted tokens but the last."""
 
 
-class PolicyDecoder:
-    """One prediction a token, under an exit policy."""
+def take(sampler: Sampler, result: ProbeResult, session: Session) -> int:
+    """The sampler's token after the session's last position."""
+    if sampler.plain:
+        return result.token
+    return sampler.draw(sampler.probabilities(result.logits, session.tokens))
 
-    def __init__(self, session: Session, policy: ExitPolicy, sampler: Sampler) -> None:
+
+class PolicyDecoder:
+    """One prediction a token, under an exit policy (all modes but `verified`).
+
+    Args:
+        schedule: in place of the policy, another one for every token.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        policy: ExitPolicy,
+        sampler: Sampler,
+        kv_policy: KvPolicy = "deferred",
+        schedule: ExitSchedule | None = None,
+        exit_probe: ExitProbe = "full",
+    ) -> None:
+        self._exit_probe: ExitProbe = exit_probe
+        self._kv_policy: KvPolicy = kv_policy
+        self._schedule = schedule
+        self._steps = 0
         self._session = session
         self._policy = policy
         self._sampler = sampler
@@ -54,20 +80,18 @@ class PolicyDecoder:
 
     def step(self) -> Emitted:
         """Predicts after the last position."""
-        policy = self._policy
+        policy = self._schedule.at(self._steps) if self._schedule else self._policy
+        self._steps += 1
         if self._last is not None:
             self._session.extend([self._last])
             if any(check.kind == "context" for check in policy.checks):
-                # Translated K,V answer one question; what follows is computed over exact ones.
+                # Translated K,V answer one question; the KV policy says what follows is over.
                 policy = NoExit()
-        prediction = self._session.predict(policy)
-        result = prediction.result
-        if self._sampler.plain:
-            self._last = result.token
-        else:
-            tokens = self._session.tokens
-            self._last = self._sampler.draw(self._sampler.probabilities(result.logits, tokens))
-        return Emitted(self._last, prediction.exit_layer, result.logits)
+        prediction = self._session.predict(
+            policy, kv_policy=self._kv_policy, exit_probe=self._exit_probe
+        )
+        self._last = take(self._sampler, prediction.result, self._session)
+        return Emitted(self._last, prediction.exit_layer, prediction.result.logits)
 
     def close(self) -> None:
         """Nothing to take back."""

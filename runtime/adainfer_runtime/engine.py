@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from .backends import Backend, load_backend
+from .batch import BatchScheduler, TakeTurns
 from .choose import Chosen, choose, join_label
 from .conversation import Conversation
 from .engine_folder import load_manifest, verify_files
@@ -247,6 +248,26 @@ class Engine:
         """
         request = prepare(self, self._tokens(prompt), GenerationOptions.of(options))
         return request.run_on_borrowed()
+
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        scheduler: BatchScheduler = TakeTurns(),  # noqa: B008 - it is immutable
+        **options: Unpack[GenerationKeywords],
+    ) -> list[GenerationResult]:
+        """`generate` for several prompts that advance together; results are those of each alone.
+
+        Args:
+            scheduler: default: texts take turns, a token at a time, at most 8 at once.
+            **options: as for `generate`; a timeout is of each text, from its own start.
+
+        Raises:
+            RequestError, DeadlineError: of the first text that fails; the others are given up.
+        """
+        asked = GenerationOptions.of(options)
+        requests = [prepare(self, self._tokens(prompt), asked) for prompt in prompts]
+        return scheduler.run([request.run_to_result for request in requests])
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationKeywords]

@@ -85,7 +85,7 @@ class ChatTemplateError(RequestError):
 
 
 class ExitUnavailableError(RequestError):
-    """Adaptive mode was asked of an engine without an exit graph."""
+    """A mode, KV policy or probe needs what this engine folder does not have."""
 
 
 class DeadlineError(AdaInferError):

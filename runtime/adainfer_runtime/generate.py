@@ -52,7 +52,8 @@ class Generated:
     """What came out.
 
     Attributes:
-        exit_layers: layers that each token took, 1 … L.
+        exit_layers: layers that each token took, 1 … L; of a draft that was accepted, the layer
+            that proposed it.
         prompt: work up to the first token; `decode`: after it. Debts of early exits count where
             they are paid, so decode's savings can be negative.
         prompt_seconds, decode_seconds: of the same work.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .decode_options import DEFAULT_OPTIONS, DecodeOptions
 from .errors import RequestError
 from .mode_policies import Mode
 from .sampling import MinimumLength
@@ -55,6 +56,7 @@ class GenerationKeywords(SamplingKeywords, total=False):
     logprobs: int | None
     timeout: float | None
     cancel: CancelToken | None
+    decoding: DecodeOptions
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class GenerationOptions:
         mode: `off` runs every layer; `adaptive` stops where the exit graph says so; `context`
             lets the prompt's positions stop and runs the last one through every layer; `combined`
             looks for the one and the other; `auto` takes what is expected to be fastest here, for
-            a prompt of this length and so many new tokens.
+            a prompt of this length and so many new tokens; `verified` drafts tokens at an exit
+            point and confirms them: `off`'s own text, or distribution.
         threshold, level: see `Engine.policy`. A level is certified for greedy decoding alone.
         ignore_eos: go on after an end-of-text token (for benchmarks).
         stop: strings that end the text, which is returned without them. They are looked for in
@@ -77,6 +80,7 @@ class GenerationOptions:
             own alone, None none.
         timeout: seconds after which `DeadlineError` is raised.
         cancel: ends the text when it is cancelled; what there is, is returned.
+        decoding: how the mode decodes, where its defaults are not wanted.
 
     Raises:
         RequestError: a value outside its range, or a level with anything but greedy decoding.
@@ -94,6 +98,7 @@ class GenerationOptions:
     timeout: float | None = None
     cancel: CancelToken | None = None
     sampling: SamplingOptions = _GREEDY
+    decoding: DecodeOptions = DEFAULT_OPTIONS
 
     @classmethod
     def of(cls, keywords: GenerationKeywords) -> GenerationOptions:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["Ledger", "Pass", "StageCost", "WorkCount"]
+__all__ = ["FillKind", "KvState", "Ledger", "Pass", "StageCost", "WorkCount"]
+
+FillKind = Literal["propagated", "translated"]
+KvState = Literal["exact", "propagated", "translated", "pending"]
 
 
 @dataclass(frozen=True)
@@ -42,10 +46,11 @@ class WorkCount:
 
     Attributes:
         executed, dense: position-layers.
-        compute, dense_compute: multiply-adds, adapters and probes included; the dense model
+        compute, dense_compute: multiply-adds, adapters, probes and fills included; the dense model
             needs one probe per prediction.
         fills: position-layers among `executed` that were made up for positions older than
             those that came last.
+        filled: position-layers that were given approximate K and V instead of being executed.
     """
 
     executed: int
@@ -53,6 +58,7 @@ class WorkCount:
     compute: int = 0
     dense_compute: int = 0
     fills: int = 0
+    filled: int = 0
 
     @property
     def layers_saved(self) -> float:
@@ -71,6 +77,7 @@ class WorkCount:
             self.compute + other.compute,
             self.dense_compute + other.dense_compute,
             self.fills + other.fills,
+            self.filled + other.filled,
         )
 
     def __sub__(self, other: WorkCount) -> WorkCount:
@@ -80,15 +87,18 @@ class WorkCount:
             self.compute - other.compute,
             self.dense_compute - other.dense_compute,
             self.fills - other.fills,
+            self.filled - other.filled,
         )
 
 
 class Ledger:
-    """Filled lengths of one sequence under the `deferred` policy.
+    """Filled lengths of one sequence, and how entries came about.
 
-    `filled[s]` is the number of positions whose KV entries in stage s are exact; it never grows
+    `filled[s]` is the number of positions whose KV entries stand in stage s; it never grows
     with depth: filled[s+1] ≤ filled[s] ≤ length. A position between the two is pending at the
-    boundary after stage s, where its hidden state is kept.
+    boundary after stage s, where its hidden state is kept. Entries are exact where the stage's own
+    layers computed them, over what stood before them; otherwise `fill` was told what they are.
+    Whoever is filled is filled to the last stage: its hidden state there is not known.
     """
 
     def __init__(self, stages: tuple[StageCost, ...]) -> None:
@@ -97,6 +107,9 @@ class Ledger:
         self._length = 0
         self._newest = 0  # first of the positions that came last
         self._count = WorkCount(0, 0)
+        self._stopped = 0
+        # Positions with approximate entries: from which stage on, to the last, and how.
+        self._approximate: dict[int, tuple[int, FillKind]] = {}
 
     @property
     def length(self) -> int:
@@ -112,6 +125,33 @@ class Ledger:
     def count(self) -> WorkCount:
         """Counted since the sequence began; roll-backs give nothing back."""
         return self._count
+
+    @property
+    def exact_length(self) -> int:
+        """Positions from the first on of which no entry is approximate."""
+        return min(self._approximate, default=self._length)
+
+    @property
+    def waiting(self) -> range:
+        """Positions that stopped early and are not the last: nobody will ask for more of them."""
+        return range(self._filled[-1], min(self._stopped, self._length - 1))
+
+    def computed(self, position: int) -> int:
+        """Stages that a position has been through: the boundary that its hidden state is of."""
+        if position in self._approximate:
+            return self._approximate[position][0]
+        return sum(filled > position for filled in self._filled)
+
+    def state(self, stage: int, position: int) -> KvState:
+        """What a position's KV entries in a stage are."""
+        if position >= self._filled[stage]:
+            return "pending"
+        first, kind = self._approximate.get(position, (len(self._stages), "propagated"))
+        return kind if stage >= first else "exact"
+
+    def stop(self) -> None:
+        """Notes that there is a prediction after the last position."""
+        self._stopped = self._length
 
     def admit(self, positions: int) -> None:
         """Adds positions that no layer has seen yet."""
@@ -155,11 +195,40 @@ class Ledger:
             compute=stage.multiply_adds(todo.start, todo.end),
         )
 
+    def fill(self, start: int, end: int, kind: FillKind | None, compute: int = 0) -> None:
+        """Notes that positions which waited at the same boundary now have entries in every stage:
+        approximate ones, or (None) exact ones that were computed aside.
+
+        Args:
+            start: the first position that waits.
+        """
+        first = self.computed(start)
+        for stage in range(first, len(self._stages)):
+            self._filled[stage] = max(self._filled[stage], end)
+        if kind is not None:
+            self._approximate.update(dict.fromkeys(range(start, end), (first, kind)))
+            layers = sum(stage.layers for stage in self._stages[first:])
+            self._count += WorkCount(0, 0, compute, filled=(end - start) * layers)
+
     def record_probe(self, compute: int, dense_compute: int) -> None:
-        """Notes multiply-adds of adapters and probes, and what the dense model needs instead."""
+        """Notes multiply-adds outside of layers, and what the dense model needs instead."""
         self._count += WorkCount(0, 0, compute, dense_compute)
 
     def truncate(self, length: int) -> None:
         """Forgets positions from `length` on, in every layer."""
         self._length, self._newest = length, min(length, self._newest)
         self._filled = [min(filled, length) for filled in self._filled]
+        self._stopped = min(self._stopped, length)
+        self._approximate = {p: how for p, how in self._approximate.items() if p < length}
+
+    def withdraw(self, length: int) -> None:
+        """Takes back positions from `length` on that were guesses: nobody asked for them, and the
+        dense model would not have run them. What they executed stays counted.
+        """
+        positions = self._length - length
+        self._count -= WorkCount(
+            executed=0,
+            dense=positions * sum(stage.layers for stage in self._stages),
+            dense_compute=sum(stage.multiply_adds(length, self._length) for stage in self._stages),
+        )
+        self.truncate(length)

@@ -23,6 +23,7 @@ __all__ = [
     "Manifest",
     "ModelSpec",
     "Quantisation",
+    "ShortlistSpec",
     "SourceFile",
     "SourceSpec",
     "StageSpec",
@@ -99,14 +100,15 @@ class StageSpec(_Record):
     """One graph. Layer numbers are 1-based and inclusive; 0 for stages that hold no layer.
 
     `probe` is final norm and LM head with AdaInfer's features, `candidates` the same over some of
-    the head's rows.
+    the head's rows, `kv_fill` one layer's K and V from the hidden state of a position that skipped
+    the layer.
 
     `wide_file` is the same stage on the same weights, for passes of many positions.
     `multiply_adds` counts one position through the stage's weight matrices.
     """
 
     name: str
-    kind: Literal["embed", "layers", "probe", "candidates"]
+    kind: Literal["embed", "layers", "probe", "candidates", "kv_fill"]
     file: str
     wide_file: str | None = None
     first_layer: int = 0
@@ -244,6 +246,22 @@ class CombinedExitSpec(_Record):
         return self
 
 
+class ShortlistSpec(_Record):
+    """A low-rank LM head that proposes `rows` tokens, to be scored exactly by `candidates`.
+
+    `file` takes `hidden` and gives its own logits `[vocab_size]`, their `log_sum_exp` and
+    `candidates`. `recall` is the share of held-out positions at which the best of them is the
+    head's own token, by the layer that the (adapted) hidden states are of. `multiply_adds` counts
+    both steps.
+    """
+
+    file: str
+    rank: int
+    rows: int
+    multiply_adds: int
+    recall: dict[str, float]
+
+
 class TokenizerSpec(_Record):
     """Files of the Hugging Face tokenizer."""
 
@@ -264,6 +282,8 @@ class Manifest(_Record):
     there is at most one per exit layer. `context_exit` lets all positions but the last stop,
     `combined_exit` looks for answer exits and context exits in one request. `plan` is what mode
     `auto` decides by.
+    there is at most one per exit layer. `context_exit` lets all positions but the last stop.
+    `shortlist` is a cheaper probe for drafts and first looks at exit points.
     """
 
     schema_version: int
@@ -284,6 +304,7 @@ class Manifest(_Record):
     context_exit: ExitSpec | None = None
     combined_exit: CombinedExitSpec | None = None
     plan: PlanSpec | None = None
+    shortlist: ShortlistSpec | None = None
     tokenizer: TokenizerSpec | None = None
     files: dict[str, FileRecord]
 
@@ -301,6 +322,11 @@ class Manifest(_Record):
     def candidates(self) -> StageSpec:
         """The probe over candidate rows of the LM head."""
         return next(stage for stage in self.stages if stage.kind == "candidates")
+
+    @property
+    def kv_fills(self) -> dict[int, StageSpec]:
+        """The stages that give a skipped layer's K and V, by layer; none on some targets."""
+        return {stage.first_layer: stage for stage in self.stages if stage.kind == "kv_fill"}
 
     @property
     def layer_stages(self) -> tuple[StageSpec, ...]:
@@ -330,6 +356,7 @@ class Manifest(_Record):
                 "context_exit": None,
                 "combined_exit": None,
                 "plan": None,
+                "shortlist": None,
                 "joined": (),
                 "files": {},
             }
@@ -417,6 +444,10 @@ class Manifest(_Record):
             raise ValueError(f"stages must hold layers, and one each of {', '.join(singles)}")
         _check_layers(self.cut, self.model.num_layers)
         _check_layers(self.layer_stages, self.model.num_layers)
+        if len(self.kv_fills) not in (0, self.model.num_layers):
+            raise ValueError(
+                f"kv_fill stages for {len(self.kv_fills)} of {self.model.num_layers} layers"
+            )
         for layer in self.exit_layers:
             if layer not in self.boundaries[:-1]:
                 raise ValueError(f"exit point {layer} is no boundary between engines")
@@ -437,6 +468,7 @@ class Manifest(_Record):
         paths += [stage.wide_file for stage in stages if stage.wide_file]
         paths += [point.adapter for point in self.exit_points.values() if point.adapter]
         paths += [point.translate for point in self.context_points.values() if point.translate]
+        paths += [self.shortlist.file] if self.shortlist else []
         for classifier in self.classifiers:
             paths.append(classifier.graph)
             if classifier.reference:

@@ -13,8 +13,8 @@ from .manifest import CombinedExitSpec, ExitSpec, Manifest
 
 __all__ = ["MODES", "Mode", "PolicyFactory", "Strictness"]
 
-Mode = Literal["off", "adaptive", "context", "combined", "auto"]
-MODES: tuple[Mode, ...] = ("off", "adaptive", "context", "combined", "auto")
+Mode = Literal["off", "adaptive", "context", "combined", "auto", "verified"]
+MODES: tuple[Mode, ...] = ("off", "adaptive", "context", "combined", "auto", "verified")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class PolicyFactory:
             ExitUnavailableError: the folder has no such exits, or the level is not certified.
             RequestError: no such mode.
         """
-        if mode == "off":
+        if mode in ("off", "verified"):  # drafts are no exits: the full model confirms them
             return NoExit()
         if mode == "adaptive":
             return self._of_graph(self._answer_spec(classifier), strictness)

@@ -98,6 +98,16 @@ class ProfiledBackend:
         with self._clock.measure("translate"):
             return self._inner.translate(exit_layer, hidden, start)
 
+    def shortlist(self, hidden: Float32) -> ProbeResult:
+        """Measured as `probe`."""
+        with self._clock.measure("probe"):
+            return self._inner.shortlist(hidden)
+
+    def kv_fill(self, layer: int, hidden: Float32, start: int) -> tuple[Float32, Float32]:
+        """Measured as `kv_fill`."""
+        with self._clock.measure("kv_fill"):
+            return self._inner.kv_fill(layer, hidden, start)
+
     def classify(
         self, graph: str, evidence: ExitEvidence, depth: float, state: Float32
     ) -> tuple[float, Float32]:

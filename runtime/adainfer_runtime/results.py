@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 __all__ = [
+    "NO_DRAFTS",
     "ChoiceResult",
+    "DraftCount",
     "FinishReason",
     "GenerationResult",
     "RequestStatistics",
@@ -16,6 +18,25 @@ __all__ = [
 ]
 
 FinishReason = Literal["eos", "stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class DraftCount:
+    """Drafts proposed and accepted, and the passes that verified them."""
+
+    proposed: int = 0
+    accepted: int = 0
+    passes: int = 0
+
+    def __add__(self, other: DraftCount) -> DraftCount:
+        return DraftCount(
+            self.proposed + other.proposed,
+            self.accepted + other.accepted,
+            self.passes + other.passes,
+        )
+
+
+NO_DRAFTS = DraftCount()
 
 
 @dataclass(frozen=True)
@@ -48,6 +69,7 @@ class RequestStatistics:
             exit had left out.
         exits: tokens by exit layer.
         stage_seconds: by kind of stage, where the engine was loaded with `profile=True`.
+        drafts: proposed and accepted, in mode `verified`.
     """
 
     prompt_tokens: int
@@ -61,6 +83,7 @@ class RequestStatistics:
     kv_fills: int
     exits: Mapping[int, int]
     stage_seconds: Mapping[str, float]
+    drafts: DraftCount = NO_DRAFTS
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,20 @@ from .backends import Backend, ExitEvidence, ProbeResult
 from .chain import Chain
 from .errors import PromptTooLongError, RequestError
 from .exit_policy import ExitCheck, ExitPolicy
-from .ledger import WorkCount
+from .kv_fill import KvFiller, KvPolicy, find_filler
+from .ledger import KvState, WorkCount
 from .manifest import Manifest
 
-__all__ = ["Observation", "Prediction", "Session", "check_tokens"]
+__all__ = [
+    "ExitProbe",
+    "Observation",
+    "Prediction",
+    "Session",
+    "check_tokens",
+    "log_softmax",
+]
+
+ExitProbe = Literal["full", "shortlist"]
 
 
 @dataclass(frozen=True)
@@ -55,9 +66,9 @@ def check_tokens(tokens: Sequence[int], vocabulary: int) -> npt.NDArray[np.int64
 class Session:
     """A conversation of one's own: `extend` it with tokens, ask it to `predict`, go on.
 
-    Skipped layers are handled by the `deferred` policy: a position that stopped early waits, and
-    passes the layers it skipped together with the next position that goes deeper. Every KV
-    entry that is used equals the full model's.
+    Skipped layers are handled by the `deferred` policy unless a prediction asks for another: a
+    position that stopped early waits, and passes the layers it skipped together with the next
+    position that goes deeper. Every KV entry that is used equals the full model's.
     """
 
     def __init__(self, backend: Backend, manifest: Manifest) -> None:
@@ -75,6 +86,11 @@ class Session:
         return self._chain.length
 
     @property
+    def depth(self) -> int:
+        """Layers of the full model."""
+        return self._manifest.depth
+
+    @property
     def tokens(self) -> tuple[int, ...]:
         """Token ids so far."""
         return tuple(int(token) for token in self._chain.tokens)
@@ -86,8 +102,15 @@ class Session:
 
     @property
     def filled(self) -> tuple[int, ...]:
-        """Exact KV positions per layer stage; never increases with depth."""
+        """Positions with K and V per layer stage; never increases with depth."""
         return self._chain.ledger.filled
+
+    @property
+    def exact_length(self) -> int:
+        """Positions from the first on that no approximate K and V were made for: what of the
+        session may serve a request that wants the full model's.
+        """
+        return self._chain.ledger.exact_length
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Adds tokens to the sequence. Nothing is computed yet beyond their embedding.
@@ -127,7 +150,7 @@ class Session:
         Returns:
             the length that is kept; `extend` with `tokens` from there on.
         """
-        common = min(self.length, len(tokens) - 1)
+        common = min(self.exact_length, len(tokens) - 1)
         if common > 0:
             kept, wanted = self._chain.tokens[:common], np.asarray(tokens[:common])
             different = np.flatnonzero(kept != wanted)
@@ -136,19 +159,40 @@ class Session:
         return self.length
 
     def predict(
-        self, policy: ExitPolicy, candidates: npt.NDArray[np.int64] | None = None
+        self,
+        policy: ExitPolicy,
+        candidates: npt.NDArray[np.int64] | None = None,
+        kv_policy: KvPolicy = "deferred",
+        exit_probe: ExitProbe = "full",
     ) -> Prediction:
         """The next token after the last position, by as few layers as the policy allows.
 
         Args:
+            kv_policy: what becomes of positions that stopped early, where this one goes deeper.
+            exit_probe: `shortlist` looks at an exit point with the cheaper probe first, and
+                with the full one where that says "stop": both must agree. Candidates and context
+                exits have probes of their own.
             candidates: `[n]` different token ids of which one is wanted; the result's logits are
                 then theirs, `[n]`. Default: the whole vocabulary.
 
         Raises:
-            RequestError: the session is empty.
+            RequestError: the session is empty, or no such KV policy.
+            ExitUnavailableError: the folder lacks what the KV policy or the probe needs.
         """
         if self.length == 0:
             raise RequestError("the session is empty: extend it with a prompt first")
+        filler = find_filler(kv_policy, self._backend, self._manifest)
+        prediction = self._predict(policy, candidates, filler, exit_probe)
+        self._chain.ledger.stop()
+        return prediction
+
+    def _predict(
+        self,
+        policy: ExitPolicy,
+        candidates: npt.NDArray[np.int64] | None,
+        filler: KvFiller | None,
+        exit_probe: ExitProbe,
+    ) -> Prediction:
         rows = self._probe_cost if candidates is None else len(candidates) * self._width
         self._chain.ledger.record_probe(0, rows)
         state = np.zeros(policy.state_size, np.float32)
@@ -156,15 +200,27 @@ class Session:
         for check in policy.checks:
             if check.layer < reached:
                 continue  # the position is past this exit point: its hidden state there is gone
-            self._chain.advance(check.layer)
+            self._chain.advance(check.layer, filler)
             if check.kind == "context" and not self._chain.can_translate(check.layer):
                 continue
-            evidence = self.look(check, candidates if policy.over_candidates else None)
-            stop, state = policy.decide(check, evidence, state)
+            among = candidates if policy.over_candidates else None
+            evidence = self.look(check, among, self._first_look(check, candidates, exit_probe))
+            stop, next_state = policy.decide(check, evidence, state)
+            if stop and evidence.shortlisted:
+                evidence = self.look(check)
+                stop, next_state = policy.decide(check, evidence, state)
+            state = next_state
             if stop:
                 return Prediction(_among(evidence.result, candidates), check.layer)
-        self.complete()
+        self._chain.advance(self._manifest.boundaries[-1], filler)
         return Prediction(self._probe(self._chain.last_hidden(), candidates), self._manifest.depth)
+
+    @staticmethod
+    def _first_look(
+        check: ExitCheck, candidates: npt.NDArray[np.int64] | None, wanted: ExitProbe
+    ) -> ExitProbe:
+        """Candidates and context exits have probes of their own."""
+        return wanted if candidates is None and check.kind == "answer" else "full"
 
     def observe(
         self,
@@ -206,18 +262,25 @@ class Session:
         )
 
     def look(
-        self, check: ExitCheck, candidates: npt.NDArray[np.int64] | None = None
+        self,
+        check: ExitCheck,
+        candidates: npt.NDArray[np.int64] | None = None,
+        probe: ExitProbe = "full",
     ) -> ExitEvidence:
         """One check of the last position, which must stand at the check's boundary."""
+        ledger = self._chain.ledger
         if check.kind == "context":
-            waiting = self.length - 1 - self._chain.ledger.filled[-1]
-            cost = waiting * self._translation_costs[check.layer]
-            self._chain.ledger.record_probe(cost, 0)
+            waiting = self.length - 1 - ledger.filled[-1]
+            ledger.record_probe(waiting * self._translation_costs[check.layer], 0)
             hidden = self._chain.answer_over_translation(check.layer)
             return ExitEvidence(self._probe(hidden, None), 0.0)
-        self._chain.ledger.record_probe(self._adapter_costs.get(check.layer, 0), 0)
+        ledger.record_probe(self._adapter_costs.get(check.layer, 0), 0)
         adapted, trust = self._backend.adapt(check.layer, self._chain.last_hidden())
-        return ExitEvidence(self._probe(adapted, candidates), trust)
+        if probe == "full":
+            return ExitEvidence(self._probe(adapted, candidates), trust)
+        spec = self._manifest.shortlist
+        ledger.record_probe(spec.multiply_adds if spec else 0, 0)
+        return ExitEvidence(self._backend.shortlist(adapted), trust, shortlisted=True)
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""
@@ -240,6 +303,34 @@ class Session:
         """Hidden states `[positions, hidden_size]`, each at the boundary it stands at (a view)."""
         return self._chain.hidden(start, self.length if end is None else end)
 
+    def draft(self, exit_layer: int, probe: ExitProbe = "full") -> ProbeResult:
+        """What an exit point says of the last position, which waits there then.
+
+        Raises:
+            RequestError: no engine ends there, or the position is past it.
+            ExitUnavailableError: the folder has no shortlist.
+        """
+        if self.length == 0 or self._chain.depth(self.length - 1) > exit_layer:
+            raise RequestError("a draft needs a new position: extend the session first")
+        self.advance(exit_layer)
+        return self.look(ExitCheck(exit_layer), probe=probe).result
+
+    def verify_tokens(self, start: int) -> npt.NDArray[np.int64]:
+        """The full model's tokens `[positions]` after each position from `start` on."""
+        return self._backend.probe_features(self._verified(start))[0]
+
+    def verify_logits(self, start: int) -> npt.NDArray[np.float32]:
+        """Its logits `[positions, vocab_size]`."""
+        return self._backend.probe_logits(self._verified(start))
+
+    def roll_back(self, length: int) -> None:
+        """Takes back positions from `length` on that were guesses, and the predictions after them:
+        they count as work that was done, but not as work that was asked for.
+        """
+        withdrawn = self.length - length
+        self._chain.ledger.withdraw(length)
+        self._chain.ledger.record_probe(0, -withdrawn * self._probe_cost)
+
     def log_probs(self, start: int) -> npt.NDArray[np.float32]:
         """Log-probabilities `[positions, vocab_size]` from `start` on, after all layers."""
         self.complete()
@@ -251,8 +342,20 @@ class Session:
         self._chain.truncate(length)
 
     def kv(self, layer: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Exact K (after rotary) and V of a layer: `[kv_heads, filled, head_dim]` each."""
+        """K (after rotary) and V of a layer: `[kv_heads, filled, head_dim]` each."""
         return self._chain.kv(layer)
+
+    def kv_states(self, layer: int) -> tuple[KvState, ...]:
+        """Of every position: whether K and V of a layer were computed by it (`exact`), made by a
+        KV policy (`propagated`, `translated`), or do not exist yet (`pending`).
+        """
+        return self._chain.kv_states(layer)
+
+    def _verified(self, start: int) -> npt.NDArray[np.float32]:
+        self.complete()
+        cost = (self.length - start) * self._probe_cost
+        self._chain.ledger.record_probe(cost, cost)
+        return self.hidden(start)
 
     def _probe(
         self, hidden: npt.NDArray[np.float32], candidates: npt.NDArray[np.int64] | None

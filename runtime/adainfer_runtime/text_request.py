@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from .decoding import PolicyDecoder
+from .decode_options import drafts_of, make_decoder
 from .errors import RequestError
 from .exit_policy import ExitPolicy
 from .generate import Generated, GenerateRequest, check_request, stream
@@ -51,6 +51,14 @@ class TextRequest:
             last = yield from self.run(session)
         yield last
 
+    def run_to_result(self) -> Generator[StreamEvent, None, GenerationResult]:
+        """The same, for callers who want nothing but the result."""
+        with self.engine.borrow() as session:
+            last = yield from self.run(session)
+        if last.result is None:
+            raise AssertionError("a stream ends with its result")
+        return last.result
+
     def run(self, session: Session) -> Generator[StreamEvent, None, StreamEvent]:
         """Its tokens' events, on a session that keeps what it has in common with the prompt.
 
@@ -77,17 +85,28 @@ class TextRequest:
         sampler = make_sampler(options.sampling, len(tokens), options.minimum(model.eos_token_ids))
         stage_seconds: dict[str, float] = {}
         waited = time.perf_counter() - self.arrived
+        manifest = self.engine.manifest
+        decoder = make_decoder(
+            session,
+            manifest,
+            self.policy,
+            sampler,
+            len(tokens) + options.max_new_tokens - 1,
+            options.decoding,
+            verified=options.mode == "verified",
+        )
         done = yield from stream(
             session,
-            PolicyDecoder(session, self.policy, sampler),
+            decoder,
             replace(self.request, prompt=tokens[reused:]),
-            self.engine.manifest.max_seq_len,
+            manifest.max_seq_len,
             TextStream(self.engine.tokenizer, tokens, options.stop_strings),
             partial(measuring, self.engine.clock, stage_seconds),
         )
         if options.greedy and done.first_token is not None:
             self.engine.compare(self.policy, tokens, done.first_token)
-        return done, _statistics(done, len(tokens), reused, waited, stage_seconds)
+        statistics = _statistics(done, len(tokens), reused, waited, stage_seconds)
+        return done, replace(statistics, drafts=drafts_of(decoder))
 
     def _result(self, done: Generated, statistics: RequestStatistics) -> GenerationResult:
         count = done.prompt + done.decode

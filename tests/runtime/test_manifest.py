@@ -107,6 +107,11 @@ def test_link_that_leaves_the_folder(folder, tmp_path):
 
 def test_stages_that_do_not_fit_together(folder):
     edit(folder, lambda data: data["stages"].pop(2))
+    fails(ManifestError, folder, "kv_fill stages for 3 of 4 layers")
+
+
+def test_a_layer_that_is_missing(folder):
+    edit(folder, lambda data: data["stages"].pop(3))
     fails(ManifestError, folder, "does not continue at layer 2")
 
 

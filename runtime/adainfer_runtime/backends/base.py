@@ -33,10 +33,14 @@ class ProbeResult:
 
 @dataclass(frozen=True)
 class ExitEvidence:
-    """What an exit point knows: the adapted prediction, and the adapter's trust in it."""
+    """What an exit point knows: the adapted prediction, and the adapter's trust in it.
+
+    `shortlisted`: the prediction is of the cheaper probe, which has no last word.
+    """
 
     result: ProbeResult
     trust: float
+    shortlisted: bool = False
 
 
 class SequenceBuffers(Protocol):
@@ -80,6 +84,11 @@ class Backend(Protocol):
     def probe_candidates(self, hidden: Float32, candidates: npt.NDArray[np.int64]) -> ProbeResult:
         """The same over `[candidates]` token ids alone: probabilities are among them."""
 
+    def shortlist(self, hidden: Float32) -> ProbeResult:
+        """The probe of a position, from tokens that a low-rank head proposes and the LM head scores
+        exactly; other logits, and the sum behind probabilities, are the low-rank head's.
+        """
+
     def probe_logits(self, hidden: Float32) -> Float32:
         """Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`."""
 
@@ -96,6 +105,11 @@ class Backend(Protocol):
     ) -> Mapping[int, tuple[Float32, Float32]]:
         """K (after rotary) and V `[kv_heads, rows, head_dim]` of every layer above a context exit
         point, guessed from hidden states `[rows, hidden_size]` of positions from `start` on.
+        """
+
+    def kv_fill(self, layer: int, hidden: Float32, start: int) -> tuple[Float32, Float32]:
+        """K (after rotary) and V `[kv_heads, rows, head_dim]` that a layer's own norm and weights
+        make of hidden states `[rows, hidden_size]` that are not its input; positions from `start`.
         """
 
     def classify(

@@ -7,15 +7,17 @@ import os
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DeviceError, RequestError, StageError
+from ..errors import DeviceError, ExitUnavailableError, RequestError, StageError
 from ..manifest import Manifest, StageSpec
 from .base import ExitEvidence, Float32, ProbeResult
+from .rescore import rescored
 
 __all__ = ["OrtCpuBackend", "load", "open_session"]
 
@@ -131,6 +133,7 @@ class OrtCpuBackend:
         def open_stage(file: str) -> Any:
             return sessions.open(folder / file)
 
+        self._open_stage = open_stage
         self.manifest = manifest
         self.embed = open_stage(manifest.embed.file)
         self._stages = [open_stage(stage.file) for stage in manifest.layer_stages]
@@ -140,6 +143,7 @@ class OrtCpuBackend:
         self._wide_rows = (quantisation.wide_rows if quantisation else None) or 0
         self._probe = open_stage(manifest.probe.file)
         self._candidates = open_stage(manifest.candidates.file)
+        self._proposals = open_stage(manifest.shortlist.file) if manifest.shortlist else None
         self._adapters = {
             layer: open_stage(point.adapter)
             for layer, point in manifest.exit_points.items()
@@ -153,6 +157,12 @@ class OrtCpuBackend:
             for layer, point in manifest.context_points.items()
             if point.translate is not None
         }
+
+    @cached_property
+    def _kv_fills(self) -> dict[int, Any]:
+        """Opened when the policy is first asked for: most engines never are."""
+        fills = self.manifest.kv_fills.items()
+        return {layer: self._open_stage(spec.file) for layer, spec in fills}
 
     def stage(self, index: int, rows: int) -> Any:
         """The session that runs layer stage `index` over so many positions."""
@@ -177,6 +187,18 @@ class OrtCpuBackend:
         )
         token = int(candidates[place[0, 0]])
         return ProbeResult(token, float(top_prob[0, 0]), float(gap[0, 0]), logits[0, 0])
+
+    def shortlist(self, hidden: Float32) -> ProbeResult:
+        """One position `[hidden_size]`."""
+        if self._proposals is None:
+            raise ExitUnavailableError(
+                "this engine has no shortlist: run `adainfer calibrate DIR --shortlist`"
+            )
+        feed = {"hidden": hidden.reshape(1, 1, -1)}
+        outputs = ["logits", "log_sum_exp", "candidates"]
+        logits, total, candidates = self._proposals.run(outputs, feed)
+        exact = self.probe_candidates(hidden, candidates).logits
+        return rescored(logits, float(total[0]), candidates, exact)
 
     def probe_logits(self, hidden: Float32) -> Float32:
         """`[rows, hidden_size]` to `[rows, vocab_size]`."""
@@ -207,6 +229,12 @@ class OrtCpuBackend:
         keys, values = self._translators[exit_layer].run(["key", "value"], feed)
         layers = range(exit_layer + 1, self.manifest.model.num_layers + 1)
         return dict(zip(layers, zip(keys, values, strict=True), strict=True))
+
+    def kv_fill(self, layer: int, hidden: Float32, start: int) -> tuple[Float32, Float32]:
+        """`[rows, hidden_size]` to K and V of one layer."""
+        feed = {"hidden": hidden[None], "start": np.array([start], np.int64)}
+        key, value = self._kv_fills[layer].run(["key", "value"], feed)
+        return key[0], value[0]
 
     def classify(
         self, graph: str, evidence: ExitEvidence, depth: float, state: Float32

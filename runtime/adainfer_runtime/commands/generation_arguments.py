@@ -27,6 +27,7 @@ class ModeChoice(str, Enum):
     context = "context"
     combined = "combined"
     auto = "auto"
+    verified = "verified"
 
 
 def _collect(

@@ -1,0 +1,271 @@
+"""The shortlist: a low-rank head that proposes rows of the LM head, which are then scored exactly.
+
+With normed final hidden states h of second moment C and the head W, the rank-r map that changes
+the logits W h least, in the mean square over h, is W C^½ V Vᵀ C^-½, where V are the first r
+eigenvectors of C^½ Wᵀ W C^½. (A plain SVD of W, blind to what h look like, is of no use.)
+
+Proposed are the best tokens of the best chunks of the vocabulary: a TopK over all of it would cost
+as much as the head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from adainfer_runtime import Engine
+from adainfer_runtime.manifest import Manifest, ShortlistSpec
+from adainfer_runtime.tasks import TaskExample
+
+from ..cost import multiply_adds
+from ..graph_builder import GraphBuilder, graph_input, serialise
+from ..lower import Precision, find_target
+from ..progress import Reporter
+from ..quantise import quantise_blocks
+from .data import Parts
+from .exit_files import Files
+from .head import Head, read_head
+
+__all__ = ["LowRankHead", "fit_low_rank", "lower_shortlist", "with_shortlist"]
+
+Float32 = npt.NDArray[np.float32]
+Float64 = npt.NDArray[np.float64]
+
+_ROWS = 64
+_RANKS = (32, 64, 96, 128, 192, 256, 384, 512)
+_ENOUGH_RECALL = 0.99
+_POSITIONS = 24  # of every prompt
+_VOCABULARY_AT_ONCE = 8192
+
+
+@dataclass(frozen=True)
+class LowRankHead:
+    """`logits ≈ (normed @ down) @ upᵀ`; down `[hidden, rank]`, up `[vocab, rank]`."""
+
+    down: Float32
+    up: Float32
+
+    @property
+    def rank(self) -> int:
+        """Columns of both."""
+        return int(self.down.shape[1])
+
+
+def with_shortlist(files: Files, manifest: Manifest, parts: Parts, reporter: Reporter) -> Manifest:
+    """The manifest with a shortlist, where one is much cheaper than the head.
+
+    The rank is the least whose proposals hold the head's own token often enough on prompts that
+    it was not fitted on; the recall in the manifest is measured on yet others, by the stage itself.
+    """
+    head = read_head(files.folder, manifest)
+    if head is None or head.centred or head.norm_bias is not None:
+        return manifest  # more than an RMS norm and a matrix
+    engine = Engine.of_manifest(files.folder, manifest)
+    phases = (parts.adapters, parts.classifier, parts.certification)
+    reporter.begin("fitting the shortlist", sum(map(len, phases)))
+    fitted_on = _hidden(engine, parts.adapters, reporter)
+    low_rank = _least_rank(head, fitted_on, _hidden(engine, parts.classifier, reporter))
+    if low_rank is None:
+        return manifest
+    _, _, precision = find_target(manifest.target, manifest.precision)
+    model = lower_shortlist(low_rank, head, precision, _ROWS)
+    path = files.save("exit/shortlist.onnx", serialise(model))
+    spec = ShortlistSpec(
+        file=path,
+        rank=low_rank.rank,
+        rows=_ROWS,
+        multiply_adds=multiply_adds(model.graph) + _ROWS * manifest.model.hidden_size,
+        recall={},
+    )
+    record = {path: files.written[path]}
+    drafted = manifest.model_copy(
+        update={"shortlist": spec, "files": dict(manifest.files) | record}
+    )
+    recall = _recall_by_layer(files.folder, drafted, parts.certification, reporter)
+    finished = spec.model_copy(update={"recall": recall})
+    return drafted.model_copy(update={"shortlist": finished})
+
+
+def fit_low_rank(head: Head, hidden: Float32, rank: int) -> LowRankHead:
+    """The head's best low-rank form on hidden states like these `[rows, hidden]`."""
+    return _cut(head, *_directions(head, hidden), rank)
+
+
+def _directions(head: Head, hidden: Float32) -> tuple[Float64, Float64]:
+    """`C^-½ V` and `C^½ V`, `[hidden, hidden]` each, the most important columns first."""
+    normed = _norm(head, hidden).astype(np.float64)
+    moment = normed.T @ normed / len(normed)
+    values, vectors = np.linalg.eigh(moment)
+    # Directions that no hidden state has would be blown up by the inverse root.
+    values = np.maximum(values, values[-1] * 1e-9)
+    root = (vectors * np.sqrt(values)) @ vectors.T
+    inverse = (vectors / np.sqrt(values)) @ vectors.T
+    gram = np.zeros_like(moment)
+    for rows in _vocabulary(head):
+        block = head.rows(rows).astype(np.float64)
+        gram += block.T @ block
+    _, main = np.linalg.eigh(root @ gram @ root)
+    main = main[:, ::-1]
+    return inverse @ main, root @ main
+
+
+def _cut(head: Head, down: Float64, back: Float64, rank: int) -> LowRankHead:
+    columns = back[:, :rank].astype(np.float32)
+    up = np.concatenate([head.rows(rows) @ columns for rows in _vocabulary(head)])
+    return LowRankHead(down[:, :rank].astype(np.float32), up)
+
+
+def _least_rank(head: Head, fitted_on: Float32, tried_on: Float32) -> LowRankHead | None:
+    down, back = _directions(head, fitted_on)
+    normed = _norm(head, tried_on)
+    tokens = _best_tokens(head, normed)
+    for rank in _RANKS:
+        if 2 * rank > head.norm_weight.shape[0]:
+            return None
+        low_rank = _cut(head, down, back, rank)
+        logits = (normed @ low_rank.down @ low_rank.up.T).astype(np.float32)
+        chunks, width = _chunks(logits.shape[1])
+        table = _padded(logits, chunks * width).reshape(len(logits), chunks, width)
+        best = table.max(axis=2)
+        place, chunk = tokens % width, tokens // width
+        first = table.argmax(axis=2)[np.arange(len(tokens)), chunk] == place
+        own = best[np.arange(len(tokens)), chunk]
+        among = (best > own[:, None]).sum(axis=1) < min(_ROWS, chunks)
+        if float((first & among).mean()) >= _ENOUGH_RECALL:
+            return low_rank
+    return None
+
+
+def lower_shortlist(low_rank: LowRankHead, head: Head, precision: Precision, rows: int) -> ir.Model:
+    """`hidden [1, 1, hidden_size]` to `logits [vocab]` by the low-rank head, their
+    `log_sum_exp [1]`, and `candidates [rows]`, the tokens to score exactly.
+    """
+    vocabulary, width = low_rank.up.shape[0], low_rank.down.shape[0]
+    chunks, span = _chunks(vocabulary)
+    hidden = graph_input("hidden", [1, 1, width])
+    graph = GraphBuilder()
+    normed = graph.op(
+        "RMSNormalization", hidden, graph.const("norm", head.norm_weight), epsilon=head.epsilon
+    )
+    inner = graph.op("MatMul", normed, graph.const("down", low_rank.down))
+    logits = _product(graph, inner, low_rank.up, precision)
+    flat = graph.op("Reshape", logits, graph.ints([vocabulary]))
+    table = flat
+    if padding := chunks * span - vocabulary:
+        lowest = graph.row(graph.number(-3.0e38))
+        table = graph.op("Pad", flat, graph.ints([0, padding]), lowest)
+    table = graph.op("Reshape", table, graph.ints([chunks, span]))
+    maxima = graph.op("ReduceMax", table, graph.ints([-1]), keepdims=0)
+    best = graph.top(maxima, min(rows, chunks))
+    place = graph.op("ArgMax", table, axis=-1, keepdims=0)
+    place = graph.op("Gather", place, best, axis=0)
+    candidates = graph.op("Add", graph.op("Mul", best, graph.ints([span])), place)
+    total = graph.op("ReduceLogSumExp", flat, graph.ints([0]), keepdims=1)
+    outputs = [
+        graph.output(graph.op("Identity", flat), "logits", [vocabulary]),
+        graph.output(candidates, "candidates", [min(rows, chunks)], ir.DataType.INT64),
+        graph.output(total, "log_sum_exp", [1]),
+    ]
+    return graph.model("shortlist", [hidden], outputs)
+
+
+def _product(graph: GraphBuilder, inner: ir.Value, up: Float32, precision: Precision) -> ir.Value:
+    if precision.bits is None:
+        return graph.op("MatMul", inner, graph.const("up", np.ascontiguousarray(up.T)))
+    packed, scales = quantise_blocks(up, precision.bits, precision.block_size)
+    return graph.contrib(
+        "MatMulNBits",
+        inner,
+        graph.codes("up_packed", packed),
+        graph.const("up_scales", scales),
+        K=up.shape[1],
+        N=up.shape[0],
+        bits=precision.bits,
+        block_size=precision.block_size,
+        accuracy_level=precision.accuracy_level,
+    )
+
+
+def _recall_by_layer(
+    folder: Path, manifest: Manifest, examples: tuple[TaskExample, ...], reporter: Reporter
+) -> dict[str, float]:
+    """Share of positions at which the shortlist gives the head's token, by exit layer: adapted
+    hidden states there, and final ones under the number of layers.
+    """
+    engine = Engine.of_manifest(folder, manifest)
+    backend = engine.backend
+    same: dict[int, list[bool]] = {}
+    for rows in _hidden_by_layer(engine, examples, reporter):
+        for layer, hidden in rows.items():
+            tokens = backend.probe_features(hidden)[0]
+            found = [backend.shortlist(row).token for row in hidden]
+            same.setdefault(layer, []).extend((tokens == np.array(found)).tolist())
+    return {str(layer): round(float(np.mean(hits)), 4) for layer, hits in sorted(same.items())}
+
+
+def _hidden(engine: Engine, examples: tuple[TaskExample, ...], reporter: Reporter) -> Float32:
+    found = _hidden_by_layer(engine, examples, reporter)
+    return np.concatenate([hidden for rows in found for hidden in rows.values()])
+
+
+def _hidden_by_layer(
+    engine: Engine, examples: tuple[TaskExample, ...], reporter: Reporter
+) -> Iterator[dict[int, Float32]]:
+    """Of some positions of every prompt: what the probe reads, by exit layer and at the end."""
+    random = np.random.default_rng(0)
+    for example in examples:
+        ids = engine.tokenizer.encode(example.prompt)
+        at = np.sort(random.permutation(len(ids))[:_POSITIONS])
+        with engine.borrow() as session:
+            session.extend(ids)
+            rows = {}
+            for layer in engine.manifest.exit_points:
+                session.advance(layer)
+                hidden = session.hidden()[at]
+                rows[layer] = np.stack([engine.backend.adapt(layer, row)[0] for row in hidden])
+            session.complete()
+            rows[engine.manifest.depth] = session.hidden()[at].copy()
+        reporter.step(example.task)
+        yield rows
+
+
+def _norm(head: Head, hidden: Float32) -> Float32:
+    scale = np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + head.epsilon)
+    normed: Float32 = hidden / scale * head.norm_weight
+    return normed
+
+
+def _best_tokens(head: Head, normed: Float32) -> npt.NDArray[np.int64]:
+    """The head's own token of each row."""
+    best = np.full(len(normed), -np.inf, np.float32)
+    token = np.zeros(len(normed), np.int64)
+    for rows in _vocabulary(head):
+        logits = normed @ head.rows(rows).T
+        highest = logits.max(axis=1)
+        better = highest > best
+        best[better], token[better] = highest[better], rows[logits.argmax(axis=1)[better]]
+    return token
+
+
+def _vocabulary(head: Head) -> list[npt.NDArray[np.int64]]:
+    tokens = np.arange(head.weight.shape[0])
+    return [
+        tokens[start : start + _VOCABULARY_AT_ONCE]
+        for start in range(0, len(tokens), _VOCABULARY_AT_ONCE)
+    ]
+
+
+def _chunks(vocabulary: int) -> tuple[int, int]:
+    """(chunks, width): sixteen chunks for every row that is scored, if there are enough tokens."""
+    width = max(2, vocabulary // (16 * _ROWS))
+    return -(-vocabulary // width), width
+
+
+def _padded(logits: Float32, width: int) -> Float32:
+    missing = width - logits.shape[1]
+    return np.pad(logits, ((0, 0), (0, missing)), constant_values=-np.inf) if missing else logits

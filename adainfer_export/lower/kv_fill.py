@@ -1,0 +1,193 @@
+"""`kv_fill`: one layer's K and V from a hidden state that is not its own input (as in CALM).
+
+The layer's input norm, K and V projections and rotary, on the layer's own weights: where Q, K and V
+are one product, their rows in it.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from ..errors import LoweringError
+from ..weights import Dense, Quantised, Rows, WeightExpr
+from .graph import CONTRIB, Linear, add_initializer, find_linears, insert_before, remove_dead_nodes
+from .precision import Precision
+
+__all__ = ["START", "lower_kv_fill", "project_kv"]
+
+START = "start"
+
+
+def project_kv(attention: ir.Node, start: ir.Value) -> list[ir.Value]:
+    """Appends to the decoder what a GroupQueryAttention writes into its cache.
+
+    Args:
+        start: int64 `[1]`, the position of the first row.
+
+    Returns:
+        the query before rotary (so that lowering sees what is packed together), and K (after
+        rotary) and V `[1, kv_heads, rows, head_dim]`.
+    """
+    query, key, value = attention.inputs[:3]
+    cos, sin = (*attention.inputs, None, None)[7:9]
+    graph = attention.graph
+    assert graph is not None and query is not None and key is not None and value is not None
+    if cos is not None:
+        interleaved = attention.attributes["rotary_interleaved"].as_int()
+        attributes = [ir.AttrInt64("interleaved", interleaved)]
+        rotary = ir.Node(CONTRIB, "RotaryEmbedding", [key, start, cos, sin], attributes)
+        graph.append(rotary)
+        key = rotary.outputs[0]
+    heads = attention.attributes["kv_num_heads"].as_int()
+    outputs = [query]
+    for name, projected in (("key", key), ("value", value)):
+        shape = ir.tensor([0, 0, heads, -1], dtype=ir.DataType.INT64, name=f"{name}_shape")
+        constant = ir.Node("", "Constant", [], [ir.AttrTensor("value", shape)])
+        table = ir.Node("", "Reshape", [projected, constant.outputs[0]])
+        turned = ir.Node("", "Transpose", [table.outputs[0]], [ir.AttrInt64s("perm", [0, 2, 1, 3])])
+        graph.extend([constant, table, turned])
+        result = turned.outputs[0]
+        result.name = f"{attention.name}.{name}"
+        result.type = ir.TensorType(ir.DataType.FLOAT)
+        result.shape = ir.Shape([1, heads, "rows", None])
+        outputs.append(result)
+    return outputs
+
+
+def lower_kv_fill(graph: ir.Graph, precision: Precision) -> dict[str, WeightExpr]:
+    """Lowers what was cut out of the decoder by `project_kv`; its first output, the query, goes."""
+    graph.opset_imports[CONTRIB] = 1
+    packed = _packed_together(graph)
+    graph.outputs.pop(0)
+    remove_dead_nodes(graph)
+    for name, value in zip(("key", "value"), graph.outputs, strict=True):
+        value.name = name
+    kept = {linear.matmul for linear in find_linears(graph)}
+    weights: dict[str, WeightExpr] = {}
+    for linears in packed:
+        _replace(graph, linears, kept, precision, weights)
+    remove_dead_nodes(graph)
+    return weights
+
+
+def _packed_together(graph: ir.Graph) -> list[tuple[Linear, ...]]:
+    """Linear layers that are one product in the layer's own stage: those of the same input."""
+    groups: dict[tuple[ir.Value, bool], list[Linear]] = {}
+    for linear in find_linears(graph):
+        groups.setdefault((linear.input, linear.bias is None), []).append(linear)
+    return [tuple(linears) for linears in groups.values()]
+
+
+def _replace(
+    graph: ir.Graph,
+    linears: tuple[Linear, ...],
+    kept: set[ir.Node],
+    precision: Precision,
+    weights: dict[str, WeightExpr],
+) -> None:
+    """One product over the rows of those that are kept, out of the product of all."""
+    wanted = [linear for linear in linears if linear.matmul in kept]
+    if not wanted:
+        return
+    first = linears.index(wanted[0])
+    if list(linears[first : first + len(wanted)]) != wanted:
+        raise LoweringError(f"{graph.name}: rows of K and V do not lie side by side")
+    start = sum(linear.out_features for linear in linears[:first])
+    end = start + sum(linear.out_features for linear in wanted)
+    total = sum(linear.out_features for linear in linears)
+    names = tuple(_name(linear.weight) for linear in linears)
+    shape = (total, wanted[0].in_features)
+    nodes = _product(graph, wanted[0].input, names, shape, (start, end), precision, weights)
+    biases = tuple(_name(linear.bias) for linear in linears if linear.bias is not None)
+    if biases:
+        bias = _rows_of(graph, "+".join(biases), Dense(biases), (start, end, total), [], weights)
+        nodes.append(ir.Node("", "Add", [nodes[-1].outputs[0], bias]))
+    sizes = [linear.out_features for linear in wanted]
+    split = ir.Node(
+        "",
+        "Split",
+        [nodes[-1].outputs[0], _ints(graph, "split", sizes)],
+        [ir.AttrInt64("axis", -1)],
+        num_outputs=len(sizes),
+    )
+    insert_before(wanted[0].matmul, [*nodes, split])
+    for linear, part in zip(wanted, split.outputs, strict=True):
+        ir.convenience.replace_all_uses_with(linear.output, part)
+
+
+def _product(
+    graph: ir.Graph,
+    value: ir.Value,
+    names: tuple[str, ...],
+    shape: tuple[int, int],
+    rows: tuple[int, int],
+    precision: Precision,
+    weights: dict[str, WeightExpr],
+) -> list[ir.Node]:
+    (total, columns), (start, end), name = shape, rows, "+".join(names)
+    if precision.bits is None:
+        # Stored as columns: no range of them lies in one piece. Constant folding cuts it on load.
+        stored = f"{name}.T"
+        weights[stored] = Dense(names, transpose=True)
+        whole = add_initializer(graph, stored, ir.DataType.FLOAT, [columns, total])
+        bounds = [_ints(graph, "at", [number]) for number in (start, end, 1)]
+        part = ir.Node("", "Slice", [whole, *bounds])
+        part.outputs[0].type = whole.type
+        part.outputs[0].shape = ir.Shape([columns, end - start])
+        return [part, ir.Node("", "MatMul", [value, part.outputs[0]])]
+    block = precision.block_size
+    blocks, block_bytes = columns // block, block * precision.bits // 8
+    of = (start, end, total)
+    packed = _rows_of(
+        graph,
+        f"{name}.packed",
+        Quantised(names, precision.bits, block, "packed"),
+        of,
+        [blocks, block_bytes],
+        weights,
+        ir.DataType.UINT8,
+    )
+    scales = _rows_of(
+        graph,
+        f"{name}.scales",
+        Quantised(names, precision.bits, block, "scales"),
+        of,
+        [blocks],
+        weights,
+    )
+    attributes = [
+        ir.AttrInt64("K", columns),
+        ir.AttrInt64("N", end - start),
+        ir.AttrInt64("bits", precision.bits),
+        ir.AttrInt64("block_size", block),
+        ir.AttrInt64("accuracy_level", precision.accuracy_level),
+    ]
+    return [ir.Node(CONTRIB, "MatMulNBits", [value, packed, scales], attributes)]
+
+
+def _rows_of(
+    graph: ir.Graph,
+    name: str,
+    whole: Dense | Quantised,
+    of: tuple[int, int, int],
+    row_shape: list[int],
+    weights: dict[str, WeightExpr],
+    dtype: ir.DataType = ir.DataType.FLOAT,
+) -> ir.Value:
+    """An initialiser: rows (start, end) of a stored tensor with so many rows."""
+    start, end, total = of
+    part = f"{name}.rows_{start}_{end}"
+    weights[part] = Rows(whole, start, end, total)
+    return add_initializer(graph, part, dtype, [end - start, *row_shape])
+
+
+def _ints(graph: ir.Graph, kind: str, values: list[int]) -> ir.Value:
+    name = "_".join([kind, *map(str, values)])
+    value = add_initializer(graph, name, ir.DataType.INT64, [len(values)])
+    value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
+    return value
+
+
+def _name(value: ir.Value) -> str:
+    assert value.name is not None  # initialisers always carry their checkpoint name
+    return value.name

@@ -1,0 +1,33 @@
+"""A shortlist's result: exact scores of few tokens among the low-rank head's of all."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from .base import Float32, ProbeResult
+
+__all__ = ["rescored"]
+
+
+def rescored(
+    logits: Float32, log_sum_exp: float, candidates: npt.NDArray[np.int64], exact: Float32
+) -> ProbeResult:
+    """Puts exact logits in place.
+
+    Args:
+        logits: `[vocab_size]` of the low-rank head; changed in place.
+        log_sum_exp: of those.
+        candidates: `[rows]` different tokens, `exact` their logits by the LM head.
+    """
+    mass = float(np.exp(logits[candidates] - log_sum_exp, dtype=np.float64).sum())
+    others = log_sum_exp + math.log(max(1.0 - mass, 1e-12))
+    logits[candidates] = exact
+    second, first = (float(value) for value in np.partition(exact, -2)[-2:])
+    scored = first + math.log(float(np.exp(exact - first, dtype=np.float64).sum()))
+    total = float(np.logaddexp(others, scored))
+    top_prob = math.exp(first - total)
+    token = int(candidates[exact == exact.max()].min())  # of equal ones the lowest, as elsewhere
+    return ProbeResult(token, top_prob, top_prob - math.exp(second - total), logits)

@@ -1,0 +1,254 @@
+"""Mode `verified`: tokens of an exit point are drafts, which the deeper layers confirm together.
+
+The positions of drafts wait at the exit point's boundary with their hidden states; one pass takes
+them all through the layers above, so that no layer runs twice for a position. Drafts that the full
+model does not confirm are taken back, tokens and KV. (Self-speculative decoding, arXiv 2404.16710;
+speculative sampling, arXiv 2211.17192.)
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from .decoding import Emitted, take
+from .draft_schedule import (
+    Acceptance,
+    Adaptive,
+    DecodeCosts,
+    DraftSchedule,
+    Fixed,
+    agreement_by_layer,
+    default_draft_layer,
+)
+from .errors import ExitUnavailableError
+from .exit_policy import NoExit
+from .manifest import Manifest
+from .results import DraftCount
+from .sampling import Sampler
+from .session import ExitProbe, Session
+
+__all__ = [
+    "Draft",
+    "Drafter",
+    "ExitDrafter",
+    "VerifiedDecoder",
+    "verified_decoder",
+]
+
+Float64 = npt.NDArray[np.float64]
+
+_PRIOR_ACCEPTANCE = 0.6
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A proposed token.
+
+    Attributes:
+        layer: that proposed it, 1 … L.
+        confidence: the chance that it is right, as far as the proposer knows. It must not
+            depend on which token was drawn, or drafts would distort what is sampled.
+        distribution: `[vocab_size]` that it was drawn from; None under a plain sampler.
+    """
+
+    token: int
+    layer: int
+    confidence: float = 1.0
+    distribution: Float64 | None = None
+
+
+class Drafter(Protocol):
+    """Proposes what follows the last position."""
+
+    def propose(self, session: Session, sampler: Sampler) -> Draft:
+        """May bring positions to a boundary below the last; leaves the sequence as it is."""
+
+
+@dataclass(frozen=True)
+class ExitDrafter:
+    """Drafts by an exit point's adapter and the probe."""
+
+    layer: int
+    probe: ExitProbe = "full"
+
+    def propose(self, session: Session, sampler: Sampler) -> Draft:
+        """Every position is brought to the exit point; the last one is read there."""
+        result = session.draft(self.layer, self.probe)
+        if sampler.plain:
+            return Draft(result.token, self.layer, result.top_prob)
+        distribution = sampler.probabilities(result.logits, session.tokens)
+        return Draft(sampler.draw(distribution), self.layer, 1.0, distribution)
+
+
+class VerifiedDecoder:
+    """Emits what the full model would: its greedy tokens, or tokens of its distribution.
+
+    With a sampler the tokens are not those that mode `off` draws from the same seed.
+
+    Args:
+        limit: positions that the session may come to hold.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sampler: Sampler,
+        drafter: Drafter,
+        schedule: DraftSchedule,
+        limit: int,
+        acceptance: Acceptance | None = None,
+    ) -> None:
+        self._session = session
+        self._sampler = sampler
+        self._drafter = drafter
+        self._schedule = schedule
+        self._limit = limit
+        self._acceptance = acceptance or Acceptance(_PRIOR_ACCEPTANCE)
+        self._ready: deque[Emitted] = deque()
+        self._last: int | None = None
+        self._count = DraftCount()
+
+    @property
+    def drafts(self) -> DraftCount:
+        """Of this request so far."""
+        return self._count
+
+    def step(self) -> Emitted:
+        """Takes from what is confirmed; a round of drafts where nothing is left."""
+        if not self._ready:
+            self._ready.extend(self._round())
+        emitted = self._ready.popleft()
+        self._last = emitted.token
+        return emitted
+
+    def close(self) -> None:
+        """Takes back what was confirmed, but never emitted."""
+        if self._ready:
+            self._session.roll_back(self._session.length - len(self._ready))
+            self._ready.clear()
+
+    def _round(self) -> Sequence[Emitted]:
+        session = self._session
+        if self._last is None:
+            return (self._full_step(),)  # the prompt is read as mode off reads it
+        session.extend([self._last])
+        base = session.length
+        drafts, declined = self._propose(base)
+        if not drafts:
+            if declined:
+                self._acceptance.record(1, 0)
+            else:
+                self._acceptance.record_idle()
+            return (self._full_step(),)
+        accepted, last = self._judge(drafts, base)
+        session.roll_back(base + accepted)
+        wrong = accepted < len(drafts)
+        self._acceptance.record(accepted + (wrong or declined), accepted)
+        self._count += DraftCount(len(drafts), accepted, 1)
+        kept = [Emitted(draft.token, draft.layer) for draft in drafts[:accepted]]
+        return [*kept, Emitted(last, session.depth)]
+
+    def _propose(self, base: int) -> tuple[list[Draft], bool]:
+        """Drafts that now stand in the sequence, and whether one was not worth verifying."""
+        wanted = min(self._schedule.length(self._acceptance), self._limit - base)
+        drafts: list[Draft] = []
+        while len(drafts) < wanted:
+            draft = self._drafter.propose(self._session, self._sampler)
+            if not self._schedule.keeps(draft.confidence, len(drafts)):
+                return drafts, True
+            self._session.extend([draft.token])
+            drafts.append(draft)
+        return drafts, False
+
+    def _full_step(self) -> Emitted:
+        prediction = self._session.predict(NoExit())
+        token = take(self._sampler, prediction.result, self._session)
+        return Emitted(token, prediction.exit_layer)
+
+    def _judge(self, drafts: Sequence[Draft], base: int) -> tuple[int, int]:
+        """How many drafts stand, and the full model's token behind them."""
+        if self._sampler.plain:
+            tokens = self._session.verify_tokens(base - 1)
+            accepted = next(
+                (i for i, draft in enumerate(drafts) if draft.token != tokens[i]), len(drafts)
+            )
+            return accepted, int(tokens[accepted])
+        logits = self._session.verify_logits(base - 1)
+        before = self._session.tokens
+        for i, draft in enumerate(drafts):
+            full = self._sampler.probabilities(logits[i], before[: base + i])
+            token = _accept_or_replace(draft, full, self._sampler)
+            if token is not None:
+                return i, token
+        full = self._sampler.probabilities(logits[len(drafts)], before)
+        return len(drafts), self._sampler.draw(full)
+
+
+def _accept_or_replace(draft: Draft, full: Float64, sampler: Sampler) -> int | None:
+    """None where the draft stands; else what takes its place. Either way `full` is what the
+    emitted token is distributed by (arXiv 2211.17192, theorem 1).
+    """
+    assert draft.distribution is not None  # drafters give it to samplers that draw
+    proposed = float(draft.distribution[draft.token])
+    accept = min(1.0, float(full[draft.token]) / proposed) if proposed > 0.0 else 0.0
+    if sampler.draw(np.array([1.0 - accept, accept])) == 1:
+        return None
+    rest = np.maximum(full - draft.distribution, 0.0)
+    total = float(rest.sum())
+    # Equal distributions reject by rounding alone.
+    return sampler.draw(rest / total if total > 0.0 else full)
+
+
+def verified_decoder(
+    session: Session,
+    manifest: Manifest,
+    sampler: Sampler,
+    limit: int,
+    *,
+    draft_layer: int | None = None,
+    schedule: DraftSchedule | None = None,
+    costs: DecodeCosts | None = None,
+    probe: ExitProbe = "full",
+) -> VerifiedDecoder:
+    """The decoder of a request in mode `verified`.
+
+    Args:
+        draft_layer: where drafts are made; default: the exit point expected to cost least. A folder
+            whose calibration said "do not exit" drafts nothing.
+        schedule: default: `Adaptive`.
+        costs: default: by multiply-adds.
+        probe: that drafts are made with.
+
+    Raises:
+        ExitUnavailableError: nothing to draft with, or no engine ends at `draft_layer`.
+    """
+    costs = costs or DecodeCosts.of_manifest(manifest, shortlist=probe == "shortlist")
+    if draft_layer is None:
+        draft_layer = default_draft_layer(manifest, costs)
+        if draft_layer is None and manifest.exit is None:
+            raise ExitUnavailableError(
+                "this engine has no exit point to draft at: run `adainfer calibrate DIR`, or give "
+                "draft_layer"
+            )
+    elif draft_layer not in manifest.boundaries[:-1]:
+        inner = ", ".join(map(str, manifest.boundaries[:-1])) or "none"
+        raise ExitUnavailableError(
+            f"draft_layer {draft_layer} is no boundary between engines: {inner}"
+        )
+    if draft_layer is None:
+        draft_layer, schedule = manifest.depth, Fixed(0)
+    prior = agreement_by_layer(manifest).get(draft_layer, _PRIOR_ACCEPTANCE)
+    return VerifiedDecoder(
+        session,
+        sampler,
+        ExitDrafter(draft_layer, probe),
+        schedule or Adaptive(costs, draft_layer),
+        limit,
+        Acceptance(prior),
+    )

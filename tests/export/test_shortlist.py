@@ -1,0 +1,181 @@
+"""The shortlist: a low-rank head proposes tokens, the LM head scores them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from adainfer_export.calibrate import CalibrationRequest, shortlist
+from adainfer_export.calibrate.head import Head
+from adainfer_export.calibrate.pipeline import recalibrate
+from adainfer_export.calibrate.shortlist import fit_low_rank, lower_shortlist
+from adainfer_export.graph_builder import serialise
+from adainfer_export.lower.precision import PRECISIONS
+from adainfer_export.progress import SilentReporter
+from adainfer_runtime import Engine
+from adainfer_runtime.backends.ort_cpu import open_session
+from adainfer_runtime.backends.rescore import rescored
+from adainfer_runtime.decode_options import DecodeOptions
+from adainfer_runtime.draft_schedule import Fixed
+from adainfer_runtime.engine_folder import load_manifest, verify_files
+from adainfer_runtime.errors import ExitUnavailableError
+
+
+def made_up(vocabulary=500, width=32, rows=400, seed=0):
+    """A head, and hidden states that live in few directions, not those of the head's largest
+    singular values.
+    """
+    random = np.random.default_rng(seed)
+    weight = random.normal(size=(vocabulary, width)) * np.linspace(3.0, 1.0, width)
+    head = Head(np.ones(width, np.float32), None, 1e-6, False, weight.astype(np.float32), None, 4)
+    scale = np.where(np.arange(width) < width // 2, 0.05, 1.0)
+    return head, (random.normal(size=(rows, width)) * scale).astype(np.float32)
+
+
+def logits_of(head, hidden):
+    return shortlist._norm(head, hidden) @ head.weight.T
+
+
+def test_the_full_rank_is_the_head_itself():
+    head, hidden = made_up()
+    low = fit_low_rank(head, hidden, 32)
+    approximate = shortlist._norm(head, hidden) @ low.down @ low.up.T
+    np.testing.assert_allclose(approximate, logits_of(head, hidden), atol=1e-3)
+
+
+def test_a_low_rank_follows_the_data_not_the_weights():
+    head, hidden = made_up()
+    full = logits_of(head, hidden[200:])
+    low = fit_low_rank(head, hidden[:200], 16)
+    normed = shortlist._norm(head, hidden[200:])
+    error = np.square(normed @ low.down @ low.up.T - full).mean()
+    left, values, right = np.linalg.svd(head.weight, full_matrices=False)
+    plain = np.square(normed @ right[:16].T @ (left[:, :16] * values[:16]).T - full).mean()
+    assert error < 0.05 * np.square(full).mean()
+    assert plain > 5 * error
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+@pytest.mark.parametrize("vocabulary", [500, 4099])  # the latter does not divide into chunks
+def test_the_stage_proposes_what_the_low_rank_head_likes(tmp_path, precision, vocabulary):
+    head, hidden = made_up(vocabulary)
+    low = fit_low_rank(head, hidden, 32)
+    model = lower_shortlist(low, head, PRECISIONS[precision], 16)
+    path = tmp_path / "shortlist.onnx"
+    path.write_bytes(serialise(model))
+    session = open_session(path)
+    loose = {"fp32": 1e-3, "int8": 0.05, "int4": 0.5}[precision]
+    for row in hidden[:5]:
+        logits, total, candidates = session.run(
+            ["logits", "log_sum_exp", "candidates"], {"hidden": row.reshape(1, 1, -1)}
+        )
+        expected = shortlist._norm(head, row[None])[0] @ low.down @ low.up.T
+        np.testing.assert_allclose(logits, expected, atol=loose * np.abs(expected).max())
+        assert total[0] == pytest.approx(np.log(np.exp(logits.astype(np.float64)).sum()), abs=1e-3)
+        assert len(set(candidates.tolist())) == 16
+        assert candidates.max() < vocabulary
+        assert int(logits.argmax()) == candidates[0]
+        chunks, width = shortlist._chunks(vocabulary)
+        best = np.sort([logits[n * width : (n + 1) * width].max() for n in range(chunks)])[-16:]
+        np.testing.assert_allclose(np.sort(logits[candidates]), best)
+
+
+def test_exact_scores_take_the_place_of_proposed_ones():
+    random = np.random.default_rng(0)
+    low = random.normal(size=200).astype(np.float32)
+    total = float(np.log(np.exp(low.astype(np.float64)).sum()))
+    candidates = np.argsort(low)[-10:]
+    exact = low[candidates] + random.normal(size=10).astype(np.float32)
+    expected = low.copy()
+    expected[candidates] = exact
+    probabilities = np.exp(expected.astype(np.float64))
+    probabilities /= probabilities.sum()
+    result = rescored(low.copy(), total, candidates, exact)
+    np.testing.assert_array_equal(result.logits, expected)
+    assert result.token == candidates[exact.argmax()]
+    first, second = np.sort(exact)[::-1][:2]
+    scale = np.exp(expected.astype(np.float64)).sum()
+    assert result.top_prob == pytest.approx(np.exp(first) / scale, abs=1e-6)
+    assert result.gap == pytest.approx((np.exp(first) - np.exp(second)) / scale, abs=1e-6)
+    tied = rescored(low.copy(), total, np.array([9, 4]), np.array([50.0, 50.0], np.float32))
+    assert (tied.token, tied.gap) == (4, pytest.approx(0.0, abs=1e-6))
+
+
+@pytest.fixture(scope="module")
+def folder(tiny, tmp_path_factory):
+    """A tiny engine with exits and a shortlist; of a random model it cannot be a good one."""
+    root = tmp_path_factory.mktemp("shortlist")
+    copy = root / "engines"
+    shutil.copytree(tiny("llama").folder, copy)
+    random = np.random.default_rng(0)
+    prompts = root / "prompts.jsonl"
+    texts = {" ".join(map(str, random.integers(0, 99, 6))) for _ in range(160)}
+    prompts.write_text("\n".join(json.dumps({"prompt": text, "task": "x"}) for text in texts))
+    request = CalibrationRequest(
+        (prompts,), adapters="ridge", target_agreement=0.5, shortlist=True,
+        classifiers=("threshold",),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shortlist, "_ENOUGH_RECALL", 0.6)
+        recalibrate(copy, load_manifest(copy), request, SilentReporter())
+    return copy
+
+
+def test_calibration_measures_its_recall_on_other_prompts(folder):
+    manifest = load_manifest(folder)
+    verify_files(folder, manifest, sha256=True)
+    spec = manifest.shortlist
+    assert spec.rank == 32
+    assert spec.multiply_adds == 32 * (64 + 320) + 64 * 64
+    assert set(spec.recall) == {*map(str, manifest.exit_points), "4"}
+    assert all(0.6 < recall <= 1.0 for recall in spec.recall.values())
+    engine = Engine.load(folder)
+    hidden = np.random.default_rng(1).normal(size=(50, 64)).astype(np.float32)
+    for row in hidden:
+        full, few = engine.backend.probe(row), engine.backend.shortlist(row)
+        if few.token == full.token:
+            # Exact scores; only the sum over the tokens that were not proposed is approximate.
+            assert few.logits[few.token] == pytest.approx(full.logits[full.token], abs=1e-4)
+    bare = manifest.uncalibrated()
+    assert bare.shortlist is None
+    assert spec.file not in bare.files
+
+
+def test_it_drafts_but_never_has_the_last_word(folder):
+    engine = Engine.load(folder)
+    layer = engine.manifest.boundaries[0]
+    off = engine.generate("3 17: x 2:", max_new_tokens=24, ignore_eos=True)
+    options = DecodeOptions(draft_layer=layer, draft_schedule=Fixed(3), probe="shortlist")
+    verified = engine.generate(
+        "3 17: x 2:", max_new_tokens=24, ignore_eos=True, mode="verified", options=options
+    )
+    assert verified.tokens == off.tokens
+    assert verified.statistics.drafts.proposed > 0
+
+
+@pytest.mark.parametrize("threshold", [-1e9, 0.0, 1e9])
+def test_exits_are_confirmed_by_the_full_probe(folder, threshold):
+    engine = Engine.load(folder)
+    if not engine.manifest.exit_points:
+        pytest.fail("the calibration found no exits: nothing is tested")
+    settings = {
+        "max_new_tokens": 12,
+        "ignore_eos": True,
+        "mode": "adaptive",
+        "threshold": threshold,
+    }
+    full = engine.generate("3 17: x 2:", **settings)
+    cheap = engine.generate("3 17: x 2:", options=DecodeOptions(probe="shortlist"), **settings)
+    if threshold:
+        # Always or never: then both decide alike, and the token is the full probe's.
+        assert cheap.tokens == full.tokens
+        assert cheap.exit_layers == full.exit_layers
+    assert cheap.compute_saved != full.compute_saved
+
+
+def test_a_folder_without_one_says_so(tiny):
+    with pytest.raises(ExitUnavailableError, match="no shortlist: run `adainfer calibrate DIR"):
+        tiny("llama").engine.generate([5], options=DecodeOptions(probe="shortlist"))

@@ -1,0 +1,273 @@
+"""Mode `verified`: whatever is drafted, text and cache are those of mode off."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from adainfer_runtime.decode_options import DecodeOptions
+from adainfer_runtime.draft_schedule import Acceptance, Adaptive, DecodeCosts, Fixed
+from adainfer_runtime.errors import ExitUnavailableError
+from adainfer_runtime.generate import GenerateRequest, generate
+from adainfer_runtime.results import DraftCount
+from adainfer_runtime.sampling import Greedy
+from adainfer_runtime.verified import ExitDrafter, VerifiedDecoder
+
+from .scripted import ScriptedDrafter, SoftmaxSampler, TableSession
+
+PROMPT = [5, 17, 200, 43, 9, 120, 77]
+
+
+class RandomLengths:
+    """Draft lengths by script; drafting may also end early."""
+
+    def __init__(self, lengths, declined=()):
+        self._lengths, self._declined = iter(lengths), set(declined)
+        self._asked = 0
+
+    def length(self, acceptance):
+        return next(self._lengths, 1)
+
+    def keeps(self, confidence, drafts):
+        self._asked += 1
+        return self._asked not in self._declined
+
+
+def off_text(engine, prompt, new):
+    session = engine.session()
+    tokens = engine.generate(prompt, max_new_tokens=new, ignore_eos=True).tokens
+    session.extend([*prompt, *tokens[:-1]])
+    session.complete()
+    return tokens, session
+
+
+def assert_same_cache(session, off):
+    session.complete()
+    assert session.tokens == off.tokens
+    assert session.filled == off.filled
+    for layer in range(1, session.depth + 1):
+        for mine, full in zip(session.kv(layer), off.kv(layer), strict=True):
+            np.testing.assert_allclose(mine, full, atol=1e-4)
+
+
+class WatchedSession:
+    """A session whose every change is checked for the ledger's invariants."""
+
+    def __init__(self, session):
+        self._session = session
+
+    def __getattr__(self, name):
+        found = getattr(self._session, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments):
+            before = self._session.filled
+            result = found(*arguments)
+            filled = self._session.filled
+            assert list(filled) == sorted(filled, reverse=True)
+            assert filled[0] <= self._session.length
+            if name not in ("roll_back", "truncate"):
+                assert all(new >= old for new, old in zip(filled, before, strict=True))
+            return result
+
+        return call
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    layer=st.sampled_from([1, 2, 3]),
+    lengths=st.lists(st.integers(0, 6), max_size=20),
+    wrong=st.sets(st.integers(8, 40), max_size=12),
+    declined=st.sets(st.integers(1, 20), max_size=4),
+    new=st.integers(1, 24),
+    prompt=st.lists(st.integers(2, 319), min_size=1, max_size=12),
+)
+def test_wrong_drafts_change_neither_text_nor_cache(
+    tiny, layer, lengths, wrong, declined, new, prompt
+):
+    engine = tiny("llama").engine
+    tokens, off = off_text(engine, prompt, new)
+    session = WatchedSession(engine.session())
+    drafter = ScriptedDrafter(layer, [*prompt, *tokens], wrong, 320)
+    limit = len(prompt) + new - 1
+    decoder = VerifiedDecoder(session, Greedy(), drafter, RandomLengths(lengths, declined), limit)
+    done = generate(session, decoder, GenerateRequest(prompt, new), engine.manifest.max_seq_len)
+    assert done.tokens == tokens
+    assert session.length == limit
+    assert_same_cache(session, off)
+    counts = decoder.drafts
+    assert 0 <= counts.accepted <= counts.proposed
+    assert done.exit_layers.count(layer) == counts.accepted
+    # What was asked for is what mode off is asked for; rejected drafts are work beyond it.
+    work = done.prompt + done.decode
+    assert (work.dense, work.dense_compute) == dense_work(engine, prompt, new)
+    assert work.executed <= work.dense + engine.manifest.depth * (counts.proposed - counts.accepted)
+
+
+def dense_work(engine, prompt, new):
+    session = engine.session()
+    session.extend(prompt)
+    session.extend([2] * (new - 1)) if new > 1 else None
+    count = session.count
+    return count.dense, count.dense_compute + new * engine.manifest.probe.multiply_adds
+
+
+@settings(max_examples=15, deadline=None)
+@given(k=st.integers(1, 5), layers_per_engine=st.sampled_from([1, 2]), rows=st.integers(1, 4))
+def test_prompts_in_chunks_and_drafts_of_the_exit_itself(tiny, k, layers_per_engine, rows):
+    engine = tiny("llama", layers_per_engine=layers_per_engine).engine
+    tokens, off = off_text(engine, PROMPT, 16)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(engine.backend), "max_rows", rows)
+        session = engine.session()
+        decoder = VerifiedDecoder(session, Greedy(), ExitDrafter(2), Fixed(k), len(PROMPT) + 15)
+        done = generate(session, decoder, GenerateRequest(PROMPT, 16), 128)
+    assert done.tokens == tokens
+    assert_same_cache(session, off)
+
+
+@settings(max_examples=20, deadline=None)
+@given(stop=st.integers(0, 14), k=st.integers(1, 6))
+def test_a_text_that_ends_amid_confirmed_drafts_takes_the_rest_back(tiny, stop, k):
+    engine = tiny("llama").engine
+    tokens, _ = off_text(engine, PROMPT, 20)
+    end = tokens[stop]
+    session = engine.session()
+    drafter = ScriptedDrafter(2, [*PROMPT, *tokens], (), 320)
+    decoder = VerifiedDecoder(session, Greedy(), drafter, Fixed(k), len(PROMPT) + 19)
+    done = generate(session, decoder, GenerateRequest(PROMPT, 20, frozenset({end})), 128)
+    kept = tokens[: tokens.index(end)]
+    assert (done.tokens, done.finish_reason) == (kept, "eos")
+    assert session.tokens == (*PROMPT, *kept)  # the end-of-text token has no position
+    session.extend([9])
+    fresh = engine.session()
+    fresh.extend([*PROMPT, *kept, 9])
+    fresh.complete()
+    assert_same_cache(session, fresh)
+
+
+@pytest.mark.parametrize("variant", ["llama-tied", "qwen3", "mistral-window"])
+def test_requests_in_mode_verified(tiny, variant):
+    engine = tiny(variant).engine
+    off = engine.generate("hello", max_new_tokens=30, ignore_eos=True)
+    for drafts in (0, 1, 4):
+        options = DecodeOptions(draft_layer=3, draft_schedule=Fixed(drafts))
+        result = engine.generate(
+            "hello", max_new_tokens=30, mode="verified", ignore_eos=True, decoding=options
+        )
+        assert (result.tokens, result.text) == (off.tokens, off.text)
+        assert (result.statistics.drafts.proposed > 0) == (drafts > 0)
+    adaptive = engine.generate(
+        "hello", max_new_tokens=30, mode="verified", ignore_eos=True,
+        decoding=DecodeOptions(draft_layer=3),
+    )  # fmt: skip
+    # A head as dear as this model's never pays for drafts: mode off.
+    assert (adaptive.tokens, adaptive.statistics.drafts) == (off.tokens, DraftCount())
+    assert adaptive.layers_saved == 0.0
+
+
+def test_what_cannot_draft(tiny):
+    engine = tiny("llama").engine
+    with pytest.raises(ExitUnavailableError, match=r"no exit point to draft at: run `adainfer cal"):
+        engine.generate([5], mode="verified")
+    with pytest.raises(
+        ExitUnavailableError, match="draft_layer 4 is no boundary between engines: 1, 2, 3"
+    ):
+        engine.generate([5], mode="verified", decoding=DecodeOptions(draft_layer=4))
+    assert engine.generate([5, 6], max_new_tokens=2, ignore_eos=True).tokens
+
+
+# --- sampling --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafts", [1, 3])
+def test_sampled_tokens_are_distributed_as_in_mode_off(drafts):
+    """Chi-square of pairs of tokens, 125,000 draws: given the tokens before, each follows the
+    full model's distribution.
+    """
+    vocabulary, new = 5, 2500
+    sampler = SoftmaxSampler(np.random.default_rng(7))
+    expected = np.zeros((vocabulary,) * 3)
+    observed = np.zeros((vocabulary,) * 3)
+    accepted = 0
+    for text in range(50):
+        session = TableSession(vocabulary)
+        session.extend([text % vocabulary, text // vocabulary % vocabulary])
+        limit = session.length + new
+        decoder = VerifiedDecoder(session, sampler, ExitDrafter(1), Fixed(drafts), limit)
+        tokens = [*session.tokens, *(decoder.step().token for _ in range(new))]
+        decoder.close()
+        assert session.tokens == tuple(tokens[:-1])
+        accepted += decoder.drafts.accepted
+        for a, b, c in zip(tokens, tokens[1:], tokens[2:], strict=False):
+            observed[a, b, c] += 1
+            expected[a, b] += sampler.probabilities(session.full[a, b], ())
+    assert observed.sum() == 125_000
+    assert accepted > 20_000  # or nothing is tested
+    statistic = ((observed - expected) ** 2 / expected).sum()
+    freedom = vocabulary**2 * (vocabulary - 1)
+    assert 0.001 < stats.chi2.sf(statistic, freedom) < 0.999
+    # The test can fail: against what the drafts alone follow it does.
+    early = np.stack([sampler.probabilities(row, ()) for row in session.early.reshape(-1, 5)])
+    biased = observed.sum(axis=2, keepdims=True) * early.reshape(observed.shape)
+    assert stats.chi2.sf(((observed - biased) ** 2 / biased).sum(), freedom) < 1e-6
+
+
+# --- draft lengths ---------------------------------------------------------------------------
+
+
+def test_draft_lengths_follow_cost_and_acceptance():
+    costs = DecodeCosts(layers=32, probe=0.65)
+    schedule = Adaptive(costs, draft_layer=8)
+    lengths = [schedule.length(Acceptance(rate)) for rate in (0.05, 0.4, 0.7, 0.99)]
+    assert lengths == sorted(lengths)
+    assert (lengths[0], lengths[-1]) == (0, 7)
+    for rate, length in zip((0.05, 0.4, 0.7, 0.99), lengths, strict=True):
+        best = min(range(8), key=lambda n: costs.per_token(8, n, rate))
+        assert length == best
+    assert costs.per_token(8, 0, 0.5) == costs.token == 32.65
+    # Two drafts, both right: 3 rows below, 2 checks, 3 rows together above and in the head.
+    assert costs.round(8, 2) == pytest.approx(3 * 8 + 2 * 0.65 + 24.65 * 3 * 0.57)
+    assert costs.per_token(8, 2, 1.0) == pytest.approx(costs.round(8, 2) / 3)
+
+
+def test_drafts_that_can_never_pay_are_never_tried():
+    dear_head = DecodeCosts(layers=30, probe=8.0)
+    never = Adaptive(dear_head, draft_layer=27)
+    record = Acceptance(1.0)
+    for _ in range(500):
+        record.record_idle()
+        assert never.length(record) == 0
+
+
+def test_after_bad_luck_a_draft_is_tried_now_and_then():
+    schedule = Adaptive(DecodeCosts(layers=32, probe=0.65), draft_layer=8, retry_every=10)
+    record = Acceptance(0.6)
+    assert schedule.length(record) > 0
+    for _ in range(60):
+        record.record(1, 0)
+    lengths = []
+    for _ in range(30):
+        lengths.append(schedule.length(record))
+        if lengths[-1]:
+            record.record(1, 0)
+        else:
+            record.record_idle()
+    assert lengths.count(1) == 2
+    assert set(lengths) == {0, 1}
+    for _ in range(60):
+        record.record(3, 3)
+    assert schedule.length(record) > 1
+
+
+def test_a_doubtful_draft_is_not_verified():
+    costs = DecodeCosts(layers=30, probe=5.0)
+    schedule = Adaptive(costs, draft_layer=10)
+    least = costs.least_confidence(10, 0)
+    assert least == pytest.approx((10 + 25 * (2 * 0.65 - 1)) / 35)
+    assert schedule.keeps(least + 0.01, 0)
+    assert not schedule.keeps(least - 0.01, 0)
