@@ -23,6 +23,33 @@ TINY = {
     "pad_token_id": 1,
 }
 
+# OPT counts feed-forward width under another name, and ties its head.
+OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True}
+GEMMA = {
+    "head_dim": 32,  # not hidden / heads
+    "sliding_window": 12,
+    "query_pre_attn_scalar": 24,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "tie_word_embeddings": True,
+}
+GEMMA3_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+    "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 0.25}
+
+
+def longrope(original: int) -> dict[str, object]:
+    """Phi-3's scaling, trained on `original` of the model's 128 positions."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "long_factor": [1.0 + index for index in range(8)],
+        "short_factor": [1.0 + 0.1 * index for index in range(8)],
+        "original_max_position_embeddings": original,
+    }
+
+
 # name: (model_type, what differs from TINY)
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {}),
@@ -46,7 +73,29 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 12}),
     "qwen2": ("qwen2", {}),
+    "qwen2-mixed-window": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
+    ),
     "qwen3": ("qwen3", {}),
+    "opt": ("opt", {**OPT}),
+    "opt-350m": ("opt", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
+    "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("gemma3_text", {**GEMMA, "rope_parameters": GEMMA3_ROPE}),
+    "phi3": ("phi3", {"sliding_window": 12, "rope_parameters": longrope(16)}),
+    "phi3-short": ("phi3", {"rope_parameters": longrope(128), "tie_word_embeddings": True}),
+    "gpt2": ("gpt2", {"n_inner": 96, "tie_word_embeddings": True}),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": PARTIAL_ROPE}),
+    "gpt_neox-serial": (
+        "gpt_neox",
+        {
+            "rope_parameters": PARTIAL_ROPE | {"partial_rotary_factor": 0.5},
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "hidden_act": "gelu_new",
+            "num_attention_heads": 2,
+        },
+    ),
 }
 
 

@@ -27,7 +27,13 @@ _TOKENIZER_FILES = (
     "generation_config.json",
 )
 # Computed from the configuration; old checkpoints store them all the same.
-_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -39,6 +45,7 @@ class HuggingFaceFolder:
         self._folder = folder
         self._id = id
         self._revision = revision
+        self._headers: dict[str, dict[str, tuple[int, ...]]] = {}
 
     @cached_property
     def config(self) -> Any:
@@ -81,6 +88,11 @@ class HuggingFaceFolder:
             return SourceSpec(kind="huggingface", id=self._id, revision=self._revision, files=files)
         return SourceSpec(kind="folder", id=self._folder.name, files=files)
 
+    @property
+    def source_name(self) -> str:
+        """The repository, or the folder."""
+        return self._id or str(self._folder)
+
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """From generation_config.json, else from the configuration."""
@@ -101,6 +113,25 @@ class HuggingFaceFolder:
     def tied_head(self) -> bool:
         """As the configuration says."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
+
+    def shape(self, name: str) -> tuple[int, ...] | None:
+        """From the shard's header."""
+        from safetensors import SafetensorError, safe_open
+
+        shard = self._shards.get(name)
+        if shard is None:
+            return None
+        if shard not in self._headers:
+            try:
+                with safe_open(self._folder / shard, framework="pt") as handle:
+                    shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118 - no mapping
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{self._folder / shard} cannot be read ({error}); the file is truncated or "
+                    "damaged: download it again"
+                ) from error
+            self._headers[shard] = {key: tuple(shape) for key, shape in shapes.items()}
+        return self._headers[shard].get(name)
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Of every shard, leaving out buffers and a second copy of a tied head."""
