@@ -31,7 +31,7 @@ __all__ = ["build_decoder", "layer_of"]
 # which the split would have to undo. This one keeps residual additions and norms apart.
 _PROVIDER = "adainfer-decoder"
 _SCOPE = re.compile(r"^(?:layers|h|blocks)\.(\d+)$")
-# What the library's feed-forward networks compute; it takes other names, and computes SiLU.
+# Of the library's, those that were compared with transformers.
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 
 
@@ -81,6 +81,8 @@ def _from_library(
             f"activation {config.hidden_act!r} is not supported "
             f"(supported: {', '.join(_ACTIVATIONS)})"
         )
+    if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UnsupportedError("partial_rotary_factor, which transformers ignores in this family")
     tables = rotary_tables(config, max_seq_len)
     with _quiet():
         import mobius
@@ -113,15 +115,18 @@ def _from_library(
 
 def _resize_layers(module: Any, resolved: Any, widths: Sequence[LayerWidths]) -> None:
     """Layers of their own widths in place of the uniform ones."""
-    layers = module.model.layers
-    for index, layer in enumerate(widths):
-        own = dataclasses.replace(
+    uniform = module.model.layers
+    own = [
+        dataclasses.replace(
             resolved,
             num_attention_heads=layer.heads,
             num_key_value_heads=layer.kv_heads,
             intermediate_size=layer.intermediate,
         )
-        layers[index] = type(layers[index])(own)
+        for layer in widths
+    ]
+    layers = [type(old)(new) for old, new in zip(uniform, own, strict=True)]
+    module.model.layers = type(uniform)(layers)
 
 
 def _resize_caches(graph: ir.Graph, widths: Sequence[LayerWidths], head_dim: int) -> None:

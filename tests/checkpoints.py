@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -70,6 +71,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-pruned": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-window": ("mistral", {"sliding_window": 12}),
     "qwen2": ("qwen2", {}),
@@ -78,6 +80,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
     ),
     "qwen3": ("qwen3", {}),
+    "qwen3-pruned": ("qwen3", {}),
     "opt": ("opt", {**OPT}),
     "opt-350m": ("opt", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),
@@ -97,6 +100,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
 }
+# Layers (from 0) that a pruning tool made narrower: heads, heads of K and V, feed-forward width.
+PRUNED = {"llama-pruned": {1: (2, 1, 64), 2: (4, 2, 32)}, "qwen3-pruned": {2: (2, 1, 96)}}
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 320) -> None:
@@ -124,12 +129,18 @@ def make_checkpoint(
     settings = {**TINY, "tie_word_embeddings": False, **changes}
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float().eval()
+    model = AutoModelForCausalLM.from_config(config)
+    for index, (heads, kv_heads, intermediate) in PRUNED.get(variant, {}).items():
+        narrow = copy.deepcopy(config)
+        narrow.num_attention_heads, narrow.num_key_value_heads = heads, kv_heads
+        narrow.intermediate_size = intermediate
+        model.model.layers[index] = type(model.model.layers[index])(narrow, index)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Larger than the usual initialisation, so that layers and biases matter.
             scale = 0.3 if "norm" in name else 0.12
             parameter.add_(torch.randn_like(parameter) * scale)
+    model.float().eval()
     model.save_pretrained(folder, max_shard_size=shard)
     if tokenizer:
         write_tokenizer(folder)

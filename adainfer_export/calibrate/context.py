@@ -7,6 +7,7 @@ and certificate from prompts used for nothing else.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,8 @@ from .translate import (
 
 __all__ = ["with_context_exit"]
 
+_LOG = logging.getLogger(__name__)
+
 
 def with_context_exit(
     files: Files,
@@ -53,11 +56,18 @@ def with_context_exit(
 ) -> Manifest:
     """The calibrated manifest with a context exit as well, where one pays.
 
-    Architectures whose rotary tables differ between layers have none; `context_exit` stays None.
+    Architectures without rotary tables, or whose layers differ in them, have none: `context_exit`
+    stays None, with a warning.
     """
     folder, bare = files.folder, manifest.uncalibrated()
     rotary = read_rotary(folder, bare)
     layers = translator_layers(bare)
+    if rotary is None:
+        _LOG.warning(
+            "no context exit: translated keys need one rotary table for whole heads of all layers, "
+            "which %s does not have",
+            manifest.model.architecture,
+        )
     if rotary is None or not layers:
         return manifest
     reporter.begin("fitting translators", len(parts.adapters))

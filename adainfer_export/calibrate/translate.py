@@ -66,7 +66,11 @@ class Translator:
 
 
 def read_rotary(folder: Path, manifest: Manifest) -> Rotary | None:
-    """None where layers differ in their tables, rotate a part of each head, or interleave it."""
+    """None where layers differ in their tables or heads, rotate a part of each head, interleave it,
+    or have no rotary at all.
+    """
+    if manifest.kv.layer_heads:
+        return None
     found: list[tuple[ir.Value, ir.Value]] = []
     for stage in manifest.cut:
         for node in ir.load(folder / stage.file).graph:
