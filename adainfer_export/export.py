@@ -53,6 +53,7 @@ class ExportRequest:
         layers_per_engine: layers that share one graph; exits lie between graphs. None cuts after
             every layer and, once calibrated, joins what has no exit point in between.
         max_seq_len: positions of the KV cache; default: 2048, or the model's own limit if less.
+        weights: folder or `.gguf` file to read for an alias, instead of its recipe's sources.
         calibration: how the exit graph is fitted; None leaves the folder without one.
     """
 
@@ -64,6 +65,7 @@ class ExportRequest:
     max_seq_len: int | None = None
     calibration: CalibrationRequest | None = None
     revision: str | None = None
+    weights: Path | None = None
     force: bool = False
 
 
@@ -90,7 +92,7 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     if request.layers_per_engine is not None and request.layers_per_engine < 1:
         raise UnsupportedError("--layers-per-engine must be at least 1")
     check_output(request.out, force=request.force)
-    checkpoint = resolve(request.model, revision=request.revision)
+    checkpoint = resolve(request.model, revision=request.revision, weights=request.weights)
     with new_folder(request.out) as folder:
         manifest = _write_stages(folder, request, checkpoint, dialect, precision, reporter)
         if request.calibration is not None and manifest.tokenizer is not None:

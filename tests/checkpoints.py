@@ -123,10 +123,14 @@ def make_checkpoint(
     tokenizer: bool = True,
     shard: str = "10GB",
     seed: int = 0,
+    **further: object,
 ) -> torch.nn.Module:
-    """Writes a checkpoint in Hugging Face's layout and returns the reference model."""
+    """Writes a checkpoint in Hugging Face's layout and returns the reference model.
+
+    `further` changes the variant's configuration.
+    """
     model_type, changes = VARIANTS[variant]
-    settings = {**TINY, "tie_word_embeddings": False, **changes}
+    settings = {**TINY, "tie_word_embeddings": False, **changes, **further}
     config = AutoConfig.for_model(model_type, **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
