@@ -35,6 +35,7 @@ from .select import choose_threshold, outcome_figures, select_classifiers
 from .translate import (
     Rotary,
     Translator,
+    Unrotated,
     fit_translators,
     lower_translator,
     read_rotary,
@@ -56,17 +57,16 @@ def with_context_exit(
 ) -> Manifest:
     """The calibrated manifest with a context exit as well, where one pays.
 
-    Architectures without rotary tables, or whose layers differ in them, have none: `context_exit`
-    stays None, with a warning.
+    Models whose layers differ in heads or rotary tables have none: `context_exit` stays None, with
+    a warning.
     """
     folder, bare = files.folder, manifest.uncalibrated()
     rotary = read_rotary(folder, bare)
     layers = translator_layers(bare)
     if rotary is None:
         _LOG.warning(
-            "no context exit: translated keys need one rotary table for whole heads of all layers, "
-            "which %s does not have",
-            manifest.model.architecture,
+            "no context exit: keys are translated for all layers alike, and in this model layers "
+            "differ in their heads or rotary tables, or rotate a part of each head",
         )
     if rotary is None or not layers:
         return manifest
@@ -97,7 +97,7 @@ def with_context_exit(
 
 
 def _write_translator(
-    files: Files, translator: Translator, rotary: Rotary, manifest: Manifest
+    files: Files, translator: Translator, rotary: Rotary | Unrotated, manifest: Manifest
 ) -> ExitPoint:
     model = lower_translator(translator, rotary, manifest)
     # Beside the stages: it shares their rotary tables' file.

@@ -116,6 +116,7 @@ def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
         nodes += [bias, ir.Node("", "Add", [nodes[-1].outputs[0], bias.outputs[0]])]
     insert_before(linear.matmul, nodes)
     for value in (linear.output, *(out for out in graph.outputs if out.name == "logits")):
+        value.type = ir.TensorType(ir.DataType.FLOAT)
         value.shape = ir.Shape(["batch", "tokens", "n"])
     _take_over(linear.output, nodes[-1].outputs[0])
     remove_dead_nodes(graph)
