@@ -47,7 +47,7 @@ def build_decoder(
         config: a `transformers.PretrainedConfig` of a decoder-only model.
         architecture: the entry of the architecture table.
         max_seq_len: positions that learned positions and rotary tables must cover.
-        shape: of a stored tensor, None where it is missing: layers may differ in width.
+        shape: of a stored tensor; layers may differ in width.
 
     Returns:
         Opset 24 graph with inputs `input_ids`, `position_ids`,

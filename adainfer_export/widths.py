@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from .decoders.rotary import head_dim_of
+from .errors import CheckpointError
 
 __all__ = ["LayerWidths", "Shape", "layer_widths"]
 
-Shape = Callable[[str], tuple[int, ...] | None]
+Shape = Callable[[str], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def layer_widths(config: Any, shape: Shape) -> tuple[LayerWidths, ...] | None:
     others belong to another configuration. Layers that are not consistent count as configured.
 
     Args:
-        shape: of a stored tensor, None where it is missing.
+        shape: of a stored tensor; raises where it is missing.
     """
     heads = int(config.num_attention_heads)
     expected = LayerWidths(
@@ -50,9 +51,10 @@ def layer_widths(config: Any, shape: Shape) -> tuple[LayerWidths, ...] | None:
 
 def _of_layer(shape: Shape, name: str, width: int, head_dim: int) -> LayerWidths | None:
     """None where the tensors of a layer do not fit together, or are not all there."""
-    query, key, value, out = (shape(f"{name}.self_attn.{p}_proj.weight") for p in "qkvo")
-    gate, up, down = (shape(f"{name}.mlp.{p}_proj.weight") for p in ("gate", "up", "down"))
-    if query is None or key is None or gate is None:
+    try:
+        query, key, value, out = (shape(f"{name}.self_attn.{p}_proj.weight") for p in "qkvo")
+        gate, up, down = (shape(f"{name}.mlp.{p}_proj.weight") for p in ("gate", "up", "down"))
+    except CheckpointError:
         return None
     widths = LayerWidths(query[0] // head_dim, key[0] // head_dim, gate[0])
     fits = (

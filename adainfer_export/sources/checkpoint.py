@@ -38,8 +38,12 @@ class Checkpoint(Protocol):
     def tied_head(self) -> bool:
         """True where the LM head is the token embedding."""
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
-        """Of a tensor under its Hugging Face name; None where there is none. Reads no weights."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor under its Hugging Face name; nothing is read but headers.
+
+        Raises:
+            CheckpointError: missing.
+        """
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Tensors that belong to the model, but are not among those that were read."""

@@ -87,10 +87,10 @@ class GgufFile:
         """A file without an output matrix uses the token embedding."""
         return "output.weight" not in self._tensors
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
+    def shape(self, name: str) -> tuple[int, ...]:
         """From the file's header."""
-        tensor = self._tensors.get(self._mapped(name))
-        return None if tensor is None else tuple(int(size) for size in reversed(tensor.shape))
+        tensor = self._tensor(self._mapped(name))
+        return tuple(int(size) for size in reversed(tensor.shape))
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Under their GGUF names; llama.cpp's own rotary tables are left out."""

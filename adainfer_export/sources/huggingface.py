@@ -114,13 +114,11 @@ class HuggingFaceFolder:
         """As the configuration says."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
+    def shape(self, name: str) -> tuple[int, ...]:
         """From the shard's header."""
         from safetensors import SafetensorError, safe_open
 
-        shard = self._shards.get(name)
-        if shard is None:
-            return None
+        shard = self._shard(name)
         if shard not in self._headers:
             try:
                 with safe_open(self._folder / shard, framework="pt") as handle:
@@ -131,7 +129,10 @@ class HuggingFaceFolder:
                     "damaged: download it again"
                 ) from error
             self._headers[shard] = {key: tuple(shape) for key, shape in shapes.items()}
-        return self._headers[shard].get(name)
+        try:
+            return self._headers[shard][name]
+        except KeyError:
+            raise self._missing(name) from None
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Of every shard, leaving out buffers and a second copy of a tied head."""
@@ -144,12 +145,7 @@ class HuggingFaceFolder:
         import torch
         from safetensors import SafetensorError, safe_open
 
-        shard = self._shards.get(name)
-        if shard is None:
-            raise CheckpointError(
-                f"{self._folder}: tensor {name} is missing from the weights; "
-                "the checkpoint does not match its config.json"
-            )
+        shard = self._shard(name)
         try:
             with safe_open(self._folder / shard, framework="pt") as handle:
                 tensor = handle.get_tensor(name)
@@ -174,6 +170,18 @@ class HuggingFaceFolder:
             if (self._folder / name).is_file():
                 shutil.copyfile(self._folder / name, folder / name)
         return True
+
+    def _shard(self, name: str) -> str:
+        try:
+            return self._shards[name]
+        except KeyError:
+            raise self._missing(name) from None
+
+    def _missing(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folder}: tensor {name} is missing from the weights; "
+            "the checkpoint does not match its config.json"
+        )
 
     def _convert_slow_tokenizer(self, folder: Path) -> None:
         from transformers import AutoTokenizer

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from adainfer_runtime.manifest import SourceSpec
 
 from ..decoders.views import View
+from ..errors import CheckpointError
 from .checkpoint import Checkpoint
 
 __all__ = ["ViewedCheckpoint"]
@@ -65,7 +66,7 @@ class ViewedCheckpoint:
         """What messages call the checkpoint."""
         return self._checkpoint.source_name
 
-    def shape(self, name: str) -> tuple[int, ...] | None:
+    def shape(self, name: str) -> tuple[int, ...]:
         """The stored shape of the tensor that one of the graph's is made of."""
         return self._checkpoint.shape(self.stored_name(name))
 
@@ -82,9 +83,7 @@ class ViewedCheckpoint:
             for prefix, other in self._aliases
             if stored.startswith(prefix)
         )
-        if self._checkpoint.shape(stored) is not None:
-            return stored
-        return next((name for name in others if self._checkpoint.shape(name) is not None), stored)
+        return next((found for found in (stored, *others) if self._has(found)), stored)
 
     def expected_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape that must be stored, for the graph to get this one."""
@@ -104,3 +103,10 @@ class ViewedCheckpoint:
     def write_tokenizer(self, folder: Path) -> bool:
         """The checkpoint's own."""
         return self._checkpoint.write_tokenizer(folder)
+
+    def _has(self, stored: str) -> bool:
+        try:
+            self._checkpoint.shape(stored)
+        except CheckpointError:
+            return False
+        return True

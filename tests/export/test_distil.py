@@ -25,7 +25,7 @@ def head_logits(head, hidden, tokens):
     return logits if head.cap is None else head.cap * np.tanh(logits / head.cap)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int4"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 @pytest.mark.parametrize("variant", ["llama", "llama-tied", "opt", "gpt_neox", "gemma2"])
 def test_head_is_the_probes(tiny, variant, precision):
     made = tiny(variant, precision=precision)
