@@ -8,7 +8,7 @@ from ..errors import GatedSourceError, SourceError
 
 __all__ = ["download_snapshot"]
 
-_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"]
+_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 
 
 def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:

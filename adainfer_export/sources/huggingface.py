@@ -26,6 +26,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Files of the older forms that transformers converts: SentencePiece, byte-level BPE (OPT).
+_SLOW_TOKENIZERS = (("tokenizer.model",), ("vocab.json", "merges.txt"))
 # Computed from the configuration; old checkpoints store them all the same.
 _BUFFERS = (
     ".rotary_emb.inv_freq",
@@ -160,7 +162,9 @@ class HuggingFaceFolder:
     def write_tokenizer(self, folder: Path) -> bool:
         """Copies the tokenizer, converting a slow one where that is all there is."""
         has_fast = (self._folder / "tokenizer.json").is_file()
-        has_slow = (self._folder / "tokenizer.model").is_file()
+        has_slow = any(
+            all((self._folder / name).is_file() for name in names) for names in _SLOW_TOKENIZERS
+        )
         if not has_fast and not has_slow:
             return False
         folder.mkdir(parents=True, exist_ok=True)
@@ -191,7 +195,7 @@ class HuggingFaceFolder:
             tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         except (OSError, ValueError, ImportError, AttributeError) as error:
             raise CheckpointError(
-                f"{self._folder / 'tokenizer.model'} cannot be converted to tokenizer.json "
+                f"{self._folder}: the tokenizer cannot be converted to tokenizer.json "
                 f"({error}); put a tokenizer.json beside it"
             ) from error
 
