@@ -42,13 +42,14 @@ PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_fa
 
 def longrope(original: int) -> dict[str, object]:
     """Phi-3's scaling, trained on `original` of the model's 128 positions."""
-    return {
+    parameters = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
         "long_factor": [1.0 + index for index in range(8)],
         "short_factor": [1.0 + 0.1 * index for index in range(8)],
         "original_max_position_embeddings": original,
     }
+    return {"rope_parameters": parameters, "original_max_position_embeddings": original}
 
 
 # name: (model_type, what differs from TINY)
@@ -85,8 +86,8 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "opt-350m": ("opt", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),
     "gemma3": ("gemma3_text", {**GEMMA, "rope_parameters": GEMMA3_ROPE}),
-    "phi3": ("phi3", {"sliding_window": 12, "rope_parameters": longrope(16)}),
-    "phi3-short": ("phi3", {"rope_parameters": longrope(128), "tie_word_embeddings": True}),
+    "phi3": ("phi3", {"sliding_window": 12, **longrope(16)}),
+    "phi3-short": ("phi3", {**longrope(128), "tie_word_embeddings": True}),
     "gpt2": ("gpt2", {"n_inner": 96, "tie_word_embeddings": True}),
     "gpt_neox": ("gpt_neox", {"rope_parameters": PARTIAL_ROPE}),
     "gpt_neox-serial": (
