@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from .decoders import gemma, gpt2, gpt_neox, opt, phi3
+from .decoders.builder import Decoder
 from .errors import UnsupportedError
 
-__all__ = ["ARCHITECTURES", "Architecture", "find_architecture", "sliding_window"]
+__all__ = ["ARCHITECTURES", "Architecture", "find_architecture", "sliding_windows"]
 
 
 @dataclass(frozen=True)
@@ -17,23 +20,35 @@ class Architecture:
 
     Attributes:
         model_type: `model_type` of the Hugging Face configuration.
-        frontend_name: the frontend's name for it.
+        frontend_name: the frontend library's name for it, where it builds the decoder.
+        build: what builds it instead, from the configuration and the engine's maximum length.
+        aliases: (prefix, other prefix) of tensor names, see `sources.viewed`.
+        prunable: layers may differ in heads and feed-forward width.
         gguf_name: `general.architecture` of GGUF files, where they are supported.
         gguf_permuted_rope: llama.cpp's converter interleaves the rows of Q and K of this
             family (its rotary rotates neighbouring pairs); reading undoes that.
     """
 
     model_type: str
-    frontend_name: str
+    frontend_name: str | None = None
+    build: Callable[[Any, int], Decoder] | None = None
+    aliases: tuple[tuple[str, str], ...] = ()
+    prunable: bool = False
     gguf_name: str | None = None
     gguf_permuted_rope: bool = False
 
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture("llama", "llama", gguf_name="llama", gguf_permuted_rope=True),
-    Architecture("mistral", "mistral"),
-    Architecture("qwen2", "qwen2", gguf_name="qwen2"),
-    Architecture("qwen3", "qwen3", gguf_name="qwen3"),
+    Architecture("llama", "llama", prunable=True, gguf_name="llama", gguf_permuted_rope=True),
+    Architecture("mistral", "mistral", prunable=True),
+    Architecture("qwen2", "qwen2", prunable=True, gguf_name="qwen2"),
+    Architecture("qwen3", "qwen3", prunable=True, gguf_name="qwen3"),
+    Architecture("opt", build=opt.build, aliases=(("model.decoder.", "decoder."),)),
+    Architecture("gemma2", build=gemma.build),
+    Architecture("gemma3_text", build=gemma.build),
+    Architecture("phi3", build=phi3.build),
+    Architecture("gpt2", build=gpt2.build, aliases=(("transformer.", ""),)),
+    Architecture("gpt_neox", build=gpt_neox.build, aliases=(("lm_head.", "embed_out."),)),
 )
 
 
@@ -54,14 +69,13 @@ def find_architecture(model_type: str) -> Architecture:
     )
 
 
-def sliding_window(config: Any, max_seq_len: int) -> int | None:
-    """Window of the attention in tokens if it is shorter than the engine's maximum length."""
-    if not getattr(config, "use_sliding_window", True):
-        return None
+def sliding_windows(config: Any, max_seq_len: int) -> tuple[int | None, ...]:
+    """Of each layer, the tokens that a position attends to, itself included; None for all."""
+    layers = int(config.num_hidden_layers)
     window: int | None = getattr(config, "sliding_window", None)
-    if window is None or window >= max_seq_len:
-        return None
-    types = getattr(config, "layer_types", None)
-    if types and len(set(types)) > 1:
-        raise UnsupportedError("layers with and without a sliding window in one model")
-    return window
+    if not getattr(config, "use_sliding_window", True) or window is None or window >= max_seq_len:
+        return (None,) * layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    if strange := set(kinds) - {"sliding_attention", "full_attention"}:
+        raise UnsupportedError(f"layers of type {sorted(strange)[0]!r} are not supported")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict
 from enum import Enum
 from pathlib import Path
 from typing import Annotated
@@ -12,14 +11,12 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 
-from adainfer_models import list_recipes
+from adainfer_models import ExitSettings, load_recipe
 from adainfer_runtime.commands.inspect_folder import describe_combined, describe_exit
 from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.manifest import Manifest
 
-from .architectures import ARCHITECTURES
 from .calibrate import CalibrationRequest
 from .errors import CalibrationError
 from .export import ExportRequest, ExportResult, export
@@ -36,6 +33,8 @@ Examples:
     adainfer-export ./my-llama --out engines/ --precision fp32 --calibration prompts.jsonl
 
     adainfer-export model.gguf --out engines/ --layers-per-engine 5 --calibration none
+
+    adainfer-export llama2-7b --source ./Llama-2-7b-hf --out engines/
 """
 _CALIBRATE_EXAMPLES = """
 Examples:
@@ -83,24 +82,28 @@ LimitOption = Annotated[
     typer.Option("--calibration-limit", help="Prompts to use at most (a seeded sample).", min=1),
 ]
 AgreementOption = Annotated[
-    float,
+    float | None,
     typer.Option(
         "--target-agreement",
-        help="Share of answers that must equal the full model's.",
+        help="Share of answers that must equal the full model's; default: the alias's, else 0.99.",
         min=0.5,
         max=1.0,
     ),
 ]
 AdaptersOption = Annotated[
-    AdapterChoice,
-    typer.Option("--adapters", help="Affine map before each probe, or none (plain AdaInfer)."),
+    AdapterChoice | None,
+    typer.Option(
+        "--adapters",
+        help="Affine map before each probe, or none (plain AdaInfer); default: the alias's, else "
+        "distilled.",
+    ),
 ]
 ClassifierOption = Annotated[
-    list[ClassifierChoice],
+    list[ClassifierChoice] | None,
     typer.Option(
         "--classifier",
         help="What decides; repeatable: the first is the default one, the others can be asked "
-        "for by name. `auto` takes the one that saves most.",
+        "for by name. `auto` takes the one that saves most. Default: the alias's, else svm.",
     ),
 ]
 ClassifierFileOption = Annotated[
@@ -141,14 +144,14 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 def register(app: typer.Typer) -> None:
     """Adds export, calibrate, certify, validate and list to `adainfer`."""
-    from . import certify_command
+    from . import certify_command, list_command
     from .validate_command import validate
 
     app.command(name="export", epilog=_EXPORT_EXAMPLES)(run_export)
     app.command(name="calibrate", epilog=_CALIBRATE_EXAMPLES)(run_calibrate)
     app.command(name="certify", epilog=certify_command.EXAMPLES)(certify_command.certify)
     app.command(name="validate")(validate)
-    app.command(name="list")(run_list)
+    app.command(name="list", epilog=list_command.EXAMPLES)(list_command.run_list)
 
 
 def run_export(
@@ -173,13 +176,20 @@ def run_export(
     ] = None,
     calibration: CalibrationOption = ["builtin"],  # noqa: B006 - typer copies defaults
     calibration_limit: LimitOption = None,
-    target_agreement: AgreementOption = 0.99,
-    adapters: AdaptersOption = AdapterChoice.distilled,
-    classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
+    target_agreement: AgreementOption = None,
+    adapters: AdaptersOption = None,
+    classifier: ClassifierOption = None,
     classifier_file: ClassifierFileOption = None,
     context_exit: ContextOption = False,
     translators: TranslatorsOption = TranslatorChoice.distilled,
     shortlist: ShortlistOption = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder or .gguf file with an alias's weights, where they cannot be fetched.",
+            metavar="DIR",
+        ),
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
@@ -188,6 +198,7 @@ def run_export(
 ) -> None:
     """Split an LLM into engines with an exit graph between them."""
     _log_warnings()
+    recipe = None if Path(model).is_dir() else load_recipe(model)
     request = ExportRequest(
         model=model,
         out=out,
@@ -205,8 +216,10 @@ def run_export(
             context_exit=context_exit,
             translators=translators,
             shortlist=shortlist,
+            known=recipe.exits if recipe else None,
         ),
         revision=revision,
+        weights=source,
         force=force,
     )
     with terminal_reporter(quiet=quiet or json_output) as reporter:
@@ -228,9 +241,9 @@ def run_calibrate(
     folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
     calibration: CalibrationOption = ["builtin"],  # noqa: B006 - typer copies defaults
     calibration_limit: LimitOption = None,
-    target_agreement: AgreementOption = 0.99,
-    adapters: AdaptersOption = AdapterChoice.distilled,
-    classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
+    target_agreement: AgreementOption = None,
+    adapters: AdaptersOption = None,
+    classifier: ClassifierOption = None,
     classifier_file: ClassifierFileOption = None,
     context_exit: ContextOption = False,
     translators: TranslatorsOption = TranslatorChoice.distilled,
@@ -264,48 +277,21 @@ def run_calibrate(
     _print_exits(manifest)
 
 
-def run_list(json_output: JsonOption = False) -> None:
-    """List aliases, architectures, targets and precisions."""
-    recipes = list_recipes()
-    if json_output:
-        data = {
-            "aliases": [asdict(recipe) for recipe in recipes],
-            "architectures": [entry.model_type for entry in ARCHITECTURES],
-            "targets": [
-                {"name": t.name, "built": t.dialect is not None, "precisions": t.precisions}
-                for t in TARGETS
-            ],
-        }
-        print(json.dumps(data))
-        return
-    console = Console()
-    table = Table("alias", "architecture", "source", "licence", title="models")
-    for recipe in recipes:
-        gated = " (gated)" if recipe.gated else ""
-        table.add_row(
-            recipe.alias, recipe.architecture, recipe.sources[0].id, recipe.licence + gated
-        )
-    console.print(table)
-    console.print("architectures:", ", ".join(entry.model_type for entry in ARCHITECTURES))
-    table = Table("target", "runs on", "precisions", "", title="targets")
-    for target in TARGETS:
-        state = "" if target.dialect else "not built yet"
-        table.add_row(target.name, target.summary, ", ".join(target.precisions), state)
-    console.print(table)
-
-
 def _calibration(
     values: list[str],
     limit: int | None,
-    target_agreement: float,
-    adapters: AdapterChoice,
-    classifiers: list[ClassifierChoice],
+    target_agreement: float | None,
+    adapters: AdapterChoice | None,
+    classifiers: list[ClassifierChoice] | None,
     classifier_file: Path | None,
     *,
     context_exit: bool,
     translators: TranslatorChoice,
     shortlist: bool,
+    known: ExitSettings | None = None,
 ) -> CalibrationRequest | None:
+    """What the user asked for; what he left open is what is known to be good, or the default."""
+    classifiers = classifiers or []
     if ClassifierChoice.auto in classifiers and len(classifiers) > 1:
         raise CalibrationError("--classifier auto goes with no other --classifier")
     words = {"builtin", "none"} & set(values)
@@ -313,12 +299,13 @@ def _calibration(
         raise CalibrationError(f"--calibration {words.pop()} goes with no other --calibration")
     if values == ["none"]:
         return None
+    defaults = known or CalibrationRequest()
     return CalibrationRequest(
         files=() if values == ["builtin"] else tuple(Path(value) for value in values),
         limit=limit,
-        target_agreement=target_agreement,
-        adapters=adapters.value,
-        classifiers=tuple(dict.fromkeys(choice.value for choice in classifiers)),
+        target_agreement=target_agreement or defaults.target_agreement,
+        adapters=adapters.value if adapters else defaults.adapters,
+        classifiers=tuple(dict.fromkeys(c.value for c in classifiers)) or defaults.classifiers,
         classifier_file=classifier_file,
         context_exit=context_exit,
         translators=translators.value,

@@ -2,6 +2,7 @@
 
 AdaInferError
 ├── SourceError               the model cannot be found or fetched
+│   ├── GatedSourceError
 │   └── UnknownModelError
 ├── CheckpointError           the checkpoint is damaged or incomplete
 │   └── NonFiniteWeightError
@@ -19,6 +20,7 @@ from adainfer_runtime.errors import AdaInferError
 __all__ = [
     "CalibrationError",
     "CheckpointError",
+    "GatedSourceError",
     "LoweringError",
     "NonFiniteWeightError",
     "OutputError",
@@ -31,6 +33,10 @@ __all__ = [
 
 class SourceError(AdaInferError):
     """The model's source cannot be found, fetched or verified."""
+
+
+class GatedSourceError(SourceError):
+    """The weights are to be had only once their licence was accepted."""
 
 
 class UnknownModelError(SourceError):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-import onnx_ir as ir
 
 from adainfer_runtime.engine_folder import record_file, write_manifest
 from adainfer_runtime.manifest import (
@@ -25,16 +22,19 @@ from adainfer_runtime.manifest import (
     TokenizerSpec,
 )
 
-from .architectures import find_architecture, sliding_window
+from .architectures import find_architecture, sliding_windows
 from .calibrate import CalibrationRequest
 from .cost import multiply_adds
+from .decoders.builder import LayerHeads
 from .errors import CheckpointError, UnsupportedError
 from .folder import check_output, new_folder
 from .frontend import build_decoder
 from .lower import Precision, find_target
 from .lower.targets import Dialect
+from .preflight import require_same_tensors
 from .progress import Reporter, SilentReporter, peak_memory_bytes
 from .sources import Checkpoint, resolve
+from .sources.viewed import ViewedCheckpoint
 from .split import StageGraph, layer_groups, split_decoder
 from .writer import StageWriter
 
@@ -53,6 +53,7 @@ class ExportRequest:
         layers_per_engine: layers that share one graph; exits lie between graphs. None cuts after
             every layer and, once calibrated, joins what has no exit point in between.
         max_seq_len: positions of the KV cache; default: 2048, or the model's own limit if less.
+        weights: folder or `.gguf` file to read for an alias, instead of its recipe's sources.
         calibration: how the exit graph is fitted; None leaves the folder without one.
     """
 
@@ -64,6 +65,7 @@ class ExportRequest:
     max_seq_len: int | None = None
     calibration: CalibrationRequest | None = None
     revision: str | None = None
+    weights: Path | None = None
     force: bool = False
 
 
@@ -90,7 +92,7 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     if request.layers_per_engine is not None and request.layers_per_engine < 1:
         raise UnsupportedError("--layers-per-engine must be at least 1")
     check_output(request.out, force=request.force)
-    checkpoint = resolve(request.model, revision=request.revision)
+    checkpoint = resolve(request.model, revision=request.revision, weights=request.weights)
     with new_folder(request.out) as folder:
         manifest = _write_stages(folder, request, checkpoint, dialect, precision, reporter)
         if request.calibration is not None and manifest.tokenizer is not None:
@@ -118,48 +120,39 @@ def _write_stages(
     config = checkpoint.config
     architecture = find_architecture(config.model_type)
     max_seq_len = _max_seq_len(request.max_seq_len, config)
-    decoder = build_decoder(config, architecture)
-    dialect.lower_decoder(decoder, window=sliding_window(config, max_seq_len))
-    _crop_tables(decoder.graph, config.max_position_embeddings, max_seq_len)
-    num_layers = int(config.num_hidden_layers)
+    decoder = build_decoder(config, architecture, max_seq_len, checkpoint.shape)
+    heads = decoder.layer_heads
+    checkpoint = ViewedCheckpoint(checkpoint, decoder.views, architecture.aliases)
+    require_same_tensors(decoder.model.graph, checkpoint)
+    dialect.lower_decoder(decoder.model, windows=sliding_windows(config, max_seq_len))
+    num_layers = len(heads)
     groups = layer_groups(num_layers, request.layers_per_engine or 1)
     writer = StageWriter(folder, checkpoint)
     reporter.begin("exporting layers", num_layers)
     specs = []
     project_kv = dialect.kv_fill.project if dialect.kv_fill else None
-    for stage in split_decoder(decoder, groups, project_kv):
+    for stage in split_decoder(decoder.model, groups, project_kv):
         specs.append(_write_stage(stage, writer, dialect, precision, checkpoint.tied_head))
         if stage.kind == "layers":
             for layer in range(stage.first_layer, stage.last_layer + 1):
                 reporter.step(f"layer {layer}/{num_layers}")
     files = writer.close()
-    _require_all_used(checkpoint, writer.read)
     tokenizer, tokenizer_files = _write_tokenizer(folder, checkpoint)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         exporter=_versions(),
         source=checkpoint.source,
-        model=_model_spec(checkpoint, num_layers),
+        model=_model_spec(checkpoint, heads),
         target=request.target,
         precision=precision.name,
         quantisation=_quantisation(precision),
         layers_per_engine=request.layers_per_engine,
         max_seq_len=max_seq_len,
-        kv=_kv_geometry(config, max_seq_len),
+        kv=_kv_geometry(heads, max_seq_len),
         stages=tuple(specs),
         tokenizer=tokenizer,
         files=files | tokenizer_files,
     )
-
-
-def _require_all_used(checkpoint: Checkpoint, read: frozenset[str]) -> None:
-    """A weight that the graph does not know means another model than the checkpoint's."""
-    if unused := checkpoint.unused(read):
-        shown = ", ".join(unused[:3]) + (", …" if len(unused) > 3 else "")
-        raise UnsupportedError(
-            f"{checkpoint.source.id}: {len(unused)} tensors of the checkpoint have no place in the "
-            f"graph of architecture {checkpoint.config.model_type}: {shown}"
-        )
 
 
 def _write_stage(
@@ -203,17 +196,6 @@ def _max_seq_len(asked: int | None, config: Any) -> int:
     return asked
 
 
-def _crop_tables(graph: ir.Graph, positions: int, max_seq_len: int) -> None:
-    """Rotary tables hold a row per position; rows that the engine cannot reach are cut."""
-    for value in graph.initializers.values():
-        tensor = value.const_value
-        if tensor is None or len(tensor.shape) != 2 or tensor.shape[0] != positions:
-            continue
-        table = np.ascontiguousarray(tensor.numpy()[:max_seq_len])
-        value.const_value = ir.tensor(table, name=value.name)
-        value.shape = ir.Shape(table.shape)
-
-
 def _write_tokenizer(
     folder: Path, checkpoint: Checkpoint
 ) -> tuple[TokenizerSpec | None, dict[str, FileRecord]]:
@@ -233,23 +215,26 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.iterdir()) if path.is_file())
 
 
-def _model_spec(checkpoint: Checkpoint, num_layers: int) -> ModelSpec:
+def _model_spec(checkpoint: Checkpoint, layers: Sequence[LayerHeads]) -> ModelSpec:
     config = checkpoint.config
+    heads = tuple(layer.query for layer in layers)
     return ModelSpec(
         architecture=config.model_type,
-        num_layers=num_layers,
+        num_layers=len(layers),
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
-        num_attention_heads=config.num_attention_heads,
+        num_attention_heads=max(heads),
+        layer_attention_heads=heads if len(set(heads)) > 1 else (),
         eos_token_ids=checkpoint.eos_token_ids,
     )
 
 
-def _kv_geometry(config: Any, max_seq_len: int) -> KvGeometry:
-    heads = config.num_attention_heads
+def _kv_geometry(layers: Sequence[LayerHeads], max_seq_len: int) -> KvGeometry:
+    heads = tuple(layer.kv for layer in layers)
     return KvGeometry(
-        num_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        num_heads=max(heads),
+        layer_heads=heads if len(set(heads)) > 1 else (),
+        head_dim=layers[0].head_dim,
         max_length=max_seq_len,
     )
 

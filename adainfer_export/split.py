@@ -21,6 +21,7 @@ __all__ = ["StageGraph", "layer_groups", "split_decoder"]
 
 _OPSET = 24
 _IR_VERSION = 11
+_EMBED_INPUTS = ("input_ids", "position_ids")
 
 # From an attention and the first row's position: its query, key and value, as they are cached.
 ProjectKv = Callable[[ir.Node, ir.Value], list[ir.Value]]
@@ -56,8 +57,9 @@ def split_decoder(
     """
     graph = model.graph
     boundaries = _boundaries(graph, groups[-1][1])
-    ids = _graph_input(graph, "input_ids")
-    yield StageGraph("embed", "embed", _extract(graph, "embed", [ids], [boundaries[0]]))
+    # Learned positions are added to the embedding; rotary ones are a matter of the attention.
+    ids = [value for value in graph.inputs if value.name in _EMBED_INPUTS]
+    yield StageGraph("embed", "embed", _extract(graph, "embed", ids, [boundaries[0]]))
     for first, last in groups:
         name = f"layer_{first:03d}" if first == last else f"layers_{first:03d}_{last:03d}"
         yield StageGraph(name, "layers", _layers(graph, name, boundaries, first, last), first, last)
@@ -158,9 +160,8 @@ def _extract(
     stage.name = name
     stage.opset_imports[""] = _OPSET
     for value in stage.inputs:
-        if value.name not in (SEQLENS_K, TOTAL_LENGTH, START, "input_ids") and "past" not in (
-            value.name or ""
-        ):
+        known = (SEQLENS_K, TOTAL_LENGTH, START, *_EMBED_INPUTS)
+        if value.name not in known and "past" not in (value.name or ""):
             value.name = "hidden"
     if name == "embed":
         stage.outputs[0].name = "hidden"

@@ -13,9 +13,11 @@ import numpy.typing as npt
 from adainfer_runtime import Engine
 from adainfer_runtime.manifest import Manifest
 
+from .architectures import find_architecture
 from .errors import SourceError
 from .lower import PRECISIONS
 from .sources import Checkpoint, resolve
+from .sources.viewed import ViewedCheckpoint
 
 __all__ = ["StageDifference", "ValidationReport", "reference_model", "validate_folder"]
 
@@ -90,24 +92,33 @@ def reference_model(checkpoint: Checkpoint) -> Any:
     """The checkpoint as a float32 transformers model, its tensors read one by one."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     config = checkpoint.config
     config.dtype = torch.float32
-    with torch.device("meta"):
+    with no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
-    state = {}
-    for name in model.state_dict():
-        if name == "lm_head.weight" and checkpoint.tied_head:
-            continue
-        state[name] = torch.from_numpy(np.array(checkpoint.read(name)))
+    stored = ViewedCheckpoint(checkpoint, {}, find_architecture(config.model_type).aliases)
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        for leaf, parameter in module._parameters.items():
+            if parameter is None or (module is head and checkpoint.tied_head):
+                continue
+            tensor = torch.from_numpy(np.array(stored.read(f"{name}.{leaf}")))
+            # Assigned, not copied: layers may be narrower than the configuration says.
+            module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+        if hasattr(module, "num_key_value_groups"):
+            _regroup(module)
     if checkpoint.tied_head:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
-    # Buffers (rotary frequencies) are computed, not stored: the meta device left them empty.
-    rotary = type(model.model.rotary_emb)
-    model.model.rotary_emb = rotary(config=config)
+        head.weight = model.get_input_embeddings().weight
     return model.eval()
+
+
+def _regroup(attention: Any) -> None:
+    """Query heads for each head of K and V, from the weights that the layer really has."""
+    query, key = (getattr(attention, f"{part}_proj", None) for part in "qk")
+    if query is not None and key is not None:
+        attention.num_key_value_groups = len(query.weight) // len(key.weight)
 
 
 @dataclass(frozen=True)

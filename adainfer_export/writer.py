@@ -16,7 +16,7 @@ from adainfer_runtime.manifest import FileRecord
 
 from .errors import LoweringError
 from .sources.checkpoint import Checkpoint
-from .weights import Dense, Quantised, Rows, WeightExpr, evaluate
+from .weights import Dense, Rows, WeightExpr, evaluate
 
 __all__ = ["StageWriter"]
 
@@ -64,12 +64,6 @@ class StageWriter:
     def write_variant(self, model: ir.Model, variant: str) -> str:
         """Writes a changed graph of a stage that was written, on the same weights."""
         return self._save(model, f"{model.graph.name}.{variant}")
-
-    @property
-    def read(self) -> frozenset[str]:
-        """Checkpoint tensors that went into what was written."""
-        exprs = (key for key in self._places if isinstance(key, Dense | Quantised))
-        return frozenset(part for expr in exprs for part in expr.parts)
 
     def close(self) -> dict[str, FileRecord]:
         """Closes the data files; size and sha256 of everything written, by relative path."""

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+from adainfer_export.lower import PRECISIONS
+from adainfer_export.quantise import dequantise_blocks, quantise_blocks
 
 
 def reference_logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
@@ -29,3 +33,24 @@ def reference_greedy(model: Any, tokens: Sequence[int], count: int) -> list[int]
             pad_token_id=0,
         )
     return out[0, len(tokens) :].tolist()
+
+
+def dequantised_reference(made: Any, precision: str) -> Any:
+    """The transformers model with the weights that a quantised engine really has."""
+    record = PRECISIONS[precision]
+    model = copy.deepcopy(made.reference)
+    tokens = model.get_input_embeddings().weight
+    tied = model.get_output_embeddings().weight is tokens
+    with torch.no_grad():
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                positions = isinstance(module, torch.nn.Embedding) and parameter is not tokens
+                if parameter.dim() != 2 or positions:
+                    continue
+                bits = record.bits if parameter is not tokens else record.embedding_bits(tied=tied)
+                conv1d = type(module).__name__ == "Conv1D"  # stored as [in, out]
+                weight = parameter.numpy().T if conv1d else parameter.numpy()
+                packed, scales = quantise_blocks(weight, bits, record.block_size)
+                value = dequantise_blocks(packed, scales, bits)
+                parameter.copy_(torch.from_numpy(value.T.copy() if conv1d else value))
+    return model

@@ -6,6 +6,7 @@ classifier on the features of the answer that comes out at each point, its point
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from .select import select_classifiers
 from .translate import (
     Rotary,
     Translator,
+    Unrotated,
     fit_translators,
     lower_translator,
     read_rotary,
@@ -41,6 +43,8 @@ from .translate import (
 )
 
 __all__ = ["FittedContext", "fit_context"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,13 +72,18 @@ def fit_context(
 ) -> FittedContext | None:
     """Translators, and a classifier on the answers over them; None where nothing seems to pay.
 
-    Architectures whose rotary tables differ between layers have none.
+    Models whose layers differ in heads or rotary tables have none, with a warning.
 
     Args:
         bare: the manifest without exits, every boundary of the cut in it.
     """
     rotary = read_rotary(files.folder, bare)
     layers = translator_layers(bare)
+    if rotary is None:
+        _LOG.warning(
+            "no context exit: keys are translated for all layers alike, and in this model layers "
+            "differ in their heads or rotary tables, or rotate a part of each head",
+        )
     if rotary is None or not layers:
         return None
     reporter.begin("fitting translators", len(parts.adapters))
@@ -114,7 +123,7 @@ def fit_context(
 
 
 def _write_translator(
-    files: Files, translator: Translator, rotary: Rotary, manifest: Manifest
+    files: Files, translator: Translator, rotary: Rotary | Unrotated, manifest: Manifest
 ) -> ExitPoint:
     model = lower_translator(translator, rotary, manifest)
     # Beside the stages: it shares their rotary tables' file.

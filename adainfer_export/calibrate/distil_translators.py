@@ -30,7 +30,7 @@ from .distil import predicted_tokens
 from .head import Head
 from .head_network import HeadNetwork, considered_tokens
 from .torch_stage import AttentionSpec, TorchStage, read_torch_stage
-from .translate import ContextLesson, Rotary, Translator
+from .translate import ContextLesson, Rotary, Translator, Unrotated
 
 __all__ = ["distil_translators"]
 
@@ -51,7 +51,7 @@ def distil_translators(
     engine: Engine,
     folder: Path,
     head: Head,
-    rotary: Rotary,
+    rotary: Rotary | Unrotated,
     translators: Mapping[int, Translator],
     lessons: Sequence[ContextLesson],
     reporter: Reporter,
@@ -120,7 +120,7 @@ class _Upper:
 
     stages: Sequence[TorchStage]
     exit_layer: int
-    rotary: Rotary
+    rotary: Rotary | Unrotated
     manifest: Manifest
     _tables: list[Any] = field(default_factory=list)
 
@@ -170,6 +170,10 @@ class _Upper:
         if not self._tables:
             import torch
 
+            if isinstance(self.rotary, Unrotated):
+                shape = (self.manifest.max_seq_len, self.manifest.kv.head_dim // 2)
+                self._tables.extend([torch.ones(shape), torch.zeros(shape)])
+                return self._tables
             for value in (self.rotary.cos, self.rotary.sin):
                 assert value.const_value is not None  # see read_rotary
                 self._tables.append(torch.from_numpy(np.array(value.const_value.numpy())))

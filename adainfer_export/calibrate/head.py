@@ -23,7 +23,7 @@ _RMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 
 @dataclass(frozen=True)
 class Head:
-    """`logits = norm(hidden) @ weightᵀ`.
+    """`logits = norm(hidden) @ weightᵀ`, within ± `cap` (by tanh) where there is one.
 
     Attributes:
         norm_weight, norm_bias: `[hidden]`; a bias only where the norm has one.
@@ -39,6 +39,7 @@ class Head:
     weight: npt.NDArray[Any]
     scales: Float32 | None
     bits: Literal[4, 8]
+    cap: float | None = None
 
     def rows(self, tokens: npt.NDArray[np.int64]) -> Float32:
         """`[tokens, hidden]`: these rows of the head, in float; the others are not read."""
@@ -48,9 +49,10 @@ class Head:
 
 
 def read_head(folder: Path, manifest: Manifest) -> Head | None:
-    """None where the probe is more than a norm and a matrix (soft caps, biases)."""
+    """None where the probe is more than a norm and a matrix (projections, biases)."""
     graph = ir.load(folder / manifest.probe.file).graph
-    product = _through_reshapes(next(v for v in graph.outputs if v.name == "logits"))
+    logits, cap = _uncapped(next(v for v in graph.outputs if v.name == "logits"))
+    product = _through_reshapes(logits)
     if product is None or product.op_type not in ("MatMulNBits", "Gemm", "MatMul"):
         return None
     norm = _through_reshapes(product.inputs[0])
@@ -76,7 +78,20 @@ def read_head(folder: Path, manifest: Manifest) -> Head | None:
         weight=weight,
         scales=constants[1] if quantised else None,
         bits=cast(Literal[4, 8], _integer(product, "bits", 4)),
+        cap=cap,
     )
+
+
+def _uncapped(logits: ir.Value) -> tuple[ir.Value | None, float | None]:
+    """The value before `cap · tanh(value / cap)`, and the cap; else the value itself."""
+    multiply = logits.producer()
+    tanh = multiply.inputs[0] if multiply is not None and multiply.op_type == "Mul" else None
+    node = tanh.producer() if tanh is not None else None
+    divided = node.inputs[0] if node is not None and node.op_type == "Tanh" else None
+    divide = divided.producer() if divided is not None else None
+    if divide is None or divide.op_type != "Div":
+        return logits, None
+    return divide.inputs[0], float(_constant(divide.inputs[1]))
 
 
 def _through_reshapes(value: ir.Value | None) -> ir.Node | None:

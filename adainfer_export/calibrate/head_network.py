@@ -82,4 +82,7 @@ class HeadNetwork:
         normed = hidden * self._torch.rsqrt(square + self._head.epsilon) * self._weight
         if self._bias is not None:
             normed = normed + self._bias
-        return self._torch.log_softmax(normed @ self._rows / _TEMPERATURE, dim=-1)
+        logits = normed @ self._rows
+        if self._head.cap is not None:
+            logits = self._head.cap * self._torch.tanh(logits / self._head.cap)
+        return self._torch.log_softmax(logits / _TEMPERATURE, dim=-1)

@@ -29,6 +29,7 @@ __all__ = [
     "ContextLesson",
     "Rotary",
     "Translator",
+    "Unrotated",
     "fit_translators",
     "lower_translator",
     "read_rotary",
@@ -56,6 +57,43 @@ class Rotary:
         sin = self.sin.const_value.numpy()[:positions]
         first, second = np.split(key, 2, axis=-1)
         return np.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
+
+    def rotate(
+        self, graph: GraphBuilder, key: ir.Value, rows: ir.Value, start: ir.Value
+    ) -> ir.Value:
+        """K `[…, rows, head_dim]`, rotated for positions from `start` `[1]` on."""
+        first = graph.op("Squeeze", start)
+        positions = graph.op("Range", first, graph.op("Add", first, rows), graph.scalar(1))
+        cos, sin = (
+            graph.op("Gather", graph.shared(stored), positions, axis=0)
+            for stored in (self.cos, self.sin)
+        )
+        assert self.cos.const_value is not None
+        half = int(self.cos.const_value.shape[1])  # type: ignore[arg-type]
+        left, right = (
+            graph.op("Slice", key, graph.ints([low]), graph.ints([low + half]), graph.ints([-1]))
+            for low in (0, half)
+        )
+        return graph.op(
+            "Concat",
+            graph.op("Sub", graph.op("Mul", left, cos), graph.op("Mul", right, sin)),
+            graph.op("Add", graph.op("Mul", right, cos), graph.op("Mul", left, sin)),
+            axis=-1,
+        )
+
+
+class Unrotated:
+    """Keys as they are: of models with learned positions."""
+
+    def undo(self, key: Float32) -> Float32:
+        """K itself."""
+        return key
+
+    def rotate(
+        self, graph: GraphBuilder, key: ir.Value, rows: ir.Value, start: ir.Value
+    ) -> ir.Value:
+        """K itself."""
+        return graph.op("Identity", key)
 
 
 @dataclass(frozen=True)
@@ -87,30 +125,33 @@ class ContextLesson:
     first: Mapping[int, Float32]
 
 
-def read_rotary(folder: Path, manifest: Manifest) -> Rotary | None:
-    """None where layers differ in their tables, rotate a part of each head, or interleave it."""
-    found: list[tuple[ir.Value, ir.Value]] = []
-    for stage in manifest.cut:
-        for node in ir.load(folder / stage.file).graph:
-            if node.op_type != "GroupQueryAttention":
-                continue
-            interleaved = node.attributes.get("rotary_interleaved")
-            cos, sin = (*node.inputs, None, None)[7:9]
-            if cos is None or sin is None or (interleaved and interleaved.as_int()):
-                return None
-            found.append((cos, sin))
-    if not found or len({(cos.name, sin.name) for cos, sin in found}) > 1:
+def read_rotary(folder: Path, manifest: Manifest) -> Rotary | Unrotated | None:
+    """What was done to the keys in the cache. None where layers differ in that or in their heads,
+    rotate a part of each head, or interleave it.
+    """
+    nodes = [node for stage in manifest.cut for node in ir.load(folder / stage.file).graph]
+    attentions = [node for node in nodes if node.op_type == "GroupQueryAttention"]
+    tables = [(*node.inputs, None, None)[7:9] for node in attentions]
+    names = {tuple(table and table.name for table in pair) for pair in tables}
+    apart = any(node.op_type == "RotaryEmbedding" for node in nodes)  # parts of heads
+    if manifest.kv.layer_heads or apart or len(names) != 1 or any(map(_interleaved, attentions)):
         return None
-    cos, sin = found[0]
+    cos, sin = tables[0]
+    if cos is None or sin is None:
+        return Unrotated()
     half = manifest.kv.head_dim // 2
-    if any(v.const_value is None or v.const_value.shape[1] != half for v in (cos, sin)):
-        return None
-    return Rotary(cos, sin)
+    whole = all(v.const_value is not None and v.const_value.shape[1] == half for v in (cos, sin))
+    return Rotary(cos, sin) if whole else None
+
+
+def _interleaved(attention: ir.Node) -> bool:
+    attribute = attention.attributes.get("rotary_interleaved")
+    return attribute is not None and bool(attribute.as_int())
 
 
 def fit_translators(
     engine: Engine,
-    rotary: Rotary,
+    rotary: Rotary | Unrotated,
     examples: Sequence[TaskExample],
     layers: Sequence[int],
     reporter: Reporter,
@@ -173,7 +214,9 @@ def _flatten(key: Float32, value: Float32) -> Float32:
     return both.reshape(both.shape[0], -1)
 
 
-def lower_translator(translator: Translator, rotary: Rotary, manifest: Manifest) -> ir.Model:
+def lower_translator(
+    translator: Translator, rotary: Rotary | Unrotated, manifest: Manifest
+) -> ir.Model:
     """`hidden [rows, hidden_size]` and `start [1]`, the first row's position, to `key` (after
     rotary) and `value`, `[layers above, kv_heads, rows, head_dim]`.
     """
@@ -188,23 +231,7 @@ def lower_translator(translator: Translator, rotary: Rotary, manifest: Manifest)
     table = graph.transpose(table, [2, 1, 3, 0, 4])
     key, value = (graph.op("Gather", table, graph.scalar(part), axis=0) for part in (0, 1))
     rows = graph.op("Gather", graph.op("Shape", hidden), graph.scalar(0), axis=0)
-    first = graph.op("Squeeze", start)
-    positions = graph.op("Range", first, graph.op("Add", first, rows), graph.scalar(1))
-    cos, sin = (
-        graph.op("Gather", graph.shared(stored), positions, axis=0)
-        for stored in (rotary.cos, rotary.sin)
-    )
-    half = width // 2
-    left, right = (
-        graph.op("Slice", key, graph.ints([low]), graph.ints([low + half]), graph.ints([-1]))
-        for low in (0, half)
-    )
-    rotated = graph.op(
-        "Concat",
-        graph.op("Sub", graph.op("Mul", left, cos), graph.op("Mul", right, sin)),
-        graph.op("Add", graph.op("Mul", right, cos), graph.op("Mul", left, sin)),
-        axis=-1,
-    )
+    rotated = rotary.rotate(graph, key, rows, start)
     shape: list[int | str] = [above, heads, "rows", width]
     outputs = [
         graph.output(rotated, "key", shape),

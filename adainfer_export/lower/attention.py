@@ -4,9 +4,13 @@ Rewrites `Attention(RotaryEmbedding(q), RotaryEmbedding(k), v, mask, past…)` o
 The cache holds K after rotary. Positions are contiguous, so mask, position ids and the gathered
 rotary rows become two lengths that the runtime computes once per pass:
 `seqlens_k` int32 `[1]` (positions afterwards, minus one) and `total_sequence_length` int32 scalar.
+Rotary goes into that operator where its widths allow, else before it, as an operator of its own.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -17,13 +21,14 @@ __all__ = ["SEQLENS_K", "TOTAL_LENGTH", "fuse_attention"]
 
 SEQLENS_K = "seqlens_k"
 TOTAL_LENGTH = "total_sequence_length"
+_HEAD_MULTIPLE = 8
 
 
-def fuse_attention(model: ir.Model, *, window: int | None) -> None:
+def fuse_attention(model: ir.Model, *, windows: Sequence[int | None]) -> None:
     """Rewrites every attention of the decoder in place.
 
     Args:
-        window: tokens that each position attends to, or None for all before it.
+        windows: of each layer, tokens that a position attends to, or None for all before it.
 
     Raises:
         LoweringError: an attention that does not have the expected form.
@@ -35,7 +40,8 @@ def fuse_attention(model: ir.Model, *, window: int | None) -> None:
     )
     total = ir.Value(name=TOTAL_LENGTH, type=ir.TensorType(ir.DataType.INT32), shape=ir.Shape([]))
     graph.inputs.extend([seqlens, total])
-    for node in [node for node in graph if node.op_type == "Attention"]:
+    attentions = [node for node in graph if node.op_type == "Attention"]
+    for node, window in zip(attentions, windows, strict=True):
         _fuse_one(node, seqlens, total, window)
     remove_dead_nodes(graph)
     for value in list(graph.inputs):
@@ -47,24 +53,36 @@ def _fuse_one(node: ir.Node, seqlens: ir.Value, total: ir.Value, window: int | N
     query, key, value = node.inputs[:3]
     if len(node.inputs) < 6 or query is None or key is None or value is None:
         raise LoweringError(f"{node.name}: attention without a KV cache cannot be lowered")
-    query, cos, sin, interleaved = _before_rotary(query)
-    key, *_ = _before_rotary(key)
+    past = node.inputs[4]
+    head_dim = past.shape[3] if past is not None and past.shape is not None else None
+    if not isinstance(head_dim, int) or head_dim % _HEAD_MULTIPLE:
+        raise UnsupportedError(
+            f"heads of width {head_dim}: ONNX Runtime's attention takes multiples of "
+            f"{_HEAD_MULTIPLE}"
+        )
+    rotary = _Rotary.before(query)
+    if rotary is None or rotary.fits(head_dim):
+        query, key = (_unrotated(value) for value in (query, key))
+    else:
+        query, key = (_rotated_by_contrib(value, rotary, total) for value in (query, key))
+        rotary = None
     attributes: list[ir.Attr] = [
         ir.AttrInt64("num_heads", node.attributes["q_num_heads"].as_int()),
         ir.AttrInt64("kv_num_heads", node.attributes["kv_num_heads"].as_int()),
         ir.AttrFloat32("scale", node.attributes["scale"].as_float()),
-        ir.AttrInt64("do_rotary", int(cos is not None)),
-        ir.AttrInt64("rotary_interleaved", interleaved),
+        ir.AttrInt64("do_rotary", int(rotary is not None)),
+        ir.AttrInt64("rotary_interleaved", rotary.interleaved if rotary else 0),
     ]
     softcap = node.attributes.get("softcap")
     if softcap is not None and softcap.as_float() != 0.0:
         attributes.append(ir.AttrFloat32("softcap", softcap.as_float()))
     if window is not None:
         attributes.append(ir.AttrInt64("local_window_size", window))
+    tables = (rotary.cos, rotary.sin) if rotary else (None, None)
     fused = ir.Node(
         CONTRIB,
         "GroupQueryAttention",
-        [query, key, value, node.inputs[4], node.inputs[5], seqlens, total, cos, sin],
+        [query, key, value, past, node.inputs[5], seqlens, total, *tables],
         attributes,
         num_outputs=3,
         name=node.name,
@@ -78,21 +96,67 @@ def _fuse_one(node: ir.Node, seqlens: ir.Value, total: ir.Value, window: int | N
     )
 
 
-def _before_rotary(
-    value: ir.Value,
-) -> tuple[ir.Value, ir.Value | None, ir.Value | None, int]:
-    """The projection before rotary, and the tables (cos, sin) `[positions, rotary_dim/2]`."""
-    rotary = value.producer()
-    if rotary is None or rotary.op_type != "RotaryEmbedding":
-        return value, None, None, 0
-    if rotary.attributes["rotary_embedding_dim"].as_int() != 0:
-        raise UnsupportedError("partial rotary embeddings are not supported by this target yet")
-    tables = []
-    for table in rotary.inputs[1:3]:
-        gather = table.producer() if table is not None else None
-        if gather is None or gather.op_type != "Gather" or gather.inputs[0] is None:
-            raise LoweringError(f"{rotary.name}: rotary tables are not gathered by position")
-        tables.append(gather.inputs[0])
-    projection = rotary.inputs[0]
+@dataclass(frozen=True)
+class _Rotary:
+    """Tables `[positions, rotated width / 2]`, and how they are applied."""
+
+    cos: ir.Value
+    sin: ir.Value
+    interleaved: int
+    width: int
+
+    @classmethod
+    def before(cls, value: ir.Value) -> _Rotary | None:
+        """The rotary embedding that the value comes from, if it does."""
+        node = value.producer()
+        if node is None or node.op_type != "RotaryEmbedding":
+            return None
+        cos, sin = (_table(node, table) for table in node.inputs[1:3])
+        width = node.attributes["rotary_embedding_dim"].as_int()
+        return cls(cos, sin, node.attributes["interleaved"].as_int(), width)
+
+    def fits(self, head_dim: int) -> bool:
+        """Whether GroupQueryAttention takes it: ONNX Runtime 1.32 wants multiples."""
+        return head_dim % 16 == 0 and self.width % 16 == 0
+
+
+def _table(rotary: ir.Node, rows: ir.Value | None) -> ir.Value:
+    gather = rows.producer() if rows is not None else None
+    if gather is None or gather.op_type != "Gather" or gather.inputs[0] is None:
+        raise LoweringError(f"{rotary.name}: rotary tables are not gathered by position")
+    return gather.inputs[0]
+
+
+def _unrotated(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    if node is None or node.op_type != "RotaryEmbedding":
+        return value
+    projection = node.inputs[0]
     assert projection is not None  # RotaryEmbedding's first input is required
-    return projection, tables[0], tables[1], rotary.attributes["interleaved"].as_int()
+    return projection
+
+
+def _rotated_by_contrib(value: ir.Value, rotary: _Rotary, total: ir.Value) -> ir.Value:
+    """The rotation as an operator of its own, at positions from `total` minus the rows on."""
+    old = value.producer()
+    assert old is not None and old.graph is not None  # it is the rotary embedding
+    marks, projection = dict(old.metadata_props), _unrotated(value)
+
+    def node(domain: str, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Node:
+        made = ir.node(op_type, inputs, attributes, domain=domain, metadata_props=dict(marks))
+        assert old.graph is not None
+        old.graph.insert_before(old, made)
+        return made
+
+    rows = node("", "Shape", [projection], start=1, end=2).outputs[0]
+    end = node("", "Cast", [total], to=ir.DataType.INT64.value).outputs[0]
+    start = node("", "Sub", [end, rows]).outputs[0]
+    rotated = node(
+        CONTRIB,
+        "RotaryEmbedding",
+        [projection, start, rotary.cos, rotary.sin],
+        num_heads=old.attributes["num_heads"].as_int(),
+        rotary_embedding_dim=rotary.width,
+        interleaved=rotary.interleaved,
+    )
+    return rotated.outputs[0]

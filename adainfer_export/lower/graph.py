@@ -113,9 +113,9 @@ def remove_dead_nodes(graph: ir.Graph) -> None:
             del graph.initializers[name]
 
 
-def count_ops(graph: ir.Graph, op_type: str) -> int:
-    """Number of nodes of an operator."""
-    return sum(1 for node in graph if node.op_type == op_type)
+def count_ops(graph: ir.Graph, op_type: str, domain: str | None = None) -> int:
+    """Number of nodes of an operator, of any domain unless one is given."""
+    return sum(1 for node in graph if node.op_type == op_type and domain in (None, node.domain))
 
 
 def _static(value: ir.Value, axis: int) -> int:

@@ -35,6 +35,11 @@ __all__ = [
 
 Weights = dict[str, WeightExpr]
 
+_SKIP_NORMS = {
+    "RMSNormalization": "SkipSimplifiedLayerNormalization",
+    "LayerNormalization": "SkipLayerNormalization",
+}
+
 
 def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
     """Lowers a stage of decoder layers in place; returns what its new initialisers hold."""
@@ -53,32 +58,40 @@ def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
 
 
 def lower_embedding(graph: ir.Graph, precision: Precision, *, tied: bool) -> Weights:
-    """Lowers the token embedding: Gather, or GatherBlockQuantized on the LM head's blocks."""
+    """Lowers the token embedding: Gather, or GatherBlockQuantized on the LM head's blocks.
+
+    Learned positions stay as they are; a projection behind the tokens is a linear layer.
+    """
     graph.opset_imports[CONTRIB] = 1
+    weights: Weights = {}
+    for linear in list(find_linears(graph)):
+        _replace_linear(graph, (linear,), precision, weights)
     bits = precision.embedding_bits(tied=tied)
-    if bits is None:
-        return {}
-    gather = next((node for node in graph if node.op_type == "Gather"), None)
+    if bits is not None:
+        _quantise_tokens(graph, bits, precision.block_size, weights)
+    remove_dead_nodes(graph)
+    return weights
+
+
+def _quantise_tokens(graph: ir.Graph, bits: int, block_size: int, weights: Weights) -> None:
+    ids = graph.inputs[0]
+    gather = next((use.node for use in ids.uses() if use.node.op_type == "Gather"), None)
     if gather is None or gather.inputs[0] is None:
-        raise LoweringError("the embedding stage holds no Gather")
+        raise LoweringError("the embedding stage gathers no tokens")
     table = gather.inputs[0]
     assert table.shape is not None and table.name is not None
     rows, width = int(table.shape[0]), int(table.shape[1])  # type: ignore[arg-type]
-    weights: Weights = {}
-    assert gather.inputs[1] is not None
-    node = _gather_rows(
-        graph, table.name, (rows, width), gather.inputs[1], bits, precision.block_size, weights
-    )
+    node = _gather_rows(graph, table.name, (rows, width), ids, bits, block_size, weights)
     _replace(gather, node, gather.outputs[0])
-    remove_dead_nodes(graph)
-    return weights
 
 
 def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
     """Lowers final norm and head for the rows that a new input `candidates` int64 `[n]` names."""
     graph.opset_imports[CONTRIB] = 1
     weights: Weights = {}
-    (linear,) = find_linears(graph)
+    *projections, linear = find_linears(graph)
+    for projection in projections:  # from the layers' width to the head's
+        _replace_linear(graph, (projection,), precision, weights)
     candidates = ir.Value(
         name="candidates", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"])
     )
@@ -102,7 +115,9 @@ def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
         bias = ir.Node("", "Gather", [linear.bias, candidates], [ir.AttrInt64("axis", 0)])
         nodes += [bias, ir.Node("", "Add", [nodes[-1].outputs[0], bias.outputs[0]])]
     insert_before(linear.matmul, nodes)
-    linear.output.shape = ir.Shape(["batch", "tokens", "n"])
+    for value in (linear.output, *(out for out in graph.outputs if out.name == "logits")):
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+        value.shape = ir.Shape(["batch", "tokens", "n"])
     _take_over(linear.output, nodes[-1].outputs[0])
     remove_dead_nodes(graph)
     return weights
@@ -152,11 +167,12 @@ def check_layers(graph: ir.Graph, layers: int, precision: Precision) -> None:
     Raises:
         LoweringError: with the operator, and found against expected.
     """
-    expected = {"GroupQueryAttention": layers, "Attention": 0, "RotaryEmbedding": 0}
+    expected = {(CONTRIB, "GroupQueryAttention"): layers, ("", "Attention"): 0}
+    expected["", "RotaryEmbedding"] = 0
     if precision.bits is not None:
-        expected["MatMul"] = 0
-    for op_type, count in expected.items():
-        if (found := count_ops(graph, op_type)) != count:
+        expected["", "MatMul"] = 0
+    for (domain, op_type), count in expected.items():
+        if (found := count_ops(graph, op_type, domain)) != count:
             raise LoweringError(
                 f"stage {graph.name}: found {found} of operator {op_type}, expected {count}"
             )
@@ -173,8 +189,8 @@ def widen(graph: ir.Graph, precision: Precision) -> bool:
 
 
 def fuse_skip_norms(graph: ir.Graph) -> None:
-    """Residual addition and the norm behind it become SkipSimplifiedLayerNormalization."""
-    for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
+    """Residual addition and the norm behind it become one operator."""
+    for norm in [node for node in graph if node.op_type in _SKIP_NORMS]:
         add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
         if add is None or add.op_type != "Add" or add.outputs[0].is_graph_output():
             continue
@@ -182,8 +198,8 @@ def fuse_skip_norms(graph: ir.Graph) -> None:
             continue
         fused = ir.Node(
             CONTRIB,
-            "SkipSimplifiedLayerNormalization",
-            [add.inputs[0], add.inputs[1], norm.inputs[1]],
+            _SKIP_NORMS[norm.op_type],
+            [*add.inputs, *norm.inputs[1:]],
             [ir.AttrFloat32("epsilon", norm.attributes["epsilon"].as_float())],
             num_outputs=4,
         )

@@ -27,12 +27,23 @@ class Checkpoint(Protocol):
         """Identity: kind, id, revision, and sha256 of each file."""
 
     @property
+    def source_name(self) -> str:
+        """What messages call it: a path or a name. Unlike `source`, it costs nothing."""
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
 
     @property
     def tied_head(self) -> bool:
         """True where the LM head is the token embedding."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor under its Hugging Face name; nothing is read but headers.
+
+        Raises:
+            CheckpointError: missing.
+        """
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Tensors that belong to the model, but are not among those that were read."""

@@ -71,6 +71,11 @@ class GgufFile:
         return SourceSpec(kind="gguf", id=self._id, revision=self._revision, files=(file,))
 
     @property
+    def source_name(self) -> str:
+        """The file."""
+        return str(self._path)
+
+    @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The end-of-text token and, where the file names one, the end-of-turn token."""
         keys = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
@@ -81,6 +86,11 @@ class GgufFile:
     def tied_head(self) -> bool:
         """A file without an output matrix uses the token embedding."""
         return "output.weight" not in self._tensors
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the file's header."""
+        tensor = self._tensor(self._mapped(name))
+        return tuple(int(size) for size in reversed(tensor.shape))
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Under their GGUF names; llama.cpp's own rotary tables are left out."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import SourceError
+from ..errors import GatedSourceError, SourceError
 
 __all__ = ["download_snapshot"]
 
-_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "*.jinja"]
+_FILES = ["*.json", "model*.safetensors", "tokenizer.model", "merges.txt", "*.jinja"]
 
 
 def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
@@ -18,7 +18,8 @@ def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
         the local folder, and the commit it holds.
 
     Raises:
-        SourceError: not in the cache and not to be had; the message names the next step.
+        GatedSourceError: its licence was not accepted.
+        SourceError: not in the cache and not to be had, or without safetensors.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
@@ -26,13 +27,16 @@ def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
     try:
         folder = snapshot_download(repository, revision=revision, allow_patterns=_FILES)
     except GatedRepoError as error:
-        raise SourceError(
-            f"{repository} is gated: accept its licence on its model page, log in with "
-            "`hf auth login`, and try again"
+        raise GatedSourceError(
+            f"{repository} is gated and this account has no access to it"
         ) from error
     except Exception as error:  # besides the hub's own errors, those of its HTTP client
         raise SourceError(
-            f"{repository} cannot be downloaded and is not in the local cache; check the name "
-            "and the network, or give a local folder instead"
+            f"{repository} cannot be downloaded and is not in the local cache"
         ) from error
+    if not any(Path(folder).glob("*.safetensors")):
+        raise SourceError(
+            f"{repository} at revision {revision} holds no safetensors, and pickled weights are "
+            "not read: load it with transformers, save_pretrained(DIR), and export DIR"
+        )
     return Path(folder), Path(folder).name

@@ -26,8 +26,16 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
     "generation_config.json",
 )
+# Files of the older forms that transformers converts: SentencePiece, byte-level BPE (OPT).
+_SLOW_TOKENIZERS = (("tokenizer.model",), ("vocab.json", "merges.txt"))
 # Computed from the configuration; old checkpoints store them all the same.
-_BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -39,6 +47,7 @@ class HuggingFaceFolder:
         self._folder = folder
         self._id = id
         self._revision = revision
+        self._headers: dict[str, dict[str, tuple[int, ...]]] = {}
 
     @cached_property
     def config(self) -> Any:
@@ -81,6 +90,11 @@ class HuggingFaceFolder:
             return SourceSpec(kind="huggingface", id=self._id, revision=self._revision, files=files)
         return SourceSpec(kind="folder", id=self._folder.name, files=files)
 
+    @property
+    def source_name(self) -> str:
+        """The repository, or the folder."""
+        return self._id or str(self._folder)
+
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """From generation_config.json, else from the configuration."""
@@ -102,6 +116,26 @@ class HuggingFaceFolder:
         """As the configuration says."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the shard's header."""
+        from safetensors import SafetensorError, safe_open
+
+        shard = self._shard(name)
+        if shard not in self._headers:
+            try:
+                with safe_open(self._folder / shard, framework="pt") as handle:
+                    shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118 - no mapping
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"{self._folder / shard} cannot be read ({error}); the file is truncated or "
+                    "damaged: download it again"
+                ) from error
+            self._headers[shard] = {key: tuple(shape) for key, shape in shapes.items()}
+        try:
+            return self._headers[shard][name]
+        except KeyError:
+            raise self._missing(name) from None
+
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Of every shard, leaving out buffers and a second copy of a tied head."""
         tied = {"lm_head.weight"} if self.tied_head else set()
@@ -113,12 +147,7 @@ class HuggingFaceFolder:
         import torch
         from safetensors import SafetensorError, safe_open
 
-        shard = self._shards.get(name)
-        if shard is None:
-            raise CheckpointError(
-                f"{self._folder}: tensor {name} is missing from the weights; "
-                "the checkpoint does not match its config.json"
-            )
+        shard = self._shard(name)
         try:
             with safe_open(self._folder / shard, framework="pt") as handle:
                 tensor = handle.get_tensor(name)
@@ -133,7 +162,9 @@ class HuggingFaceFolder:
     def write_tokenizer(self, folder: Path) -> bool:
         """Copies the tokenizer, converting a slow one where that is all there is."""
         has_fast = (self._folder / "tokenizer.json").is_file()
-        has_slow = (self._folder / "tokenizer.model").is_file()
+        has_slow = any(
+            all((self._folder / name).is_file() for name in names) for names in _SLOW_TOKENIZERS
+        )
         if not has_fast and not has_slow:
             return False
         folder.mkdir(parents=True, exist_ok=True)
@@ -144,6 +175,18 @@ class HuggingFaceFolder:
                 shutil.copyfile(self._folder / name, folder / name)
         return True
 
+    def _shard(self, name: str) -> str:
+        try:
+            return self._shards[name]
+        except KeyError:
+            raise self._missing(name) from None
+
+    def _missing(self, name: str) -> CheckpointError:
+        return CheckpointError(
+            f"{self._folder}: tensor {name} is missing from the weights; "
+            "the checkpoint does not match its config.json"
+        )
+
     def _convert_slow_tokenizer(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
@@ -152,7 +195,7 @@ class HuggingFaceFolder:
             tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
         except (OSError, ValueError, ImportError, AttributeError) as error:
             raise CheckpointError(
-                f"{self._folder / 'tokenizer.model'} cannot be converted to tokenizer.json "
+                f"{self._folder}: the tokenizer cannot be converted to tokenizer.json "
                 f"({error}); put a tokenizer.json beside it"
             ) from error
 

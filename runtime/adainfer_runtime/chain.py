@@ -56,7 +56,7 @@ class Chain:
         self._tokens[start : start + len(tokens)] = tokens
         for first in range(0, len(tokens), self._backend.max_rows):
             chunk = tokens[first : first + self._backend.max_rows]
-            self._buffers.embed(chunk)
+            self._buffers.embed(chunk, start + first)
             rows = slice(start + first, start + first + len(chunk))
             self._pending[rows] = self._buffers.hidden(0, len(chunk))
         self.ledger.admit(len(tokens))
@@ -209,7 +209,7 @@ class Chain:
 
 
 def _cost(stage: StageSpec, manifest: Manifest) -> StageCost:
-    layers = stage.last_layer - stage.first_layer + 1
+    layers = range(stage.first_layer, stage.last_layer + 1)
     # Q·K and A·V, over all query heads.
-    per_pair = 2 * manifest.model.num_attention_heads * manifest.kv.head_dim
-    return StageCost(layers, stage.multiply_adds, layers * per_pair)
+    heads = sum(manifest.model.attention_heads(layer) for layer in layers)
+    return StageCost(len(layers), stage.multiply_adds, 2 * heads * manifest.kv.head_dim)

@@ -56,24 +56,41 @@ class SourceSpec(_Record):
 
 
 class ModelSpec(_Record):
-    """The decoder's shape. `num_layers` counts decoder blocks; widths are in elements."""
+    """The decoder's shape. `num_layers` counts decoder blocks; widths are in elements.
+
+    `layer_attention_heads` are each layer's query heads where layers differ, else empty.
+    """
 
     architecture: str
     num_layers: int
     hidden_size: int
     vocab_size: int
     num_attention_heads: int
+    layer_attention_heads: tuple[int, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
+
+    def attention_heads(self, layer: int) -> int:
+        """Query heads of a layer (1-based)."""
+        heads = self.layer_attention_heads
+        return heads[layer - 1] if heads else self.num_attention_heads
 
 
 class KvGeometry(_Record):
-    """Per layer one K and one V buffer of `[1, num_heads, max_length, head_dim]`."""
+    """Per layer one K and one V buffer of `[1, heads, max_length, head_dim]`.
+
+    `layer_heads` are each layer's heads where layers differ; else empty: `num_heads` in all.
+    """
 
     layout: Literal["bnsh"] = "bnsh"
     dtype: Literal["float32"] = "float32"
     num_heads: int
+    layer_heads: tuple[int, ...] = ()
     head_dim: int
     max_length: int
+
+    def heads(self, layer: int) -> int:
+        """Heads of K and V of a layer (1-based)."""
+        return self.layer_heads[layer - 1] if self.layer_heads else self.num_heads
 
 
 class Quantisation(_Record):
@@ -448,6 +465,9 @@ class Manifest(_Record):
             raise ValueError(
                 f"kv_fill stages for {len(self.kv_fills)} of {self.model.num_layers} layers"
             )
+        for heads in (self.kv.layer_heads, self.model.layer_attention_heads):
+            if heads and len(heads) != self.model.num_layers:
+                raise ValueError(f"heads of {len(heads)} layers, expected {self.model.num_layers}")
         for layer in self.exit_layers:
             if layer not in self.boundaries[:-1]:
                 raise ValueError(f"exit point {layer} is no boundary between engines")

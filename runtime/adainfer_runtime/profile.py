@@ -126,9 +126,9 @@ class _ProfiledBuffers:
         self.write_kv = inner.write_kv
         self.kv = inner.kv
 
-    def embed(self, tokens: npt.NDArray[np.int64]) -> None:
+    def embed(self, tokens: npt.NDArray[np.int64], start: int) -> None:
         with self._clock.measure("embed"):
-            self._inner.embed(tokens)
+            self._inner.embed(tokens, start)
 
     def run_stage(self, index: int, rows: int, past: int) -> None:
         with self._clock.measure("layers"):

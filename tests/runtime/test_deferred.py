@@ -8,27 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adainfer_runtime import ClassifierExit, NoExit
-from adainfer_runtime.exit_policy import ExitCheck
+
+from ..scripted import ScriptedExit
 
 PROMPT = [5, 17, 200, 43, 9, 120, 77]
-
-
-class ScriptedExit:
-    """Exits at given layers, one per position; 0 runs all layers."""
-
-    state_size = 0
-    over_candidates = False
-
-    def __init__(self, layers, boundaries):
-        self._script = iter(layers)
-        self.checks = tuple(ExitCheck(layer) for layer in boundaries)
-        self._wanted = 0
-
-    def next(self):
-        self._wanted = next(self._script)
-
-    def decide(self, check, evidence, state):
-        return check.layer == self._wanted, state
 
 
 @settings(max_examples=40, deadline=None)

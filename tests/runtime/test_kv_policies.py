@@ -16,7 +16,7 @@ from adainfer_runtime.ledger import Ledger, StageCost, WorkCount
 from adainfer_runtime.manifest import ExitPoint, ExitSpec
 from adainfer_runtime.sampling import Greedy
 
-from .test_deferred import ScriptedExit
+from ..scripted import ScriptedExit
 
 PROMPT = [5, 17, 200, 43, 9, 120, 77]
 

@@ -46,8 +46,10 @@ class ExitEvidence:
 class SequenceBuffers(Protocol):
     """One sequence's device memory: KV, two hidden buffers, and the bindings onto them."""
 
-    def embed(self, tokens: npt.NDArray[np.int64]) -> None:
-        """Writes the hidden states of `[rows]` token ids into the first stage's input."""
+    def embed(self, tokens: npt.NDArray[np.int64], start: int) -> None:
+        """Writes the hidden states of `[rows]` token ids into the first stage's input; the first
+        one stands at position `start`, which matters to models with learned positions.
+        """
 
     def run_stage(self, index: int, rows: int, past: int) -> None:
         """Runs layer stage `index` on the first `rows` rows of its input; `past` positions of

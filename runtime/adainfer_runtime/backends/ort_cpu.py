@@ -258,23 +258,29 @@ class _OrtSequence:
 
     def __init__(self, backend: OrtCpuBackend) -> None:
         manifest = backend.manifest
-        geometry = manifest.kv
-        shape = (1, geometry.num_heads, geometry.max_length, geometry.head_dim)
+
+        def cache(layer: int) -> Float32:
+            geometry = manifest.kv
+            shape = (1, geometry.heads(layer), geometry.max_length, geometry.head_dim)
+            return np.zeros(shape, np.float32)
+
         width = manifest.model.hidden_size
         self._backend = backend
         self._rows = [np.zeros((backend.max_rows, width), np.float32) for _ in range(2)]
         layers = range(1, manifest.model.num_layers + 1)
-        self._kv = {n: (np.zeros(shape, np.float32), np.zeros(shape, np.float32)) for n in layers}
+        self._kv = {layer: (cache(layer), cache(layer)) for layer in layers}
         self._ids = np.zeros(backend.max_rows, np.int64)
+        self._positions = np.zeros(backend.max_rows, np.int64)
         self._seqlens = np.zeros(1, np.int32)
         self._total = np.zeros((), np.int32)
         self._bound: dict[int, list[Callable[[], None]]] = {}
         self._bound_embed: dict[int, Callable[[], None]] = {}
 
-    def embed(self, tokens: npt.NDArray[np.int64]) -> None:
+    def embed(self, tokens: npt.NDArray[np.int64], start: int) -> None:
         """`[rows]` token ids into hidden buffer 0."""
         rows = len(tokens)
         self._ids[:rows] = tokens
+        self._positions[:rows] = np.arange(start, start + rows)
         run = self._bound_embed.get(rows)
         if run is None:
             run = self._bind_embed(rows)
@@ -311,6 +317,8 @@ class _OrtSequence:
         session = self._backend.embed
         binding = session.io_binding()
         _bind_input(binding, "input_ids", self._ids, (1, rows))
+        if "position_ids" in self._backend.manifest.embed.inputs:
+            _bind_input(binding, "position_ids", self._positions, (1, rows))
         _bind_output(binding, "hidden", self._rows[0], (1, rows, self._rows[0].shape[1]))
         return _runner(session, binding)
 

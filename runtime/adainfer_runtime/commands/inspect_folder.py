@@ -126,4 +126,5 @@ def _layers(manifest: Manifest) -> str:
 
 def _kv_bytes(manifest: Manifest) -> int:
     kv = manifest.kv
-    return 2 * 4 * manifest.model.num_layers * kv.num_heads * kv.max_length * kv.head_dim
+    heads = sum(kv.heads(layer) for layer in range(1, manifest.model.num_layers + 1))
+    return 2 * 4 * heads * kv.max_length * kv.head_dim

@@ -1,0 +1,112 @@
+"""A checkpoint through a decoder's views: plain tensors, whatever form they are stored in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from adainfer_runtime.manifest import SourceSpec
+
+from ..decoders.views import View
+from ..errors import CheckpointError
+from .checkpoint import Checkpoint
+
+__all__ = ["ViewedCheckpoint"]
+
+Float32 = npt.NDArray[np.float32]
+
+
+class ViewedCheckpoint:
+    """A checkpoint under the names that a decoder's graph uses; see `sources.Checkpoint`.
+
+    The stored tensor that was read last is kept: fused ones are read part by part.
+
+    Args:
+        aliases: (prefix, other prefix) pairs: a tensor that is not there under its name is looked
+            for under the other one (base models without their head's prefix, former names).
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        views: Mapping[str, View],
+        aliases: tuple[tuple[str, str], ...] = (),
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._views = views
+        self._aliases = aliases
+        self._last: tuple[str, Float32] | None = None
+
+    @property
+    def config(self) -> Any:
+        """The checkpoint's own."""
+        return self._checkpoint.config
+
+    @property
+    def source(self) -> SourceSpec:
+        """The checkpoint's own."""
+        return self._checkpoint.source
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The checkpoint's own."""
+        return self._checkpoint.eos_token_ids
+
+    @property
+    def tied_head(self) -> bool:
+        """The checkpoint's own."""
+        return self._checkpoint.tied_head
+
+    @property
+    def source_name(self) -> str:
+        """What messages call the checkpoint."""
+        return self._checkpoint.source_name
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The stored shape of the tensor that one of the graph's is made of."""
+        return self._checkpoint.shape(self.stored_name(name))
+
+    def unused(self, read: frozenset[str]) -> tuple[str, ...]:
+        """Tensors of the checkpoint that none of these is made of."""
+        return self._checkpoint.unused(frozenset(self.stored_name(name) for name in read))
+
+    def stored_name(self, name: str) -> str:
+        """The checkpoint's name of the tensor that one of the graph's is made of."""
+        view = self._views.get(name)
+        stored = name if view is None else view.tensor
+        others = (
+            other + stored.removeprefix(prefix)
+            for prefix, other in self._aliases
+            if stored.startswith(prefix)
+        )
+        return next((found for found in (stored, *others) if self._has(found)), stored)
+
+    def expected_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape that must be stored, for the graph to get this one."""
+        view = self._views.get(name)
+        return shape if view is None else view.shape
+
+    def read(self, name: str) -> Float32:
+        """One tensor under the graph's name."""
+        view = self._views.get(name)
+        stored = self.stored_name(name)
+        if view is None:
+            return self._checkpoint.read(stored)
+        if self._last is None or self._last[0] != stored:
+            self._last = (stored, self._checkpoint.read(stored))
+        return view.of(self._last[1])
+
+    def write_tokenizer(self, folder: Path) -> bool:
+        """The checkpoint's own."""
+        return self._checkpoint.write_tokenizer(folder)
+
+    def _has(self, stored: str) -> bool:
+        try:
+            self._checkpoint.shape(stored)
+        except CheckpointError:
+            return False
+        return True
