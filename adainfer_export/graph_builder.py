@@ -7,10 +7,9 @@ import numpy.typing as npt
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
-from .lower.graph import CONTRIB
+__all__ = ["CONTRIB", "GraphBuilder", "graph_input", "serialise"]
 
-__all__ = ["GraphBuilder", "graph_input", "serialise"]
-
+CONTRIB = "com.microsoft"
 _OPSET, _IR_VERSION = 24, 11
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from ..graph_builder import CONTRIB
+
 __all__ = [
     "CONTRIB",
     "Linear",
@@ -17,8 +19,6 @@ __all__ = [
     "only_user",
     "remove_dead_nodes",
 ]
-
-CONTRIB = "com.microsoft"
 
 
 @dataclass(frozen=True)
