@@ -13,7 +13,7 @@ from .kv_fill import KvPolicy
 from .manifest import Manifest
 from .sampling import Sampler
 from .session import ExitProbe, Session
-from .verified import NO_DRAFTS, DraftCount, VerifiedDecoder, verified_decoder
+from .verified import EXPECTED_ACCEPTANCE, NO_DRAFTS, DraftCount, VerifiedDecoder, verified_decoder
 
 __all__ = ["DEFAULT_OPTIONS", "DecodeOptions", "drafts_of", "make_decoder"]
 
@@ -31,6 +31,7 @@ class DecodeOptions:
         draft_layer: exit point that drafts in mode `verified`; default: by expected cost.
         draft_schedule: how many drafts; default: by their acceptance so far and their cost.
         costs: measured costs for that choice; default: by multiply-adds.
+        acceptance: share of drafts expected to be right before any was judged.
     """
 
     kv_policy: KvPolicy = "deferred"
@@ -39,6 +40,7 @@ class DecodeOptions:
     draft_layer: int | None = None
     draft_schedule: DraftSchedule | None = None
     costs: DecodeCosts | None = None
+    acceptance: float = EXPECTED_ACCEPTANCE
 
 
 DEFAULT_OPTIONS = DecodeOptions()
@@ -79,6 +81,7 @@ def make_decoder(
         schedule=options.draft_schedule,
         costs=options.costs,
         probe=options.probe,
+        acceptance=options.acceptance,
     )
 
 

@@ -71,7 +71,7 @@ class TableSession:
     def roll_back(self, length):
         del self._tokens[length:]
 
-    def look(self, layer):
+    def look(self, layer, probe="full"):
         return ExitEvidence(_result(self.early[self._at(self.length - 1)]), 0.0)
 
     def predict(self, policy):
