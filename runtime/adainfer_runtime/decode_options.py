@@ -14,7 +14,7 @@ from .manifest import Manifest
 from .results import NO_DRAFTS, DraftCount
 from .sampling import Sampler
 from .session import ExitProbe, Session
-from .verified import VerifiedDecoder, verified_decoder
+from .verified import EXPECTED_ACCEPTANCE, VerifiedDecoder, verified_decoder
 
 __all__ = ["DEFAULT_OPTIONS", "DecodeOptions", "drafts_of", "make_decoder"]
 
@@ -32,6 +32,7 @@ class DecodeOptions:
         draft_layer: exit point that drafts in mode `verified`; default: by expected cost.
         draft_schedule: how many drafts; default: by their acceptance so far and their cost.
         costs: measured costs for that choice; default: by multiply-adds.
+        acceptance: share of drafts expected to be right before any was judged.
     """
 
     kv_policy: KvPolicy = "deferred"
@@ -40,6 +41,7 @@ class DecodeOptions:
     draft_layer: int | None = None
     draft_schedule: DraftSchedule | None = None
     costs: DecodeCosts | None = None
+    acceptance: float = EXPECTED_ACCEPTANCE
 
 
 DEFAULT_OPTIONS = DecodeOptions()
@@ -80,6 +82,7 @@ def make_decoder(
         schedule=options.draft_schedule,
         costs=options.costs,
         probe=options.probe,
+        acceptance=options.acceptance,
     )
 
 

@@ -96,14 +96,15 @@ class Acceptance:
     """Drafts of one request: how many were judged, and how many were right, lately.
 
     Every round weighs `memory` times as much as the one after it. What a request starts with,
-    `prior`, counts as `prior_weight` judged drafts.
+    `prior`, counts as `prior_weight` judged drafts. `idle` is the number of tokens since drafts
+    last went wrong; None where none ever did.
     """
 
-    def __init__(self, prior: float, prior_weight: float = 8.0, memory: float = 0.97) -> None:
+    def __init__(self, prior: float, prior_weight: float = 4.0, memory: float = 0.97) -> None:
         self._memory = memory
         self._judged = prior_weight
         self._right = prior * prior_weight
-        self.idle = 0
+        self.idle: int | None = None
 
     @property
     def rate(self) -> float:
@@ -114,11 +115,13 @@ class Acceptance:
         """One round; drafts after a wrong one were not judged."""
         self._judged = self._judged * self._memory + judged
         self._right = self._right * self._memory + right
-        self.idle = 0
+        if right < judged:
+            self.idle = 0
 
     def record_idle(self) -> None:
-        """One token without drafts; `idle` counts them."""
-        self.idle += 1
+        """One token without drafts."""
+        if self.idle is not None:
+            self.idle += 1
 
 
 class DraftSchedule(Protocol):
@@ -151,8 +154,9 @@ class Adaptive:
     """The length of the least expected cost per token; none where the full model costs less.
 
     Where even drafts that are always right would not pay, nothing is ever drafted. Where the
-    acceptance is too low, one draft is tried every `retry_every` tokens, so that a text which
-    becomes easier is noticed: that costs less than one token of the full model each time.
+    acceptance is too low, one draft is tried at the start and every `retry_every` tokens, and
+    again as long as it is right, so that a text which is easy, or becomes so, is noticed: each
+    that is wrong costs about one token of the full model.
     """
 
     costs: DecodeCosts
@@ -163,9 +167,8 @@ class Adaptive:
     def length(self, acceptance: Acceptance) -> int:
         """See the class."""
         best = self._best(acceptance.rate)
-        if best == 0 and acceptance.idle >= self.retry_every and self._best(1.0):
-            return 1
-        return best
+        due = acceptance.idle is None or acceptance.idle >= self.retry_every
+        return 1 if best == 0 and due and self._best(1.0) else best
 
     def keeps(self, confidence: float, drafts: int) -> bool:
         """Whether the draft is likelier right than its row in the deeper layers costs."""

@@ -118,12 +118,12 @@ class Ledger:
 
     @property
     def filled(self) -> tuple[int, ...]:
-        """Exact positions per stage."""
+        """Positions with entries, per stage."""
         return tuple(self._filled)
 
     @property
     def count(self) -> WorkCount:
-        """Counted since the sequence began; roll-backs give nothing back."""
+        """Counted since the sequence began; `truncate` gives nothing back."""
         return self._count
 
     @property

@@ -23,7 +23,6 @@ from .draft_schedule import (
     DecodeCosts,
     DraftSchedule,
     Fixed,
-    agreement_by_layer,
     default_draft_layer,
 )
 from .errors import ExitUnavailableError
@@ -34,6 +33,7 @@ from .sampling import Sampler
 from .session import ExitProbe, Session
 
 __all__ = [
+    "EXPECTED_ACCEPTANCE",
     "Draft",
     "Drafter",
     "ExitDrafter",
@@ -43,7 +43,8 @@ __all__ = [
 
 Float64 = npt.NDArray[np.float64]
 
-_PRIOR_ACCEPTANCE = 0.6
+# Agreement over texts, not over answers: SmolLM2 after 24 of 30 layers.
+EXPECTED_ACCEPTANCE = 0.6
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class VerifiedDecoder:
         self._drafter = drafter
         self._schedule = schedule
         self._limit = limit
-        self._acceptance = acceptance or Acceptance(_PRIOR_ACCEPTANCE)
+        self._acceptance = acceptance or Acceptance(EXPECTED_ACCEPTANCE)
         self._ready: deque[Emitted] = deque()
         self._last: int | None = None
         self._count = DraftCount()
@@ -215,6 +216,7 @@ def verified_decoder(
     schedule: DraftSchedule | None = None,
     costs: DecodeCosts | None = None,
     probe: ExitProbe = "full",
+    acceptance: float = EXPECTED_ACCEPTANCE,
 ) -> VerifiedDecoder:
     """The decoder of a request in mode `verified`.
 
@@ -224,6 +226,7 @@ def verified_decoder(
         schedule: default: `Adaptive`.
         costs: default: by multiply-adds.
         probe: that drafts are made with.
+        acceptance: share of drafts that are expected to be right before any was judged.
 
     Raises:
         ExitUnavailableError: nothing to draft with, or no engine ends at `draft_layer`.
@@ -243,12 +246,11 @@ def verified_decoder(
         )
     if draft_layer is None:
         draft_layer, schedule = manifest.depth, Fixed(0)
-    prior = agreement_by_layer(manifest).get(draft_layer, _PRIOR_ACCEPTANCE)
     return VerifiedDecoder(
         session,
         sampler,
         ExitDrafter(draft_layer, probe),
         schedule or Adaptive(costs, draft_layer),
         limit,
-        Acceptance(prior),
+        Acceptance(acceptance),
     )

@@ -165,9 +165,10 @@ def test_requests_in_mode_verified(tiny, variant):
         "hello", max_new_tokens=30, mode="verified", ignore_eos=True,
         decoding=DecodeOptions(draft_layer=3),
     )  # fmt: skip
-    # A head as dear as this model's never pays for drafts: mode off.
+    # Drafts of a random model are not worth their row: after a look at the first, mode off.
     assert (adaptive.tokens, adaptive.statistics.drafts) == (off.tokens, DraftCount())
     assert adaptive.layers_saved == 0.0
+    assert adaptive.compute_saved < 0.0  # that look is counted
 
 
 def test_what_cannot_draft(tiny):
@@ -186,15 +187,15 @@ def test_what_cannot_draft(tiny):
 
 @pytest.mark.parametrize("drafts", [1, 3])
 def test_sampled_tokens_are_distributed_as_in_mode_off(drafts):
-    """Chi-square of pairs of tokens, 125,000 draws: given the tokens before, each follows the
-    full model's distribution.
+    """Chi-square of 60,000 draws (twice): given the two tokens before, each follows the full
+    model's distribution.
     """
     vocabulary, new = 5, 2500
     sampler = SoftmaxSampler(np.random.default_rng(7))
     expected = np.zeros((vocabulary,) * 3)
     observed = np.zeros((vocabulary,) * 3)
     accepted = 0
-    for text in range(50):
+    for text in range(24):
         session = TableSession(vocabulary)
         session.extend([text % vocabulary, text // vocabulary % vocabulary])
         limit = session.length + new
@@ -206,8 +207,8 @@ def test_sampled_tokens_are_distributed_as_in_mode_off(drafts):
         for a, b, c in zip(tokens, tokens[1:], tokens[2:], strict=False):
             observed[a, b, c] += 1
             expected[a, b] += sampler.probabilities(session.full[a, b], ())
-    assert observed.sum() == 125_000
-    assert accepted > 20_000  # or nothing is tested
+    assert observed.sum() == 60_000
+    assert accepted > 10_000  # or nothing is tested
     statistic = ((observed - expected) ** 2 / expected).sum()
     freedom = vocabulary**2 * (vocabulary - 1)
     assert 0.001 < stats.chi2.sf(statistic, freedom) < 0.999
@@ -220,10 +221,16 @@ def test_sampled_tokens_are_distributed_as_in_mode_off(drafts):
 # --- draft lengths ---------------------------------------------------------------------------
 
 
+def after_a_wrong_draft(rate):
+    acceptance = Acceptance(rate, prior_weight=1e9)
+    acceptance.record(1, 0)
+    return acceptance
+
+
 def test_draft_lengths_follow_cost_and_acceptance():
     costs = DecodeCosts(layers=32, probe=0.65)
     schedule = Adaptive(costs, draft_layer=8)
-    lengths = [schedule.length(Acceptance(rate)) for rate in (0.05, 0.4, 0.7, 0.99)]
+    lengths = [schedule.length(after_a_wrong_draft(rate)) for rate in (0.05, 0.4, 0.7, 0.99)]
     assert lengths == sorted(lengths)
     assert (lengths[0], lengths[-1]) == (0, 7)
     for rate, length in zip((0.05, 0.4, 0.7, 0.99), lengths, strict=True):
@@ -238,7 +245,8 @@ def test_draft_lengths_follow_cost_and_acceptance():
 def test_drafts_that_can_never_pay_are_never_tried():
     dear_head = DecodeCosts(layers=30, probe=8.0)
     never = Adaptive(dear_head, draft_layer=27)
-    record = Acceptance(1.0)
+    record = Acceptance(0.9)
+    record.record(1, 0)
     for _ in range(500):
         record.record_idle()
         assert never.length(record) == 0
@@ -259,9 +267,21 @@ def test_after_bad_luck_a_draft_is_tried_now_and_then():
             record.record_idle()
     assert lengths.count(1) == 2
     assert set(lengths) == {0, 1}
+    for _ in range(10):
+        record.record_idle()
     for _ in range(60):
-        record.record(3, 3)
+        assert schedule.length(record) >= 1  # what is right is tried again at once
+        record.record(1, 1)
     assert schedule.length(record) > 1
+
+
+def test_a_request_begins_with_one_draft_where_drafts_might_pay():
+    schedule = Adaptive(DecodeCosts(layers=32, probe=0.65), draft_layer=24)
+    record = Acceptance(0.6)
+    assert schedule._best(0.6) == 0
+    assert schedule.length(record) == 1
+    record.record(1, 0)
+    assert schedule.length(record) == 0
 
 
 def test_a_doubtful_draft_is_not_verified():
