@@ -122,7 +122,9 @@ def _write_stages(
     max_seq_len = _max_seq_len(request.max_seq_len, config)
     decoder = build_decoder(config, architecture, max_seq_len, checkpoint.shape)
     heads = decoder.layer_heads
-    checkpoint = ViewedCheckpoint(checkpoint, decoder.views, architecture.aliases)
+    checkpoint = ViewedCheckpoint(
+        checkpoint, decoder.views, architecture.aliases, architecture.others
+    )
     require_same_tensors(decoder.model.graph, checkpoint)
     dialect.lower_decoder(decoder.model, windows=sliding_windows(config, max_seq_len))
     num_layers = len(heads)

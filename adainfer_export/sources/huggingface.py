@@ -68,9 +68,11 @@ class HuggingFaceFolder:
             raise CheckpointError(f"{path}: no model_type; this is no transformers model")
         from ..architectures import find_architecture
 
-        find_architecture(model_type)  # refuse by name before transformers tries to import it
+        # Refused by name before transformers tries to import it.
+        architecture = find_architecture(model_type)
         try:
-            return AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+            return config.get_text_config() if model_type == architecture.wrapped_in else config
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no valid configuration: {error}") from error
 

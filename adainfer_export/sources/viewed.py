@@ -28,6 +28,7 @@ class ViewedCheckpoint:
     Args:
         aliases: (prefix, other prefix) pairs: a tensor that is not there under its name is looked
             for under the other one (base models without their head's prefix, former names).
+        others: prefixes of tensors that belong to other parts of the model than the decoder.
     """
 
     def __init__(
@@ -35,10 +36,12 @@ class ViewedCheckpoint:
         checkpoint: Checkpoint,
         views: Mapping[str, View],
         aliases: tuple[tuple[str, str], ...] = (),
+        others: tuple[str, ...] = (),
     ) -> None:
         self._checkpoint = checkpoint
         self._views = views
         self._aliases = aliases
+        self._others = others
         self._last: tuple[str, Float32] | None = None
 
     @property
@@ -72,7 +75,8 @@ class ViewedCheckpoint:
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Tensors of the checkpoint that none of these is made of."""
-        return self._checkpoint.unused(frozenset(self.stored_name(name) for name in read))
+        unused = self._checkpoint.unused(frozenset(self.stored_name(name) for name in read))
+        return tuple(name for name in unused if not name.startswith(self._others))
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of the tensor that one of the graph's is made of."""

@@ -152,3 +152,25 @@ def test_byte_level_tokenizers_in_two_files(tmp_path):
 
     reference = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
     assert tokenizer.encode("hi hi") == reference.encode("hi hi")
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_the_decoder_of_a_model_that_sees(tmp_path, prefix):
+    """Gemma 3 from 4B on: a text model beside a vision tower."""
+    make_checkpoint(tmp_path / "text", "gemma3")
+    shutil.copytree(tmp_path / "text", tmp_path / "whole")
+    path = tmp_path / "whole" / "model.safetensors"
+    tensors = {
+        prefix + name.removeprefix("model."): tensor for name, tensor in load_file(path).items()
+    }
+    tensors["vision_tower.vision_model.x"] = tensors[f"{prefix}norm.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": config, "vision_config": {}}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    files = [
+        export(ExportRequest(str(tmp_path / name), tmp_path / f"{name}.out")).manifest.files
+        for name in ("text", "whole")
+    ]
+    weights = [{name: file for name, file in made.items() if "stages" in name} for made in files]
+    assert weights[0] == weights[1]
