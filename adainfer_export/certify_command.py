@@ -54,9 +54,8 @@ def certify(
         renewal = recertify(folder, prompts, reporter, against.value)
     if json_output:
         certificates = {
-            name: spec.certificate.model_dump(mode="json")
-            for name, spec in renewal.manifest.named_exits.items()
-            if spec.certificate
+            name: certificate.model_dump(mode="json")
+            for name, certificate in renewal.manifest.certificates.items()
         }
         left_out = {"fitted_on": renewal.fitted_on, "too_long": renewal.too_long}
         print(json.dumps({"certificates": certificates, **left_out}))

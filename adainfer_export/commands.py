@@ -15,7 +15,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 
 from adainfer_models import list_recipes
-from adainfer_runtime.commands.inspect_folder import describe_exit
+from adainfer_runtime.commands.inspect_folder import describe_combined, describe_exit
 from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.manifest import Manifest
 
@@ -52,6 +52,13 @@ class AdapterChoice(str, Enum):
     distilled = "distilled"
     ridge = "ridge"
     none = "none"
+
+
+class TranslatorChoice(str, Enum):
+    """Values of --translators."""
+
+    distilled = "distilled"
+    ridge = "ridge"
 
 
 class ClassifierChoice(str, Enum):
@@ -109,7 +116,15 @@ ContextOption = Annotated[
     typer.Option(
         "--context-exit",
         help="Also fit a context exit (mode context): the prompt's positions stop early, the "
-        "answer's does not.",
+        "answer's does not; and combined exits, which look for both.",
+    ),
+]
+TranslatorsOption = Annotated[
+    TranslatorChoice,
+    typer.Option(
+        "--translators",
+        help="Of context exits: maps to the keys and values of the layers above, in closed form "
+        "(ridge), or then trained through those layers.",
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
@@ -155,6 +170,7 @@ def run_export(
     classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
     classifier_file: ClassifierFileOption = None,
     context_exit: ContextOption = False,
+    translators: TranslatorsOption = TranslatorChoice.distilled,
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
@@ -178,6 +194,7 @@ def run_export(
             classifier,
             classifier_file,
             context_exit=context_exit,
+            translators=translators,
         ),
         revision=revision,
         force=force,
@@ -206,6 +223,7 @@ def run_calibrate(
     classifier: ClassifierOption = [ClassifierChoice.svm],  # noqa: B006 - typer copies defaults
     classifier_file: ClassifierFileOption = None,
     context_exit: ContextOption = False,
+    translators: TranslatorsOption = TranslatorChoice.distilled,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -218,6 +236,7 @@ def run_calibrate(
         classifier,
         classifier_file,
         context_exit=context_exit,
+        translators=translators,
     )
     if request is None:
         raise CalibrationError("`none` calibrates nothing: give `builtin` or task files")
@@ -272,6 +291,7 @@ def _calibration(
     classifier_file: Path | None,
     *,
     context_exit: bool,
+    translators: TranslatorChoice,
 ) -> CalibrationRequest | None:
     if ClassifierChoice.auto in classifiers and len(classifiers) > 1:
         raise CalibrationError("--classifier auto goes with no other --classifier")
@@ -288,6 +308,7 @@ def _calibration(
         classifiers=tuple(dict.fromkeys(choice.value for choice in classifiers)),
         classifier_file=classifier_file,
         context_exit=context_exit,
+        translators=translators.value,
     )
 
 
@@ -307,7 +328,7 @@ def _summary(result: ExportResult) -> dict[str, object]:
 
 def _exits(manifest: Manifest) -> dict[str, object]:
     """The exit graphs as they stand in the manifest."""
-    fields = {"exit", "other_exits", "choice_exit", "context_exit"}
+    fields = {"exit", "other_exits", "choice_exit", "context_exit", "combined_exit"}
     return manifest.model_dump(mode="json", include=fields)
 
 
@@ -316,6 +337,8 @@ def _print_exits(manifest: Manifest) -> None:
     for name, spec in manifest.named_exits.items():
         if spec is not manifest.exit:
             print(f"exits ({name}): {describe_exit(spec)}")
+    if manifest.combined_exit is not None:
+        print(f"exits (combined): {describe_combined(manifest.combined_exit)}")
 
 
 def _log_warnings() -> None:

@@ -42,10 +42,14 @@ def write_exits(
     files: Files,
     manifest: Manifest,
     graphs: Sequence[FittedGraph],
+    *,
     adapters: Mapping[int, tuple[Adapter, Trust]],
     draft: ExitSpec,
+    context: ExitSpec | None = None,
 ) -> Manifest:
     """Writes adapters and classifiers; the first graph is the default, none means "do not exit".
+
+    The context exit's files are written already.
 
     Their thresholds are 0 until the caller has chosen them.
 
@@ -76,6 +80,7 @@ def write_exits(
             "exit": default,
             "other_exits": tuple(others),
             "choice_exit": choice,
+            "context_exit": context,
         }
     )
     named = {*calibrated.referenced_files()}

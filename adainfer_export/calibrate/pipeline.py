@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from adainfer_runtime import Engine
 from adainfer_runtime.engine_folder import write_manifest
-from adainfer_runtime.manifest import ExitSpec, Manifest
+from adainfer_runtime.manifest import CombinedExitSpec, ExitSpec, Manifest
+from adainfer_runtime.plan_spec import PlanSpec
+from adainfer_runtime.planning import machine, measure_times
 
 from ..errors import OutputError
 from ..progress import Reporter
 from .certify import make_certificate, threshold_grid
-from .context import with_context_exit
+from .combined import COMBINED, combine, fit_path, path_grid
+from .context import FittedContext, fit_context
 from .data import Parts, prompt_hash
 from .exit_files import Files, write_exits, write_report
-from .fitting import Fitted, FittedGraph, classifier_entries, fit_graphs
+from .fitting import Fitted, classifier_entries, fit_graphs
 from .request import CalibrationRequest
-from .scored import CHOICE, Scored, observe, score_predictions
+from .scored import CHOICE, CONTEXT, Scored, observe, score_predictions
 from .select import Outcome, choose_threshold, outcome_figures
 
 __all__ = ["calibrate", "recalibrate"]
@@ -38,23 +46,23 @@ def calibrate(
     """
     in_use, manifest = manifest, manifest.uncalibrated()
     fitted = fit_graphs(folder, manifest, request, reporter)
+    files = Files(folder)
+    context = None
+    if request.context_exit:
+        entries = classifier_entries(request)
+        context = fit_context(files, manifest, fitted.parts, entries, request, reporter)
     draft = ExitSpec(
         points=(), target_agreement=request.target_agreement, calibration=_figures(request, fitted)
     )
-    files = Files(folder)
+    write = partial(write_exits, files, manifest, adapters=fitted.adapters, draft=draft)
     # Thresholds and certificates are of the exit graphs as they run: they are written first.
-    written = write_exits(files, manifest, fitted.graphs, fitted.adapters, draft)
-    scored = _observe(folder, written, fitted, reporter)
-    outcomes = {
-        name: choose_threshold(graph, request.target_agreement) for name, graph in scored.items()
-    }
-    paying = tuple(graph for graph in fitted.graphs if outcomes[graph.name].net_saved > 0)
-    final = write_exits(files, manifest, paying, fitted.adapters, draft)
-    final = _finish(final, paying, scored, outcomes)
-    if request.context_exit:
-        final = with_context_exit(
-            files, final, fitted.parts, classifier_entries(request), request, reporter
-        )
+    written = write(fitted.graphs, context=context.spec if context else None)
+    judged = _judge(_observe(folder, written, fitted, context, reporter), fitted, context, request)
+    paying = tuple(graph for graph in fitted.graphs if graph.name in judged)
+    final = write(paying, context=context.spec if context and CONTEXT in judged else None)
+    final = _finish(final, judged)
+    if final.named_exits:
+        final = _with_plan(folder, final, reporter)
     final = _report(folder, final, fitted.parts)
     tried = written.files.keys() | files.written.keys()
     for name in tried - final.files.keys() - in_use.files.keys():
@@ -83,57 +91,110 @@ def recalibrate(
 
 
 def _observe(
-    folder: Path, written: Manifest, fitted: Fitted, reporter: Reporter
+    folder: Path,
+    written: Manifest,
+    fitted: Fitted,
+    context: FittedContext | None,
+    reporter: Reporter,
 ) -> dict[str, Scored]:
-    if not fitted.graphs:
+    """The certification part at every check, as the graphs run."""
+    checks = {graph.name: graph.selection.check_layers for graph in fitted.graphs}
+    if context:
+        checks[CONTEXT] = context.selection.check_layers
+    if not checks:
         return {}
     reporter.begin("certifying", len(fitted.parts.certification))
-    checks = {graph.name: graph.selection.check_layers for graph in fitted.graphs}
     engine = Engine.of_manifest(folder, written)
     return observe(engine, fitted.parts.certification, checks, reporter)
 
 
-def _finish(
-    manifest: Manifest,
-    graphs: Sequence[FittedGraph],
-    scored: Mapping[str, Scored],
-    outcomes: Mapping[str, Outcome],
-) -> Manifest:
+@dataclass(frozen=True)
+class _Judged:
+    """An exit graph with what was seen of it on the certification part, and what it may test."""
+
+    scored: Scored
+    outcome: Outcome
+    grid: npt.NDArray[np.float64]
+    path: tuple[tuple[float, float], ...] = ()
+
+
+def _judge(
+    seen: Mapping[str, Scored],
+    fitted: Fitted,
+    context: FittedContext | None,
+    request: CalibrationRequest,
+) -> dict[str, _Judged]:
+    """The graphs that pay, by name; combined exits where they pay more than either alone."""
+    selection = {
+        graph.name: score_predictions(graph.classifier, graph.selection) for graph in fitted.graphs
+    }
+    if context:
+        selection[CONTEXT] = score_predictions(context.classifier, context.selection)
+    judged = {}
+    for name, scored in seen.items():
+        outcome = choose_threshold(scored, request.target_agreement)
+        if outcome.net_saved > 0:
+            judged[name] = _Judged(scored, outcome, threshold_grid(selection[name]))
+    answer = next((graph.name for graph in fitted.graphs if graph.name in judged), CHOICE)
+    if answer == CHOICE or CONTEXT not in judged:
+        return judged
+    path = fit_path(selection[answer], selection[CONTEXT])
+    both = combine(seen[answer], seen[CONTEXT], path)
+    outcome = choose_threshold(both, request.target_agreement)
+    alone = max(judged[answer].outcome.net_saved, judged[CONTEXT].outcome.net_saved)
+    if outcome.net_saved > alone:
+        judged[COMBINED] = _Judged(both, outcome, path_grid(path), path)
+    return judged
+
+
+def _finish(manifest: Manifest, judged: Mapping[str, _Judged]) -> Manifest:
     """The manifest with every graph's threshold, certificate and held-out figures."""
+
+    def update_of(name: str, calibration: dict[str, Any], data: list[str]) -> dict[str, Any]:
+        found = judged[name]
+        return {
+            "threshold": found.outcome.threshold,
+            "exit_shares": found.scored.exit_shares(found.grid),
+            "certificate": make_certificate(manifest, found.scored, found.grid, data),
+            "calibration": {**calibration, "held_out": outcome_figures(found.outcome)},
+        }
+
     finished = {}
-    for graph in graphs:
-        choice = graph.name == CHOICE
-        spec = manifest.choice_exit if choice else manifest.exit_graphs[graph.name]
-        assert spec is not None  # it was written for this graph
-        outcome, seen = outcomes[graph.name], scored[graph.name]
-        grid = threshold_grid(score_predictions(graph.classifier, graph.selection))
-        finished[graph.name] = spec.model_copy(
-            update={
-                "threshold": outcome.threshold,
-                "thresholds": tuple(grid.tolist()),
-                "certificate": make_certificate(manifest, seen, grid, spec.calibration["data"]),
-                "calibration": {**spec.calibration, "held_out": outcome_figures(outcome)},
-            }
+    for name, spec in manifest.named_exits.items():
+        update = update_of(name, spec.calibration, spec.calibration["data"])
+        grid = tuple(judged[name].grid.tolist())
+        finished[name] = spec.model_copy(update={"thresholds": grid, **update})
+    combined = None
+    if COMBINED in judged:
+        answer = next(iter(manifest.exit_graphs))
+        spec = finished[answer]
+        combined = CombinedExitSpec(
+            answer=answer,
+            path=judged[COMBINED].path,
+            target_agreement=spec.target_agreement,
+            **update_of(COMBINED, {}, spec.calibration["data"]),
         )
-    update: dict[str, Any] = {"choice_exit": finished.pop(CHOICE, manifest.choice_exit)}
-    if finished:
-        default, *others = finished.values()
-        update |= {"exit": default, "other_exits": tuple(others)}
-    return manifest.model_copy(update=update)
+    return manifest.with_exits(finished).model_copy(update={"combined_exit": combined})
+
+
+def _with_plan(folder: Path, manifest: Manifest, reporter: Reporter) -> Manifest:
+    """With stage times of this machine, which mode auto decides by."""
+    reporter.begin("measuring stage times", 1)
+    times = measure_times(Engine.of_manifest(folder, manifest), repeats=5)
+    reporter.step()
+    plan = PlanSpec(machine=machine(None), times=times)
+    return manifest.model_copy(update={"plan": plan})
 
 
 def _report(folder: Path, manifest: Manifest, parts: Parts) -> Manifest:
     """Writes figures, and which prompts were fitted on: those can certify nothing later."""
-    specs = (manifest.exit, *manifest.other_exits)
     fitted_on = (*parts.adapters, *parts.classifier, *parts.selection)
+    exits = manifest.model_dump(
+        mode="json",
+        include={"exit", "other_exits", "choice_exit", "context_exit", "combined_exit"},
+    )
     report = {
-        "exits": [spec.model_dump(mode="json") for spec in specs if spec],
-        "choice_exit": manifest.choice_exit.model_dump(mode="json")
-        if manifest.choice_exit
-        else None,
-        "context_exit": manifest.context_exit.model_dump(mode="json")
-        if manifest.context_exit
-        else None,
+        **exits,
         "fitted_on": sorted(prompt_hash(example.prompt) for example in fitted_on),
     }
     return write_report(folder, manifest, report)

@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from adainfer_runtime import Engine
 from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
-from adainfer_runtime.manifest import ExitSpec, Manifest
+from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.tasks import TaskExample, read_tasks
 
 from ..errors import CalibrationError, OutputError
 from ..progress import Reporter
 from .certify import make_certificate
+from .combined import combine, path_grid
 from .data import prompt_hash
-from .scored import CHOICE, CONTEXT, observe, observe_context
+from .scored import CONTEXT, Scored, observe
 from .traces import fits
 
 __all__ = ["Renewal", "recertify"]
@@ -69,25 +71,27 @@ def recertify(
     if not usable:
         raise CalibrationError("no prompt is left that the exit graph was not fitted on")
     reporter.begin("certifying", len(usable))
-    scored = observe(engine, usable, {}, reporter, against) if manifest.exit_points else {}
+    scored = observe(engine, usable, {}, reporter, against)
     data = [path.name for path in files]
 
-    def renew(name: str, spec: ExitSpec) -> ExitSpec:
-        grid = np.array(spec.thresholds)
-        certificate = make_certificate(manifest, scored[name], grid, data, against)
-        return spec.model_copy(update={"certificate": certificate})
+    def certificate(seen: Scored, grid: npt.NDArray[np.float64]) -> dict[str, Any]:
+        return {
+            "certificate": make_certificate(manifest, seen, grid, data, against),
+            "exit_shares": seen.exit_shares(grid),
+        }
 
-    specs = [renew(kind, spec) for kind, spec in manifest.exit_graphs.items()]
-    update: dict[str, Any] = {"exit": specs[0], "other_exits": tuple(specs[1:])} if specs else {}
-    choice = manifest.choice_exit
-    if choice is not None and choice.classifier is not None and scored[CHOICE].tasks:
-        update["choice_exit"] = renew(CHOICE, choice)
-    context = manifest.context_exit
-    if context is not None:
-        reporter.begin("certifying context exits", len(usable))
-        scored[CONTEXT] = observe_context(engine, usable, 0.0, reporter, against)
-        update["context_exit"] = renew(CONTEXT, context)
-    renewed = manifest.model_copy(update=update)
+    renewed = manifest.with_exits(
+        {
+            name: spec.model_copy(update=certificate(scored[name], np.array(spec.thresholds)))
+            for name, spec in manifest.named_exits.items()
+            if scored[name].tasks
+        }
+    )
+    combined = manifest.combined_exit
+    if combined is not None and scored[CONTEXT].tasks:
+        both = combine(scored[combined.answer], scored[CONTEXT], combined.path)
+        spec = combined.model_copy(update=certificate(both, path_grid(combined.path)))
+        renewed = renewed.model_copy(update={"combined_exit": spec})
     try:
         write_manifest(folder, renewed)
     except OSError as error:

@@ -24,6 +24,8 @@ class CalibrationRequest:
             first that pays the default one; or `auto` alone for the one that saves most.
         classifier_file: a classifier of one's own (see `classifiers.own`), which then comes first.
         context_exit: whether to fit a context exit as well.
+        translators: of context exits, `ridge` in closed form, `distilled` then trained through the
+            layers above.
     """
 
     files: tuple[Path, ...] = ()
@@ -33,4 +35,5 @@ class CalibrationRequest:
     classifiers: tuple[str, ...] = ("svm",)
     classifier_file: Path | None = None
     context_exit: bool = False
+    translators: Literal["distilled", "ridge"] = "distilled"
     seed: int = 0

@@ -19,7 +19,7 @@ from .classifiers import ExitClassifier
 from .predictions import Predictions
 from .traces import candidates_of
 
-__all__ = ["CHOICE", "CONTEXT", "Scored", "observe", "observe_context", "score_predictions"]
+__all__ = ["CHOICE", "CONTEXT", "Scored", "observe", "score_predictions"]
 
 Float64 = npt.NDArray[np.float64]
 
@@ -35,8 +35,9 @@ class Scored:
         scores: `[prompts, points]`.
         agrees: `[prompts, points]`, whether an exit there gives the full model's answer.
         tasks: name of each prompt's task.
-        check_layers: time of one check in units of one layer over one prompt;
+        check_layers: `[points]`, time of one check in units of one layer over one prompt;
             `exit_check_layers` of the one that an exit is taken at, see `Predictions`.
+        prompts: `[prompts]`, ascending numbers that name the prompts; None: 0, 1, 2 …
     """
 
     layers: tuple[int, ...]
@@ -44,8 +45,9 @@ class Scored:
     scores: Float64
     agrees: npt.NDArray[np.bool_]
     tasks: tuple[str, ...]
-    check_layers: float
-    exit_check_layers: float = 0.0
+    check_layers: tuple[float, ...]
+    exit_check_layers: tuple[float, ...]
+    prompts: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence[Scored]) -> Scored:
@@ -55,7 +57,31 @@ class Scored:
             scores=np.concatenate([part.scores for part in parts]),
             agrees=np.concatenate([part.agrees for part in parts]),
             tasks=tuple(task for part in parts for task in part.tasks),
+            prompts=None,
         )
+
+    def rows(self, chosen: npt.NDArray[np.bool_]) -> Scored:
+        """Only these prompts."""
+        return replace(
+            self,
+            scores=self.scores[chosen],
+            agrees=self.agrees[chosen],
+            tasks=tuple(np.array(self.tasks, object)[chosen]),
+            prompts=self.numbers[chosen],
+        )
+
+    @property
+    def numbers(self) -> npt.NDArray[np.int64]:
+        """`[prompts]`, the names of the prompts."""
+        return np.arange(len(self.scores)) if self.prompts is None else self.prompts
+
+    def check_time(self, threshold: float) -> Float64:
+        """`[prompts]`, time of the checks that a prompt goes through, in layers."""
+        leaving, first = self.leave(threshold)
+        passed = np.append(0.0, np.cumsum(self.check_layers))
+        before = passed[np.where(leaving, first, len(self.layers))]
+        last: Float64 = np.where(leaving, np.array(self.exit_check_layers)[first], 0.0)
+        return before + last
 
     def leave(self, threshold: float) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64]]:
         """Which prompts exit, and at which point (the first whose score reaches the threshold)."""
@@ -68,6 +94,15 @@ class Scored:
         leaving, first = self.leave(threshold)
         wrong: npt.NDArray[np.bool_] = leaving & ~self.agrees[np.arange(len(first)), first]
         return wrong
+
+    def exit_shares(self, grid: Float64) -> tuple[tuple[float, ...], ...]:
+        """Per threshold, the share of prompts that leaves at each point."""
+        shares = []
+        for threshold in grid:
+            leaving, first = self.leave(float(threshold))
+            counts = np.bincount(first[leaving], minlength=len(self.layers))
+            shares.append(tuple(np.round(counts / max(len(first), 1), 4).tolist()))
+        return tuple(shares)
 
     def task_weights(self) -> Float64:
         """`[prompts]`, summing to 1, the same sum for every task: for means over tasks."""
@@ -85,8 +120,9 @@ def score_predictions(classifier: ExitClassifier, predictions: Predictions) -> S
         classifier.scores(predictions),
         chosen.agrees,
         chosen.tasks,
-        chosen.check_layers,
-        chosen.exit_check_layers,
+        (chosen.check_layers,) * len(chosen.layers),
+        (chosen.exit_check_layers,) * len(chosen.layers),
+        chosen.groups,
     )
 
 
@@ -97,88 +133,72 @@ def observe(
     reporter: Reporter,
     against: Literal["model", "gold"] = "model",
 ) -> dict[str, Scored]:
-    """The exit graphs as they run, by name: every exit point of every prompt, and the full model.
+    """The exit graphs as they run, by name: every check of every prompt, and the full model.
 
-    The graph for choices sees the prompts that have labels.
+    The graph for choices sees the prompts that have labels, context exits those of two tokens or
+    more.
 
     Args:
         check_layers: of each graph, see `Scored`; graphs without one get 0.
         against: with `gold` an exit agrees unless it spoils an answer that the full model has
             right; every example must have an answer.
-
-    Raises:
-        ExitUnavailableError: the engine has no exit graph.
     """
-    manifest = engine.manifest
-    policies: dict[str, ExitPolicy] = {
-        kind: engine.policy("adaptive", classifier=kind) for kind in manifest.exit_graphs
+    watches = {
+        name: _Watch(policy, check_layers.get(name, 0.0)) for name, policy in _policies(engine)
     }
-    if manifest.choice_exit is not None and manifest.choice_exit.classifier is not None:
-        policies[CHOICE] = engine.choice_policy("adaptive")
-    watches = {name: _Watch(policy) for name, policy in policies.items()}
-    for example in examples:
+    checks = {check for watch in watches.values() for check in watch.policy.checks}
+    answers = {check for check in checks if check.kind == "answer"}
+    for number, example in enumerate(examples):
         candidates = candidates_of(engine, example)
         questions = [None, np.array(candidates, np.int64)] if candidates else [None]
-        with engine.borrow() as session:
-            session.extend(engine.tokenizer.encode(example.prompt))
-            seen = session.observe(manifest.exit_points, questions)
-        gold = _first_token(engine, example) if against == "gold" else None
-        for name, watch in watches.items():
-            if name != CHOICE or candidates:
-                watch.add(example.task, seen[-1 if name == CHOICE else 0], gold)
-        reporter.step(example.task)
-    layers = manifest.model.num_layers
-    return {
-        name: watch.scored(layers, check_layers.get(name, 0.0)) for name, watch in watches.items()
-    }
-
-
-def observe_context(
-    engine: Engine,
-    examples: Iterable[TaskExample],
-    check_layers: float,
-    reporter: Reporter,
-    against: Literal["model", "gold"] = "model",
-) -> Scored:
-    """The same of the context exit; prompts of one token have no context and are left out.
-
-    Raises:
-        ExitUnavailableError: the engine has no context exit.
-    """
-    watch = _Watch(engine.policy("context"))
-    for example in examples:
         ids = engine.tokenizer.encode(example.prompt)
-        reporter.step(example.task)
-        if len(ids) < 2:
-            continue
+        has_context = len(ids) > 1
         with engine.borrow() as session:
             session.extend(ids)
-            seen = session.observe_context(engine.manifest.context_points)
+            seen = session.observe(checks if has_context else answers, questions)
         gold = _first_token(engine, example) if against == "gold" else None
-        watch.add(example.task, seen, gold)
-    scored = watch.scored(engine.manifest.model.num_layers, check_layers)
-    return replace(scored, exit_check_layers=check_layers)
+        for name, watch in watches.items():
+            if (name != CHOICE or candidates) and (name != CONTEXT or has_context):
+                watch.add(number, example.task, seen[-1 if name == CHOICE else 0], gold)
+        reporter.step(example.task)
+    layers = engine.manifest.model.num_layers
+    return {name: watch.scored(layers) for name, watch in watches.items()}
+
+
+def _policies(engine: Engine) -> Iterable[tuple[str, ExitPolicy]]:
+    manifest = engine.manifest
+    for kind in manifest.exit_graphs:
+        yield kind, engine.policy("adaptive", classifier=kind)
+    if manifest.choice_exit is not None and manifest.choice_exit.classifier is not None:
+        yield CHOICE, engine.choice_policy("adaptive")
+    if manifest.context_exit is not None:
+        yield CONTEXT, engine.policy("context")
 
 
 class _Watch:
     """One exit graph, prompt after prompt."""
 
-    def __init__(self, policy: ExitPolicy) -> None:
+    def __init__(self, policy: ExitPolicy, check_layers: float) -> None:
         assert isinstance(policy, ClassifierExit)  # it has an exit graph
-        self._policy = policy
+        self.policy = policy
+        self._check_layers = check_layers
         self._scores: list[tuple[float, ...]] = []
         self._agrees: list[list[bool]] = []
         self._tasks: list[str] = []
+        self._prompts: list[int] = []
 
-    def add(self, task: str, seen: Observation, gold: int | None) -> None:
+    def add(self, number: int, task: str, seen: Observation, gold: int | None) -> None:
         harmless = gold is not None and seen.full.token != gold
-        tokens = [seen.evidence[layer].result.token for layer in self._policy.exit_layers]
-        self._scores.append(self._policy.scores(seen.evidence))
+        tokens = [seen.evidence[check].result.token for check in self.policy.checks]
+        self._scores.append(self.policy.scores(seen.evidence))
         self._agrees.append([harmless or token == seen.full.token for token in tokens])
         self._tasks.append(task)
+        self._prompts.append(number)
 
-    def scored(self, num_layers: int, check_layers: float) -> Scored:
-        layers = self._policy.exit_layers
+    def scored(self, num_layers: int) -> Scored:
+        layers = self.policy.exit_layers
+        # An answer exit's own check is the answer's probe, which the full model pays too.
+        pays_twice = any(check.kind == "context" for check in self.policy.checks)
         shape = (len(self._tasks), len(layers))
         return Scored(
             layers,
@@ -186,7 +206,9 @@ class _Watch:
             np.array(self._scores, np.float64).reshape(shape),
             np.array(self._agrees, np.bool_).reshape(shape),
             tuple(self._tasks),
-            check_layers,
+            (self._check_layers,) * len(layers),
+            (self._check_layers if pays_twice else 0.0,) * len(layers),
+            np.array(self._prompts, np.int64),
         )
 
 

@@ -53,11 +53,9 @@ def evaluate(scored: Scored, threshold: float) -> Outcome:
     """Exits at the first point whose score reaches the threshold."""
     leaving, first = scored.leave(threshold)
     layers = np.where(leaving, np.array(scored.layers)[first], scored.num_layers)
-    checks = np.where(leaving, first + 1, len(scored.layers))
     wrong = scored.wrong(threshold)
     saved = 1.0 - float(layers.mean()) / scored.num_layers
-    extra = float((checks - leaving).mean()) * scored.check_layers
-    extra += float(leaving.mean()) * scored.exit_check_layers
+    extra = float(scored.check_time(threshold).mean())
     return Outcome(
         threshold,
         saved,

@@ -7,7 +7,7 @@ left out: its K and V depend on the token alone, are unlike all others, and are 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +17,16 @@ import onnx_ir as ir
 
 from adainfer_runtime import Engine
 from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.session import Session
 from adainfer_runtime.tasks import TaskExample
 
 from ..graph_builder import GraphBuilder, graph_input
 from ..progress import Reporter
 from .ridge import Moments
+from .traces import answer_positions
 
 __all__ = [
+    "ContextLesson",
     "Rotary",
     "Translator",
     "fit_translators",
@@ -35,6 +38,7 @@ __all__ = [
 Float32 = npt.NDArray[np.float32]
 
 _RIDGE = 0.01
+_MOST_LESSON_BYTES = 800_000_000
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,24 @@ class Translator:
     bias: Float32
 
 
+@dataclass(frozen=True)
+class ContextLesson:
+    """A prompt, as distilling looks at it.
+
+    Attributes:
+        hidden: per exit layer `[positions, hidden_size]`, in float16.
+        answers: positions whose next token is an answer, the prompt's own last.
+        final: `[answers, hidden_size]`, there after all layers.
+        first: per layer above the lowest exit layer, K and V `[2, kv_heads, head_dim]` of the first
+            position.
+    """
+
+    hidden: Mapping[int, npt.NDArray[np.float16]]
+    answers: npt.NDArray[np.int64]
+    final: Float32
+    first: Mapping[int, Float32]
+
+
 def read_rotary(folder: Path, manifest: Manifest) -> Rotary | None:
     """None where layers differ in their tables, rotate a part of each head, or interleave it."""
     found: list[tuple[ir.Value, ir.Value]] = []
@@ -89,19 +111,25 @@ def read_rotary(folder: Path, manifest: Manifest) -> Rotary | None:
 def fit_translators(
     engine: Engine,
     rotary: Rotary,
-    examples: Iterable[TaskExample],
+    examples: Sequence[TaskExample],
     layers: Sequence[int],
     reporter: Reporter,
-) -> dict[int, Translator]:
-    """Runs prompts through all layers and fits one translator per exit layer."""
+) -> tuple[dict[int, Translator], list[ContextLesson]]:
+    """Runs prompts through all layers and fits one translator per exit layer.
+
+    The lessons are of as many prompts as memory is set aside for.
+    """
     manifest = engine.manifest
     total, per_layer = manifest.model.num_layers, 2 * manifest.kv.num_heads * manifest.kv.head_dim
     moments = {
         layer: Moments(manifest.model.hidden_size, (total - layer) * per_layer) for layer in layers
     }
+    lessons: list[ContextLesson] = []
+    budget = _MOST_LESSON_BYTES
     for example in examples:
+        ids = engine.tokenizer.encode(example.prompt)
         with engine.borrow() as session:
-            session.extend(engine.tokenizer.encode(example.prompt))
+            session.extend(ids)
             hidden = {}
             for layer in layers:
                 session.advance(layer)
@@ -111,13 +139,32 @@ def fit_translators(
             flat = {
                 number: _flatten(rotary.undo(key), value) for number, (key, value) in kv.items()
             }
+            budget -= sum(states.nbytes // 2 for states in hidden.values())
+            if budget > 0 and len(ids) > 1:
+                lessons.append(_lesson(session, ids, hidden, kv))
         for layer in layers:
             target = np.concatenate([flat[n] for n in range(layer + 1, total + 1)], axis=1)
             rows = hidden[layer][1:]
             moments[layer].add(rows, target[1:], np.ones(len(rows), np.float32))
         reporter.step(example.task)
     fitted = {layer: moment.regress(_RIDGE) for layer, moment in moments.items()}
-    return {layer: Translator(layer, matrix, bias) for layer, (matrix, bias) in fitted.items()}
+    maps = {layer: Translator(layer, matrix, bias) for layer, (matrix, bias) in fitted.items()}
+    return maps, lessons
+
+
+def _lesson(
+    session: Session,
+    ids: list[int],
+    hidden: Mapping[int, Float32],
+    kv: Mapping[int, tuple[Float32, Float32]],
+) -> ContextLesson:
+    answers = answer_positions(ids)
+    return ContextLesson(
+        {layer: states.astype(np.float16) for layer, states in hidden.items()},
+        answers,
+        session.hidden()[answers].copy(),
+        {n: np.stack([key[:, 0], value[:, 0]]) for n, (key, value) in kv.items()},
+    )
 
 
 def _flatten(key: Float32, value: Float32) -> Float32:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 
 from .errors import ExitUnavailableError
-from .manifest import CertificateLevel, ExitSpec
+from .manifest import Certificate, CertificateLevel
 
 __all__ = ["certified_threshold", "device_class"]
 
@@ -15,13 +15,12 @@ def device_class() -> str:
     return f"cpu-{platform.machine().lower() or 'unknown'}"
 
 
-def certified_threshold(spec: ExitSpec, level: float) -> float:
+def certified_threshold(certificate: Certificate | None, level: float) -> float:
     """The threshold that keeps disagreement within a certified level.
 
     Raises:
         ExitUnavailableError: no certificate, not of this level, or of another kind of device.
     """
-    certificate = spec.certificate
     if certificate is None:
         raise ExitUnavailableError(
             "this engine's exits carry no certificate: run `adainfer certify DIR --prompts FILE`"

@@ -44,7 +44,7 @@ class Decoder(Protocol):
 
 
 class PolicyDecoder:
-    """One prediction a token, under an exit policy (modes `off`, `adaptive` and `context`)."""
+    """One prediction a token, under an exit policy."""
 
     def __init__(self, session: Session, policy: ExitPolicy, sampler: Sampler) -> None:
         self._session = session
@@ -57,7 +57,7 @@ class PolicyDecoder:
         policy = self._policy
         if self._last is not None:
             self._session.extend([self._last])
-            if policy.translates:
+            if any(check.kind == "context" for check in policy.checks):
                 # Translated K,V answer one question; what follows is computed over exact ones.
                 policy = NoExit()
         prediction = self._session.predict(policy)

@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from .backends import Backend, load_backend
-from .certificate import certified_threshold
 from .choose import Chosen, choose, join_label
 from .conversation import Conversation
 from .engine_folder import load_manifest, verify_files
 from .errors import ExitUnavailableError, RequestError
-from .exit_policy import ClassifierExit, ExitPolicy, NoExit
-from .generation_options import GenerationKeywords, GenerationOptions, Mode
-from .manifest import ExitSpec, Manifest
+from .exit_policy import ExitPolicy, NoExit
+from .generation_options import GenerationKeywords, GenerationOptions
+from .manifest import Manifest
+from .mode_policies import Mode, PolicyFactory, Strictness
+from .planning import ModeForecast, RequestShape, TimePredictor, forecast_modes, pick_mode
 from .profile import ProfiledBackend, StageClock, measuring
 from .results import ChoiceResult, GenerationResult, StreamEvent
 from .session import Session
@@ -52,6 +53,7 @@ class Engine:
         self._manifest = manifest
         self._backend = backend if clock is None else ProfiledBackend(backend, clock)
         self._tokenizer = tokenizer
+        self._policies = PolicyFactory(self._backend, manifest)
         self._idle: list[Session] = []
         self._lock = threading.Lock()
 
@@ -155,6 +157,7 @@ class Engine:
         classifier: str | None = None,
         threshold: float | None = None,
         level: float | None = None,
+        shape: RequestShape | None = None,
     ) -> ExitPolicy:
         """The exit policy of a mode.
 
@@ -162,32 +165,59 @@ class Engine:
             classifier: kind of the exit graph, where the folder has several; default: its first.
             threshold: of the classifier's score, instead of the manifest's.
             level: a certified share of disagreement, such as 0.02, whose threshold is taken.
+            shape: of the request, which mode `auto` decides by.
 
         Raises:
-            ExitUnavailableError: `adaptive`, but the folder has no such exit graph, or the level
-                is not certified.
+            ExitUnavailableError: the folder has no such exits, the level is not certified, or
+                there is no plan for mode `auto`.
             RequestError: no such mode, or both a threshold and a level.
         """
-        if mode == "off":
-            return NoExit()
-        if mode == "context":
-            return self._context_policy(threshold, level)
-        if mode != "adaptive":
-            raise RequestError(f"mode {mode!r} is unknown: off, adaptive or context")
-        spec = self._exit_graph(classifier)
-        return self._classifier_exit(spec, threshold, level)
+        strictness = Strictness(threshold, level)
+        if mode == "auto":
+            return self._planned(shape, strictness).policy
+        return self._policies.of_mode(mode, strictness, classifier)
 
     def choice_policy(
-        self, mode: Mode, *, threshold: float | None = None, level: float | None = None
+        self,
+        mode: Mode,
+        *,
+        threshold: float | None = None,
+        level: float | None = None,
+        shape: RequestShape | None = None,
     ) -> ExitPolicy:
         """`policy` for choices among labels: the exit graph that was calibrated for them.
 
         A folder whose calibration data had no labels has none; `policy` is taken then.
         """
-        spec = self._manifest.choice_exit
-        if mode != "adaptive" or spec is None:
-            return self.policy(mode, threshold=threshold, level=level)
-        return self._classifier_exit(spec, threshold, level, over_candidates=True)
+        strictness = Strictness(threshold, level)
+        if mode == "auto":
+            return self._planned(shape, strictness).policy
+        return self._policies.of_choice(mode, strictness)
+
+    def forecasts(
+        self, shape: RequestShape, *, level: float | None = None
+    ) -> tuple[ModeForecast, ...]:
+        """What each mode is expected to take for such a request, `off` first.
+
+        Raises:
+            ExitUnavailableError: the folder has no plan.
+        """
+        return self._forecasts(shape, Strictness(level=level))
+
+    def _planned(self, shape: RequestShape | None, strictness: Strictness) -> ModeForecast:
+        if shape is None:
+            raise RequestError("mode auto decides by the request's shape: give one")
+        return pick_mode(self._forecasts(shape, strictness))
+
+    def _forecasts(self, shape: RequestShape, strictness: Strictness) -> tuple[ModeForecast, ...]:
+        plan = self._manifest.plan
+        if plan is None:
+            raise ExitUnavailableError(
+                "this engine has no plan, which mode auto decides by: run `adainfer bench DIR`"
+            )
+        layers = self._manifest.model.num_layers
+        predictor = TimePredictor(plan.times, layers, self._backend.max_rows)
+        return forecast_modes(self._policies, predictor, shape, strictness)
 
     def generate(
         self, prompt: str | Sequence[int], **options: Unpack[GenerationKeywords]
@@ -262,7 +292,8 @@ class Engine:
         Raises:
             RequestError: fewer than two labels, empty or equal ones.
         """
-        policy = self.choice_policy(mode, threshold=threshold, level=level)
+        shape = RequestShape(len(self._tokens(prompt)), candidates=True)
+        policy = self.choice_policy(mode, threshold=threshold, level=level, shape=shape)
         stage_seconds: dict[str, float] = {}
         with measuring(self.clock, stage_seconds):
             done = self.choose_with(prompt, labels, policy)
@@ -290,60 +321,6 @@ class Engine:
             limit = self._manifest.max_seq_len
             return choose(session, self._tokens(prompt), tokens, policy, limit)
 
-    def _context_policy(self, threshold: float | None, level: float | None) -> ExitPolicy:
-        spec = self._manifest.context_exit
-        if spec is None:
-            raise ExitUnavailableError(
-                "this engine has no context exit: run `adainfer calibrate DIR --context-exit`"
-            )
-        return self._classifier_exit(spec, threshold, level, translates=True)
-
-    def _classifier_exit(
-        self,
-        spec: ExitSpec,
-        threshold: float | None,
-        level: float | None,
-        *,
-        over_candidates: bool = False,
-        translates: bool = False,
-    ) -> ExitPolicy:
-        if spec.classifier is None or spec.threshold is None:
-            return NoExit()  # calibrated, and the answer was "do not exit"
-        if threshold is not None and level is not None:
-            raise RequestError("give a threshold or a certified level, not both")
-        promised = round(1.0 - spec.target_agreement, 6) if threshold is None else None
-        if level is not None:
-            threshold = certified_threshold(spec, level)
-            against = spec.certificate.against if spec.certificate else "model"
-            promised = level if against == "model" else None
-        return ClassifierExit.of(
-            self._backend,
-            spec.points,
-            spec.classifier,
-            self._manifest.model.num_layers,
-            spec.threshold if threshold is None else threshold,
-            over_candidates=over_candidates,
-            translates=translates,
-            promised=promised,
-        )
-
-    def _exit_graph(self, classifier: str | None) -> ExitSpec:
-        spec = self._manifest.exit
-        if spec is None:
-            raise ExitUnavailableError(
-                "this engine has no exit graph: run `adainfer calibrate DIR`, or use mode off"
-            )
-        if classifier is None:
-            return spec
-        graphs = self._manifest.exit_graphs
-        if classifier not in graphs:
-            raise ExitUnavailableError(
-                f"this engine has no exit graph with classifier {classifier!r}: it has "
-                f"{', '.join(graphs) or 'none'}; run `adainfer calibrate DIR --classifier "
-                f"{classifier}`"
-            )
-        return graphs[classifier]
-
     def label_tokens(
         self, prompt: str | Sequence[int], labels: Sequence[str]
     ) -> list[Sequence[int]]:
@@ -364,12 +341,11 @@ class Engine:
         self._record(policy, agrees=first == full or (first in eos and full in eos))
 
     def _compares(self, policy: ExitPolicy) -> bool:
-        return bool(policy.exit_layers) and self._shadow is not None and self._shadow.due()
+        return bool(policy.checks) and self._shadow is not None and self._shadow.due()
 
     def _record(self, policy: ExitPolicy, *, agrees: bool) -> None:
         if self._shadow is not None:
-            promised = policy.promised if isinstance(policy, ClassifierExit) else None
-            self._shadow.record(promised, agrees=agrees)
+            self._shadow.record(policy.promised, agrees=agrees)
 
     def _tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
         return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,49 +12,73 @@ import numpy.typing as npt
 from .backends import Backend, ExitEvidence
 from .manifest import ClassifierSpec, ExitPoint
 
-__all__ = ["ClassifierExit", "ExitPolicy", "FixedExit", "NoExit"]
+__all__ = [
+    "ClassifierExit",
+    "CombinedExit",
+    "ExitCheck",
+    "ExitPolicy",
+    "FixedExit",
+    "NoExit",
+    "path_places",
+]
 
 Float32 = npt.NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class ExitCheck:
+    """One look at the sequence's last position.
+
+    Attributes:
+        layer: the boundary (1 … L-1) at which it is taken.
+        kind: `answer`: the adapted prediction of that boundary (all positions would stop there);
+            `context`: the answer after all layers, over translated K,V (all but it would stop).
+    """
+
+    layer: int
+    kind: Literal["answer", "context"] = "answer"
+
+
 class ExitPolicy(Protocol):
-    """Judges one position, exit point after exit point; `state` starts as zeros each time."""
+    """Judges one position, check after check; `state` starts as zeros each time."""
 
     @property
-    def exit_layers(self) -> tuple[int, ...]:
-        """Boundaries at which the policy wants to be asked, ascending."""
+    def checks(self) -> tuple[ExitCheck, ...]:
+        """What the policy wants to see, ascending by layer."""
 
     @property
     def state_size(self) -> int:
         """Length of the state vector."""
 
     @property
-    def translates(self) -> bool:
-        """Whether it judges a context exit: the last position's answer over translated K,V."""
-
-    @property
     def over_candidates(self) -> bool:
         """Whether, of a choice, it judges features over the candidates' rows alone."""
 
+    @property
+    def promised(self) -> float | None:
+        """Share of disagreement with the full model that its thresholds were chosen for; None where
+        none is promised.
+        """
+
     def decide(
-        self, exit_layer: int, evidence: ExitEvidence, state: Float32
+        self, check: ExitCheck, evidence: ExitEvidence, state: Float32
     ) -> tuple[bool, Float32]:
-        """Whether to stop here, and the state for the next exit point."""
+        """Whether to stop here, and the state for the next check."""
 
 
 @dataclass(frozen=True)
 class NoExit:
     """Mode `off`: every layer, every time."""
 
-    exit_layers: tuple[int, ...] = ()
+    checks: tuple[ExitCheck, ...] = ()
     state_size: int = 0
     over_candidates: bool = True
-    translates: bool = False
+    promised: float | None = None
 
     def decide(
-        self, exit_layer: int, evidence: ExitEvidence, state: Float32
+        self, check: ExitCheck, evidence: ExitEvidence, state: Float32
     ) -> tuple[bool, Float32]:
-        """Never asked: there are no exit points."""
+        """Never asked: there are no checks."""
         return False, state
 
 
@@ -63,17 +87,18 @@ class FixedExit:
     """Stops at the same layer every time, whatever is found there (a baseline)."""
 
     layer: int
+    kind: Literal["answer", "context"] = "answer"
     state_size: int = 0
     over_candidates: bool = True
-    translates: bool = False
+    promised: float | None = None
 
     @property
-    def exit_layers(self) -> tuple[int, ...]:
+    def checks(self) -> tuple[ExitCheck, ...]:
         """The one layer."""
-        return (self.layer,)
+        return (ExitCheck(self.layer, self.kind),)
 
     def decide(
-        self, exit_layer: int, evidence: ExitEvidence, state: Float32
+        self, check: ExitCheck, evidence: ExitEvidence, state: Float32
     ) -> tuple[bool, Float32]:
         """Always stops."""
         return True, state
@@ -81,10 +106,8 @@ class FixedExit:
 
 @dataclass(frozen=True)
 class ClassifierExit:
-    """Mode `adaptive` (AdaInfer): stops where the classifier's score reaches the threshold.
-
-    `promised` is the share of disagreement with the full model that the threshold was chosen for;
-    None for one that promises none.
+    """Mode `adaptive` (AdaInfer), or `context`: stops where the classifier's score reaches the
+    threshold.
     """
 
     backend: Backend
@@ -93,9 +116,14 @@ class ClassifierExit:
     depths: Mapping[int, float]
     threshold: float
     state_size: int
+    kind: Literal["answer", "context"] = "answer"
     over_candidates: bool = False
-    translates: bool = False
     promised: float | None = None
+
+    @property
+    def checks(self) -> tuple[ExitCheck, ...]:
+        """One at each exit point."""
+        return tuple(ExitCheck(layer, self.kind) for layer in self.exit_layers)
 
     @classmethod
     def of(
@@ -106,8 +134,8 @@ class ClassifierExit:
         num_layers: int,
         threshold: float,
         *,
+        kind: Literal["answer", "context"] = "answer",
         over_candidates: bool = False,
-        translates: bool = False,
         promised: float | None = None,
     ) -> ClassifierExit:
         """One of the manifest's exit graphs with a threshold."""
@@ -120,16 +148,16 @@ class ClassifierExit:
             depths,
             threshold,
             classifier.state_size,
+            kind,
             over_candidates,
-            translates,
             promised,
         )
 
     def decide(
-        self, exit_layer: int, evidence: ExitEvidence, state: Float32
+        self, check: ExitCheck, evidence: ExitEvidence, state: Float32
     ) -> tuple[bool, Float32]:
         """Evaluates the classifier graph."""
-        score, state = self.score(exit_layer, evidence, state)
+        score, state = self.score(check.layer, evidence, state)
         return score >= self.threshold, state
 
     def score(
@@ -138,11 +166,57 @@ class ClassifierExit:
         """The score before it is compared, and the next state."""
         return self.backend.classify(self.graph, evidence, self.depths[exit_layer], state)
 
-    def scores(self, evidence: Mapping[int, ExitEvidence]) -> tuple[float, ...]:
-        """The scores at every exit point, had none of them stopped."""
+    def scores(self, evidence: Mapping[ExitCheck, ExitEvidence]) -> tuple[float, ...]:
+        """The scores at every check, had none of them stopped."""
         state = np.zeros(self.state_size, np.float32)
         scores = []
-        for layer in self.exit_layers:
-            score, state = self.score(layer, evidence[layer], state)
+        for check in self.checks:
+            score, state = self.score(check.layer, evidence[check], state)
             scores.append(score)
         return tuple(scores)
+
+
+@dataclass(frozen=True)
+class CombinedExit:
+    """Mode `combined`: answer exits and context exits in turn, each by its own classifier.
+
+    At the same layer the answer exit is asked first: it costs less and saves more.
+    """
+
+    answer: ClassifierExit
+    context: ClassifierExit
+    over_candidates: bool = False
+    promised: float | None = None
+
+    @property
+    def checks(self) -> tuple[ExitCheck, ...]:
+        """Those of both, ascending by layer."""
+        both = (*self.answer.checks, *self.context.checks)
+        return tuple(sorted(both, key=lambda check: (check.layer, check.kind != "answer")))
+
+    @property
+    def state_size(self) -> int:
+        """The answer exits' state, then the context exits'."""
+        return self.answer.state_size + self.context.state_size
+
+    def decide(
+        self, check: ExitCheck, evidence: ExitEvidence, state: Float32
+    ) -> tuple[bool, Float32]:
+        """By the classifier that the check belongs to."""
+        split = self.answer.state_size
+        mine, other = state[:split], state[split:]
+        if check.kind == "answer":
+            stop, mine = self.answer.decide(check, evidence, mine)
+        else:
+            stop, other = self.context.decide(check, evidence, other)
+        return stop, np.concatenate([mine, other])
+
+
+def path_places(
+    scores: npt.NDArray[np.float64], thresholds: Sequence[float]
+) -> npt.NDArray[np.float64]:
+    """What one graph's scores are worth on a path of falling thresholds: minus the first place at
+    which each is accepted, minus infinity where none is. (One scale for two graphs' scores.)
+    """
+    place = np.searchsorted(-np.array(thresholds), -scores, side="left")
+    return np.where(place < len(thresholds), -place.astype(np.float64), -np.inf)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from .errors import RequestError
+from .mode_policies import Mode
 from .sampling import MinimumLength
 from .sampling_options import SamplingKeywords, SamplingOptions
 from .stop_strings import StopStrings
 
-__all__ = ["CancelToken", "GenerationKeywords", "GenerationOptions", "Mode"]
+__all__ = ["CancelToken", "GenerationKeywords", "GenerationOptions"]
 
-Mode = Literal["off", "adaptive", "context"]
 _MAX_LOGPROBS = 100
 _GREEDY = SamplingOptions()
 _SAMPLING = frozenset(field.name for field in fields(SamplingOptions))
@@ -65,7 +65,9 @@ class GenerationOptions:
         max_new_tokens: at least 1.
         min_new_tokens: before them, no end-of-text or stop token is taken.
         mode: `off` runs every layer; `adaptive` stops where the exit graph says so; `context`
-            lets the prompt's positions stop and runs the last one through every layer.
+            lets the prompt's positions stop and runs the last one through every layer;
+            `combined` looks for the one and the other; `auto` takes what is expected to be
+            fastest here, for a prompt of this length and so many new tokens.
         threshold, level: see `Engine.policy`. A level is certified for greedy decoding alone.
         ignore_eos: go on after an end-of-text token (for benchmarks).
         stop: strings that end the text, which is returned without them. They are looked for in

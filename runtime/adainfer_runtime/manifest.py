@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from .plan_spec import PlanSpec
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -12,6 +15,7 @@ __all__ = [
     "CertificateGroup",
     "CertificateLevel",
     "ClassifierSpec",
+    "CombinedExitSpec",
     "ExitPoint",
     "ExitSpec",
     "FileRecord",
@@ -25,7 +29,7 @@ __all__ = [
     "TokenizerSpec",
 ]
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 _EXIT_FOLDERS = ("adapters", "exit", "reports")
 
 
@@ -184,7 +188,8 @@ class ExitSpec(_Record):
     """What `adaptive` mode evaluates between layers.
 
     Without points the calibration's answer was "do not exit": adaptive then runs every layer.
-    `thresholds` is the grid that certificates test, from the safest down.
+    `thresholds` is the grid that certificates test, from the safest down; `exit_shares` says, for
+    each of them, which share of held-out prompts leaves at each point.
     """
 
     points: tuple[ExitPoint, ...]
@@ -192,6 +197,7 @@ class ExitSpec(_Record):
     threshold: float | None = None
     target_agreement: float
     thresholds: tuple[float, ...] = ()
+    exit_shares: tuple[tuple[float, ...], ...] = ()
     certificate: Certificate | None = None
     kv_policy: Literal["deferred"] = "deferred"
     calibration: dict[str, Any] = {}
@@ -203,6 +209,38 @@ class ExitSpec(_Record):
             raise ValueError(f"exit points must be ascending, found {layers}")
         if layers and (self.classifier is None or self.threshold is None):
             raise ValueError("exit points without a classifier or a threshold")
+        return self
+
+
+class CombinedExitSpec(_Record):
+    """What `combined` mode evaluates: the answer exits of one graph, and the context exits.
+
+    Attributes:
+        answer: kind of the answer exits' classifier.
+        path: thresholds (of answer exits, of context exits), from the safest pair down. One number
+            orders them, so that certificates test them like any other: minus the place.
+        threshold: minus the place of the pair that is taken by default.
+        exit_shares: per place, which share of held-out prompts leaves at each check.
+    """
+
+    answer: str
+    path: tuple[tuple[float, float], ...]
+    threshold: float
+    target_agreement: float
+    exit_shares: tuple[tuple[float, ...], ...] = ()
+    certificate: Certificate | None = None
+    calibration: dict[str, Any] = {}
+
+    def thresholds_at(self, place: float) -> tuple[float, float]:
+        """The pair that `threshold`, or a certified level's, stands for."""
+        return self.path[round(-place)]
+
+    @model_validator(mode="after")
+    def _inside(self) -> CombinedExitSpec:
+        levels = self.certificate.levels if self.certificate else ()
+        places = [self.threshold, *(e.threshold for e in levels if e.threshold is not None)]
+        if any(not 0 <= -place < len(self.path) for place in places):
+            raise ValueError(f"a threshold is no place on the path of {len(self.path)} pairs")
         return self
 
 
@@ -223,7 +261,9 @@ class Manifest(_Record):
     `exit` is the exit graph of mode `adaptive`, `other_exits` are further ones, each with another
     kind of classifier, that requests and evaluations may name. `choice_exit` is for choices among
     labels: it reads features over the labels' rows of the head alone. They share the adapters:
-    there is at most one per exit layer. `context_exit` lets all positions but the last stop.
+    there is at most one per exit layer. `context_exit` lets all positions but the last stop,
+    `combined_exit` looks for answer exits and context exits in one request. `plan` is what mode
+    `auto` decides by.
     """
 
     schema_version: int
@@ -242,6 +282,8 @@ class Manifest(_Record):
     other_exits: tuple[ExitSpec, ...] = ()
     choice_exit: ExitSpec | None = None
     context_exit: ExitSpec | None = None
+    combined_exit: CombinedExitSpec | None = None
+    plan: PlanSpec | None = None
     tokenizer: TokenizerSpec | None = None
     files: dict[str, FileRecord]
 
@@ -286,6 +328,8 @@ class Manifest(_Record):
                 "other_exits": (),
                 "choice_exit": None,
                 "context_exit": None,
+                "combined_exit": None,
+                "plan": None,
                 "joined": (),
                 "files": {},
             }
@@ -310,6 +354,26 @@ class Manifest(_Record):
         named = {"choice": self.choice_exit, "context": self.context_exit}
         further = {name: spec for name, spec in named.items() if spec and spec.classifier}
         return self.exit_graphs | further
+
+    def with_exits(self, changed: Mapping[str, ExitSpec]) -> Manifest:
+        """The same with other specs for some of its exits, by the names of `named_exits`."""
+        graphs = {kind: changed.get(kind, spec) for kind, spec in self.exit_graphs.items()}
+        default, *others = graphs.values() or (self.exit,)
+        return self.model_copy(
+            update={
+                "exit": default,
+                "other_exits": tuple(others),
+                "choice_exit": changed.get("choice", self.choice_exit),
+                "context_exit": changed.get("context", self.context_exit),
+            }
+        )
+
+    @property
+    def certificates(self) -> dict[str, Certificate]:
+        """By the name of what they certify: see `named_exits`, and `combined`."""
+        specs: dict[str, ExitSpec | CombinedExitSpec | None] = {**self.named_exits}
+        specs["combined"] = self.combined_exit
+        return {name: spec.certificate for name, spec in specs.items() if spec and spec.certificate}
 
     @property
     def classifiers(self) -> tuple[ClassifierSpec, ...]:
@@ -356,6 +420,9 @@ class Manifest(_Record):
         for layer in self.exit_layers:
             if layer not in self.boundaries[:-1]:
                 raise ValueError(f"exit point {layer} is no boundary between engines")
+        combined = self.combined_exit
+        if combined and (combined.answer not in self.exit_graphs or self.context_exit is None):
+            raise ValueError("combined exits without the answer or the context exits they combine")
         return self
 
     @property

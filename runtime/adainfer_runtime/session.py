@@ -12,7 +12,7 @@ import numpy.typing as npt
 from .backends import Backend, ExitEvidence, ProbeResult
 from .chain import Chain
 from .errors import PromptTooLongError, RequestError
-from .exit_policy import ExitPolicy
+from .exit_policy import ExitCheck, ExitPolicy
 from .ledger import WorkCount
 from .manifest import Manifest
 
@@ -29,11 +29,11 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Observation:
-    """What exits of the last position would have answered, by exit layer, and the full model's
+    """What exits of the last position would have answered, check by check, and the full model's
     answer.
     """
 
-    evidence: Mapping[int, ExitEvidence]
+    evidence: Mapping[ExitCheck, ExitEvidence]
     full: ProbeResult
 
 
@@ -153,43 +153,51 @@ class Session:
         self._chain.ledger.record_probe(0, rows)
         state = np.zeros(policy.state_size, np.float32)
         reached = self._chain.depth(self.length - 1)
-        for layer in policy.exit_layers:
-            if layer < reached:
+        for check in policy.checks:
+            if check.layer < reached:
                 continue  # the position is past this exit point: its hidden state there is gone
-            self._chain.advance(layer)
-            if policy.translates:
-                if not self._chain.can_translate(layer):
-                    continue
-                evidence = self._context_evidence(layer)
-            else:
-                evidence = self._evidence(layer, candidates if policy.over_candidates else None)
-            stop, state = policy.decide(layer, evidence, state)
+            self._chain.advance(check.layer)
+            if check.kind == "context" and not self._chain.can_translate(check.layer):
+                continue
+            evidence = self.look(check, candidates if policy.over_candidates else None)
+            stop, state = policy.decide(check, evidence, state)
             if stop:
-                return Prediction(_among(evidence.result, candidates), layer)
+                return Prediction(_among(evidence.result, candidates), check.layer)
         self.complete()
         return Prediction(self._probe(self._chain.last_hidden(), candidates), self._manifest.depth)
 
     def observe(
         self,
-        exit_layers: Iterable[int],
+        checks: Iterable[ExitCheck],
         questions: Sequence[npt.NDArray[np.int64] | None] = (None,),
     ) -> tuple[Observation, ...]:
-        """Looks at exit points without stopping: what certificates are made from.
+        """Takes every check without stopping: what certificates are made from.
 
         Args:
-            questions: candidates as in `predict`; one observation for each.
+            questions: candidates as in `predict`; one observation for each. (Context exits answer
+                over the whole vocabulary alone, the same for every question.)
 
         Raises:
-            RequestError: the last position is past the first exit point.
+            RequestError: the last position is past the first check, or there is no context for a
+                context exit.
         """
-        layers = sorted(exit_layers)
-        if self.length == 0 or self._chain.depth(self.length - 1) > min(layers, default=0):
+        ordered = sorted(checks, key=lambda check: check.layer)
+        first = min((check.layer for check in ordered), default=0)
+        if self.length == 0 or self._chain.depth(self.length - 1) > first:
             raise RequestError("observe needs a new position: extend the session first")
-        evidence: list[dict[int, ExitEvidence]] = [{} for _ in questions]
-        for layer in layers:
-            self._chain.advance(layer)
+        context = any(check.kind == "context" for check in ordered)
+        if context and (self.length < 2 or self._chain.depth(0) > first):
+            raise RequestError("a context exit needs a new session with two positions or more")
+        evidence: list[dict[ExitCheck, ExitEvidence]] = [{} for _ in questions]
+        for check in ordered:
+            self._chain.advance(check.layer)
+            if check.kind == "context":
+                seen = self.look(check, None)
+                for found in evidence:
+                    found[check] = seen
+                continue
             for found, candidates in zip(evidence, questions, strict=True):
-                found[layer] = self._evidence(layer, candidates)
+                found[check] = self.look(check, candidates)
         self.complete()
         hidden = self._chain.last_hidden()
         return tuple(
@@ -197,21 +205,19 @@ class Session:
             for found, candidates in zip(evidence, questions, strict=True)
         )
 
-    def observe_context(self, exit_layers: Iterable[int]) -> Observation:
-        """`observe` of context exits: the answers over translated K,V.
-
-        Raises:
-            RequestError: the session holds no new position, or one alone.
-        """
-        layers = sorted(exit_layers)
-        if self.length < 2 or self._chain.depth(0) > 0:
-            raise RequestError("observe_context needs a new session with two positions or more")
-        evidence = {}
-        for layer in layers:
-            self._chain.advance(layer)
-            evidence[layer] = self._context_evidence(layer)
-        self.complete()
-        return Observation(evidence, self._probe(self._chain.last_hidden(), None))
+    def look(
+        self, check: ExitCheck, candidates: npt.NDArray[np.int64] | None = None
+    ) -> ExitEvidence:
+        """One check of the last position, which must stand at the check's boundary."""
+        if check.kind == "context":
+            waiting = self.length - 1 - self._chain.ledger.filled[-1]
+            cost = waiting * self._translation_costs[check.layer]
+            self._chain.ledger.record_probe(cost, 0)
+            hidden = self._chain.answer_over_translation(check.layer)
+            return ExitEvidence(self._probe(hidden, None), 0.0)
+        self._chain.ledger.record_probe(self._adapter_costs.get(check.layer, 0), 0)
+        adapted, trust = self._backend.adapt(check.layer, self._chain.last_hidden())
+        return ExitEvidence(self._probe(adapted, candidates), trust)
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""
@@ -247,17 +253,6 @@ class Session:
     def kv(self, layer: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Exact K (after rotary) and V of a layer: `[kv_heads, filled, head_dim]` each."""
         return self._chain.kv(layer)
-
-    def _evidence(self, exit_layer: int, candidates: npt.NDArray[np.int64] | None) -> ExitEvidence:
-        self._chain.ledger.record_probe(self._adapter_costs.get(exit_layer, 0), 0)
-        adapted, trust = self._backend.adapt(exit_layer, self._chain.last_hidden())
-        return ExitEvidence(self._probe(adapted, candidates), trust)
-
-    def _context_evidence(self, exit_layer: int) -> ExitEvidence:
-        waiting = self.length - 1 - self._chain.ledger.filled[-1]
-        self._chain.ledger.record_probe(waiting * self._translation_costs[exit_layer], 0)
-        hidden = self._chain.answer_over_translation(exit_layer)
-        return ExitEvidence(self._probe(hidden, None), 0.0)
 
     def _probe(
         self, hidden: npt.NDArray[np.float32], candidates: npt.NDArray[np.int64] | None

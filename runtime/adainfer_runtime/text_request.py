@@ -14,6 +14,7 @@ from .errors import RequestError
 from .exit_policy import ExitPolicy
 from .generate import Generated, GenerateRequest, check_request, stream
 from .generation_options import GenerationOptions
+from .planning import RequestShape
 from .profile import measuring
 from .results import GenerationResult, RequestStatistics, StreamEvent
 from .sampling import make_sampler
@@ -130,7 +131,10 @@ def prepare(engine: Engine, prompt: Sequence[int], options: GenerationOptions) -
         options.cancelled,
     )
     check_request(request, 0, engine.manifest.max_seq_len)
-    policy = engine.policy(options.mode, threshold=options.threshold, level=options.level)
+    shape = RequestShape(len(tokens), options.max_new_tokens)
+    policy = engine.policy(
+        options.mode, threshold=options.threshold, level=options.level, shape=shape
+    )
     return TextRequest(engine, tokens, options, policy, request, arrived)
 
 

@@ -112,7 +112,9 @@ def test_plain_adainfer_has_no_trust():
 
 def test_threshold_counts_layers_checks_and_agreement():
     scores = np.array([[1.0, 0, 0], [0, 1.0, 0], [0, 0, 0]])
-    scored = Scored((4, 6, 8), 10, scores, np.ones((3, 3), bool), ("a",) * 3, 0.1)
+    scored = Scored(
+        (4, 6, 8), 10, scores, np.ones((3, 3), bool), ("a",) * 3, (0.1,) * 3, (0.0,) * 3
+    )
     outcome = evaluate(scored, 0.5)
     assert outcome.layers_saved == pytest.approx(1 - (4 + 6 + 10) / 30)
     # Failed checks: none, one, three, a tenth of a layer each.
@@ -130,7 +132,9 @@ def test_threshold_keeps_the_target_on_new_prompts():
 def test_too_few_prompts_give_no_exit():
     """With 20 prompts not even none of them disagreeing is evidence for 99%."""
     right = np.ones((20, 1), bool)
-    outcome = choose_threshold(Scored((4,), 10, right * 1.0, right, ("a",) * 20, 0.1), 0.99)
+    outcome = choose_threshold(
+        Scored((4,), 10, right * 1.0, right, ("a",) * 20, (0.1,), (0.0,)), 0.99
+    )
     assert math.isinf(outcome.threshold)
     assert outcome.layers_saved == 0.0
 

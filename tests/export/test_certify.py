@@ -25,7 +25,7 @@ def draw(random, prompts):
     """One exit point; a score s disagrees with probability 0.2 (1 − s)."""
     scores = random.random((prompts, 1))
     agrees = random.random((prompts, 1)) >= 0.2 * (1.0 - scores)
-    return Scored((5,), 10, scores, agrees, ("a",) * prompts, 0.1)
+    return Scored((5,), 10, scores, agrees, ("a",) * prompts, (0.1,), (0.0,))
 
 
 def risk(threshold):

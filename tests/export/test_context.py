@@ -24,6 +24,7 @@ from adainfer_runtime.backends.ort_cpu import open_session
 from adainfer_runtime.chain import Chain
 from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.errors import ExitUnavailableError, RequestError
+from adainfer_runtime.exit_policy import ExitCheck
 from adainfer_runtime.tasks import TaskExample
 
 from ..runtime.test_parity import PROMPT
@@ -89,7 +90,7 @@ def test_positions_that_wait_elsewhere_are_not_translated(tiny):
     session = engine.session()
     session.extend([5])
     with pytest.raises(RequestError, match="two positions or more"):
-        session.observe_context([2])
+        session.observe([ExitCheck(2, "context")])
 
 
 def test_rotation_is_undone_and_done_again(tiny, tmp_path):
@@ -121,7 +122,8 @@ def test_translators_find_an_affine_map(tiny):
     random = np.random.default_rng(0)
     examples = [TaskExample(prompt="".join(random.choice(list("abc xyz:"), 40))) for _ in range(40)]
     rotary = read_rotary(made.folder, made.engine.manifest)
-    (translator,) = fit_translators(made.engine, rotary, examples, (3,), SilentReporter()).values()
+    maps, _ = fit_translators(made.engine, rotary, examples, (3,), SilentReporter())
+    translator = maps[3]
     session = made.engine.session()
     session.extend(made.engine.tokenizer.encode("zxy: abc abc:ab"))
     session.advance(3)

@@ -121,7 +121,7 @@ def test_labels_give_an_exit_graph_for_choices(tiny, tmp_path):
     engine = Engine.load(folder)
     policy = engine.choice_policy("adaptive")
     assert policy.over_candidates
-    assert engine.choice_policy("off").exit_layers == ()
+    assert engine.choice_policy("off").checks == ()
     result = engine.choose(lines[0]["prompt"], ["a", "b"], mode="adaptive")
     assert result.exit_layer in (*policy.exit_layers, 4)
     never = engine.choose(lines[0]["prompt"], ["a", "b"], mode="adaptive", threshold=float("inf"))

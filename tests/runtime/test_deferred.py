@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adainfer_runtime import ClassifierExit, NoExit
+from adainfer_runtime.exit_policy import ExitCheck
 
 PROMPT = [5, 17, 200, 43, 9, 120, 77]
 
@@ -17,18 +18,17 @@ class ScriptedExit:
 
     state_size = 0
     over_candidates = False
-    translates = False
 
     def __init__(self, layers, boundaries):
         self._script = iter(layers)
-        self.exit_layers = tuple(boundaries)
+        self.checks = tuple(ExitCheck(layer) for layer in boundaries)
         self._wanted = 0
 
     def next(self):
         self._wanted = next(self._script)
 
-    def decide(self, exit_layer, result, state):
-        return exit_layer == self._wanted, state
+    def decide(self, check, evidence, state):
+        return check.layer == self._wanted, state
 
 
 @settings(max_examples=40, deadline=None)

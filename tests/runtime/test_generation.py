@@ -19,7 +19,7 @@ from adainfer_runtime.errors import (
     RequestError,
     TokenizerMissingError,
 )
-from adainfer_runtime.exit_policy import FixedExit, NoExit
+from adainfer_runtime.exit_policy import ExitCheck, FixedExit, NoExit
 from adainfer_runtime.generate import GenerateRequest, generate
 from adainfer_runtime.profile import StageClock
 from adainfer_runtime.sampling import Greedy, make_sampler
@@ -63,17 +63,17 @@ class Chunked:
 class ByExits:
     """An exit policy that stops where a list says so."""
 
-    state_size, over_candidates, translates = 0, True, False
-    exit_layers = (1, 2, 3)
+    state_size, over_candidates, promised = 0, True, None
+    checks = tuple(ExitCheck(layer) for layer in (1, 2, 3))
 
     def __init__(self, layers):
         self._layers = iter(layers)
         self._wanted = None
 
-    def decide(self, layer, evidence, state):
-        if layer == 1:
+    def decide(self, check, evidence, state):
+        if check.layer == 1:
             self._wanted = next(self._layers, 4)
-        return layer == self._wanted, state
+        return check.layer == self._wanted, state
 
 
 def test_events_are_the_result(engine):

@@ -25,6 +25,8 @@ class ModeChoice(str, Enum):
     off = "off"
     adaptive = "adaptive"
     context = "context"
+    combined = "combined"
+    auto = "auto"
 
 
 def _collect(

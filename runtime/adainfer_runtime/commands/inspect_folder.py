@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..engine_folder import load_manifest, verify_files
-from ..manifest import Certificate, ExitSpec, Manifest
+from ..manifest import Certificate, CombinedExitSpec, ExitSpec, Manifest
 
 __all__ = ["certificate_tables", "describe_exit", "register"]
 
@@ -66,6 +66,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         *(("further exits", describe_exit(spec)) for spec in manifest.other_exits),
         ("exits of choices", describe_exit(manifest.choice_exit)),
         ("context exit", describe_exit(manifest.context_exit)),
+        ("combined exits", describe_combined(manifest.combined_exit)),
     ]
 
 
@@ -76,20 +77,28 @@ def describe_exit(spec: ExitSpec | None) -> str:
     if spec.classifier is None:
         return "calibrated: no exit pays at the wanted agreement"
     points = ", ".join(str(point.exit_layer) for point in spec.points)
+    return f"{spec.classifier.kind} after layers {points}; {_held_out(spec)}"
+
+
+def describe_combined(spec: CombinedExitSpec | None) -> str:
+    """One line about combined exits."""
+    if spec is None:
+        return "not calibrated"
+    return f"{spec.answer} and context; {_held_out(spec)}"
+
+
+def _held_out(spec: ExitSpec | CombinedExitSpec) -> str:
     figures = spec.calibration.get("held_out", {})
     return (
-        f"{spec.classifier.kind} after layers {points}; target agreement "
-        f"{spec.target_agreement}, on held-out prompts {figures.get('agreement', '?')} "
-        f"with {figures.get('layers_saved', 0):.1%} of layers saved"
+        f"target agreement {spec.target_agreement}, on held-out prompts "
+        f"{figures.get('agreement', '?')} with {figures.get('layers_saved', 0):.1%} of layers saved"
     )
 
 
 def certificate_tables(manifest: Manifest) -> list[Table]:
     """One per exit graph that carries a certificate."""
     return [
-        _certificate_table(name, spec.certificate)
-        for name, spec in manifest.named_exits.items()
-        if spec.certificate is not None
+        _certificate_table(name, certificate) for name, certificate in manifest.certificates.items()
     ]
 
 

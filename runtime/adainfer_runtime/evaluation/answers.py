@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict
 
 from ..engine import Engine
 from ..errors import RequestError
+from ..planning import RequestShape
 from ..tasks import TaskExample
 from .methods import Method
 
@@ -55,10 +56,11 @@ def ask(method: Method, example: TaskExample, *, labels_only: bool) -> Answer:
 
 def _greedy_token(method: Method, example: TaskExample) -> Answer:
     ids = method.engine.tokenizer.encode(example.prompt)
+    policy = method.policy_of(RequestShape(len(ids)))
     with method.engine.borrow() as session:
         before, start = session.count, time.perf_counter()
         session.extend(ids)
-        prediction = session.predict(method.policy)
+        prediction = session.predict(policy)
         seconds = time.perf_counter() - start
         count = session.count - before
     return Answer(
@@ -77,7 +79,9 @@ def _greedy_token(method: Method, example: TaskExample) -> Answer:
 def _choose_label(method: Method, example: TaskExample) -> Answer:
     if not example.labels:
         raise RequestError(f"task {example.task}: labels_only needs examples with labels")
-    done = method.engine.choose_with(example.prompt, example.labels, method.policy)
+    ids = method.engine.tokenizer.encode(example.prompt)
+    policy = method.policy_of(RequestShape(len(ids), candidates=True))
+    done = method.engine.choose_with(example.prompt, example.labels, policy)
     return Answer(
         method=method.name,
         prompt=prompt_key(example),

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..engine import Engine
-from ..exit_policy import ClassifierExit
+from ..exit_policy import ClassifierExit, path_places
 from ..tasks import TaskExample
 
 __all__ = ["Curve", "measure_curves"]
@@ -32,53 +32,82 @@ def measure_curves(
     *,
     on_example: Callable[[TaskExample], None] = lambda example: None,
 ) -> tuple[Curve, ...]:
-    """Looks at every exit point of every prompt once; one curve per exit graph."""
-    graphs = engine.manifest.exit_graphs
-    layers = tuple(engine.manifest.exit_points)
-    if not layers:
+    """Takes every check of every prompt once; one curve per exit graph, and of combined exits.
+
+    With context exits, prompts of one token are left out: they have no context.
+    """
+    manifest = engine.manifest
+    policies = {kind: engine.policy("adaptive", classifier=kind) for kind in manifest.exit_graphs}
+    if manifest.context_exit is not None:
+        policies["context"] = engine.policy("context")
+    graphs = {n: p for n, p in policies.items() if isinstance(p, ClassifierExit)}
+    if not graphs:
         return ()
-    policies = {kind: engine.policy("adaptive", classifier=kind) for kind in graphs}
-    scores: dict[str, list[tuple[float, ...]]] = {kind: [] for kind in graphs}
-    agrees = []
+    checks = {check for policy in graphs.values() for check in policy.checks}
+    scores: dict[str, list[tuple[float, ...]]] = {name: [] for name in graphs}
+    agrees: dict[str, list[list[bool]]] = {name: [] for name in graphs}
+    tasks = []
     for example in examples:
-        with engine.borrow() as session:
-            session.extend(engine.tokenizer.encode(example.prompt))
-            (seen,) = session.observe(layers)
-        for kind, policy in policies.items():
-            assert isinstance(policy, ClassifierExit)  # exit graphs have a classifier
-            scores[kind].append(policy.scores(seen.evidence))
-        agrees.append([seen.evidence[n].result.token == seen.full.token for n in layers])
         on_example(example)
-    weights = _task_weights([example.task for example in examples])
-    total = engine.manifest.model.num_layers
-    curves = []
-    for kind, policy in policies.items():
-        columns = [layers.index(layer) for layer in policy.exit_layers]
-        right = np.array(agrees)[:, columns]
-        curves.append(
-            _curve(kind, np.array(scores[kind]), right, policy.exit_layers, total, weights)
-        )
-    return tuple(curves)
+        ids = engine.tokenizer.encode(example.prompt)
+        if "context" in graphs and len(ids) < 2:
+            continue
+        tasks.append(example.task)
+        with engine.borrow() as session:
+            session.extend(ids)
+            (seen,) = session.observe(checks)
+        for name, policy in graphs.items():
+            scores[name].append(policy.scores(seen.evidence))
+            tokens = [seen.evidence[check].result.token for check in policy.checks]
+            agrees[name].append([token == seen.full.token for token in tokens])
+    weights, total = _task_weights(tasks), manifest.model.num_layers
+    looks = {
+        name: _Looks(graphs[name].exit_layers, np.array(scores[name]), np.array(agrees[name]))
+        for name in graphs
+    }
+    if (combined := manifest.combined_exit) is not None:
+        looks["combined"] = _combine(looks[combined.answer], looks["context"], combined.path)
+    return tuple(_curve(name, seen, total, weights) for name, seen in looks.items())
 
 
-def _curve(
-    kind: str,
-    scores: npt.NDArray[np.float64],
-    agrees: npt.NDArray[np.bool_],
-    exit_layers: tuple[int, ...],
-    num_layers: int,
-    weights: npt.NDArray[np.float64],
-) -> Curve:
-    thresholds = np.quantile(scores.max(axis=1), np.linspace(1.0, 0.0, _POINTS))
+@dataclass(frozen=True)
+class _Looks:
+    """Exit layer per check; scores and agreement with the full model `[prompts, checks]`."""
+
+    exit_layers: tuple[int, ...]
+    scores: npt.NDArray[np.float64]
+    agrees: npt.NDArray[np.bool_]
+
+
+def _combine(answer: _Looks, context: _Looks, path: Sequence[tuple[float, float]]) -> _Looks:
+    layers = np.array([*answer.exit_layers, *context.exit_layers])
+    order = np.argsort(layers, kind="stable")
+    places = [
+        path_places(looks.scores, [pair[index] for pair in path])
+        for index, looks in enumerate((answer, context))
+    ]
+    return _Looks(
+        tuple(layers[order].tolist()),
+        np.concatenate(places, axis=1)[:, order],
+        np.concatenate([answer.agrees, context.agrees], axis=1)[:, order],
+    )
+
+
+def _curve(name: str, looks: _Looks, num_layers: int, weights: npt.NDArray[np.float64]) -> Curve:
+    best = looks.scores.max(axis=1)
+    ordered = np.unique(best[np.isfinite(best)])[::-1]
+    thresholds = (
+        ordered[np.linspace(0, len(ordered) - 1, _POINTS).astype(int)] if len(ordered) else ordered
+    )
     saved, agreement = [0.0], [1.0]
-    rows = np.arange(len(scores))
+    rows = np.arange(len(best))
     for threshold in thresholds:
-        exits = scores >= threshold
+        exits = looks.scores >= threshold
         leaving, first = exits.any(axis=1), exits.argmax(axis=1)
-        depth = np.where(leaving, np.array(exit_layers)[first], num_layers)
+        depth = np.where(leaving, np.array(looks.exit_layers)[first], num_layers)
         saved.append(float(weights @ (1.0 - depth / num_layers)))
-        agreement.append(float(weights @ np.where(leaving, agrees[rows, first], True)))
-    return Curve(kind, tuple(saved), tuple(agreement))
+        agreement.append(float(weights @ np.where(leaving, looks.agrees[rows, first], True)))
+    return Curve(name, tuple(saved), tuple(agreement))
 
 
 def _task_weights(tasks: Sequence[str]) -> npt.NDArray[np.float64]:

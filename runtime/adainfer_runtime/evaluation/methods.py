@@ -11,20 +11,28 @@ from ..engine import Engine
 from ..errors import RequestError
 from ..exit_policy import ExitPolicy, FixedExit
 from ..manifest import Manifest
+from ..mode_policies import Mode
+from ..planning import RequestShape
 from .shortgpt import drop_layers
 
 __all__ = ["BASELINE", "Method", "make_methods"]
 
 BASELINE = "off"
+_WHOLE_MODES: dict[str, Mode] = {"off": "off", "context": "context", "combined": "combined"}
 
 
 @dataclass(frozen=True)
 class Method:
-    """An engine, and who decides when it stops."""
+    """An engine, and who decides when it stops, by the shape of the request."""
 
     name: str
     engine: Engine
-    policy: ExitPolicy
+    policy_of: Callable[[RequestShape], ExitPolicy]
+
+    @classmethod
+    def of(cls, name: str, engine: Engine, policy: ExitPolicy) -> Method:
+        """One policy for all requests."""
+        return cls(name, engine, lambda shape: policy)
 
 
 def make_methods(
@@ -39,9 +47,10 @@ def make_methods(
     """The methods of these names; `off`, which all are compared with, comes first.
 
     Names are `off`, `adaptive` (the folder's default exit graph, or the one for choices), the kind
-    of an exit graph's classifier (`svm`, `crf` …), `context` (the context exit), `fixed:L` (stop
-    after layer L, by the adapter if the folder has one there) and `shortgpt:N` (the N layers of
-    least influence left out).
+    of an exit graph's classifier (`svm`, `crf` …), `context` (the context exit), `combined` (answer
+    and context exits), `auto` (what the plan expects to be fastest), `fixed:L` (stop after layer L,
+    by the adapter if the folder has one there) and `shortgpt:N` (the N layers of least influence
+    left out).
 
     Args:
         engine: of the folder; further engines on the same files are loaded where a method needs
@@ -61,33 +70,35 @@ def make_methods(
 
     def make(name: str) -> Method:
         word, _, number = name.partition(":")
-        if name == BASELINE:
-            return Method(name, engine, engine.policy("off"))
         if word == "fixed":
             layer = _number(name, number)
             stops = engine if layer in manifest.boundaries else load(_as_cut)
             _check_boundary(name, layer, stops.manifest)
-            return Method(name, stops, FixedExit(layer))
+            return Method.of(name, stops, FixedExit(layer))
         if word == "shortgpt":
             count = _number(name, number)
             shortened = Engine.of_manifest(folder, drop_layers(manifest, count))
-            return Method(name, shortened, shortened.policy("off"))
-        if name == "context":
-            policy = engine.policy("context", threshold=threshold, level=level)
-            return Method(name, engine, policy)
+            return Method.of(name, shortened, shortened.policy("off"))
+        if name == "auto":
+            planned = engine.choice_policy if labels_only else engine.policy
+            planned("auto", shape=RequestShape(1), level=level)  # a folder without a plan says so
+            return Method(name, engine, lambda s: planned("auto", shape=s, level=level))
+        if name in _WHOLE_MODES:
+            policy = engine.policy(_WHOLE_MODES[name], threshold=threshold, level=level)
+            return Method.of(name, engine, policy)
         if number or word not in ("adaptive", *manifest.exit_graphs):
             graphs = ", ".join(manifest.exit_graphs) or "none"
             raise RequestError(
-                f"method {name!r} is unknown: off, adaptive, context, fixed:L, shortgpt:N, or the "
-                f"kind of an exit graph (this engine's: {graphs}; see calibrate --classifier)"
+                f"method {name!r} is unknown: off, adaptive, context, combined, auto, "
+                f"fixed:L, shortgpt:N, or the kind of an exit graph (this engine's: {graphs}; see "
+                "calibrate --classifier)"
             )
         if labels_only and word == "adaptive":
-            return Method(
-                name, engine, engine.choice_policy("adaptive", threshold=threshold, level=level)
-            )
+            choices = engine.choice_policy("adaptive", threshold=threshold, level=level)
+            return Method.of(name, engine, choices)
         kind = None if word == "adaptive" else word
         policy = engine.policy("adaptive", classifier=kind, threshold=threshold, level=level)
-        return Method(name, engine, policy)
+        return Method.of(name, engine, policy)
 
     return tuple(make(name) for name in dict.fromkeys((BASELINE, *names)))
 

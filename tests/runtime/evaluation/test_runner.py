@@ -10,6 +10,7 @@ from adainfer_runtime import FixedExit
 from adainfer_runtime.errors import RequestError
 from adainfer_runtime.evaluation import AnswerLog, Method, evaluate, make_methods
 from adainfer_runtime.evaluation.shortgpt import drop_layers
+from adainfer_runtime.exit_policy import ExitCheck
 from adainfer_runtime.manifest import ExitSpec
 from adainfer_runtime.tasks import TaskExample
 
@@ -24,7 +25,7 @@ def examples():
 def halfway(tiny):
     """`off`, and a method that always stops after layer 2 of 4."""
     engine = tiny("llama").engine
-    return (Method("off", engine, engine.policy("off")), Method("half", engine, FixedExit(2)))
+    return (Method.of("off", engine, engine.policy("off")), Method.of("half", engine, FixedExit(2)))
 
 
 def test_figures_are_counted(halfway, examples):
@@ -77,14 +78,13 @@ class Counting:
 
     state_size = 0
     over_candidates = False
-    translates = False
-    exit_layers = (2,)
+    checks = (ExitCheck(2),)
 
     def __init__(self, patience=1000):
         self.asked = 0
         self.patience = patience
 
-    def decide(self, exit_layer, evidence, state):
+    def decide(self, check, evidence, state):
         self.asked += 1
         if self.asked > self.patience:
             raise KeyboardInterrupt
@@ -96,13 +96,13 @@ def test_a_stopped_run_goes_on_from_its_log(tiny, halfway, examples, tmp_path):
     path = tmp_path / "answers.jsonl"
     question = {"labels_only": False}
     with pytest.raises(KeyboardInterrupt):
-        stopped = (halfway[0], Method("half", engine, Counting(patience=5)))
+        stopped = (halfway[0], Method.of("half", engine, Counting(patience=5)))
         evaluate(stopped, examples, log=AnswerLog.open(path, engine.manifest, question))
     with path.open("a") as stream:
         stream.write('{"method": "half", "pro')  # killed in the middle of a line
     rest = Counting()
     again = evaluate(
-        (halfway[0], Method("half", engine, rest)),
+        (halfway[0], Method.of("half", engine, rest)),
         examples,
         log=AnswerLog.open(path, engine.manifest, question),
     )
@@ -167,7 +167,7 @@ def test_shortgpt_runs_the_layers_that_are_left(tiny):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nothing", "method 'nothing' is unknown: off, adaptive, context, fixed:L"),
+        ("nothing", "method 'nothing' is unknown: off, adaptive, context, combined, auto, "),
         ("svm", "this engine.s: none"),
         ("fixed:x", "needs a number of layers"),
         ("fixed:4", "layer 4 is no boundary between engines: 1, 2, 3"),

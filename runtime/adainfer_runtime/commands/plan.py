@@ -1,0 +1,170 @@
+"""`adainfer bench` measures an engine on this machine; `adainfer plan` shows what follows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..engine import Engine
+from ..engine_folder import load_manifest, verify_files, write_manifest
+from ..errors import RequestError
+from ..plan_spec import PlanSpec
+from ..planning import ModeForecast, RequestShape, machine, measure_times, pick_mode
+from .options import LevelOption, ThreadsOption
+
+__all__ = ["register"]
+
+_BENCH_EXAMPLES = """
+Examples:
+
+    adainfer bench engines/
+
+    adainfer bench engines/ --threads 2 --repeats 15 --json
+"""
+_PLAN_EXAMPLES = """
+Examples:
+
+    adainfer plan engines/
+
+    adainfer plan engines/ --prompt-tokens 100,1000 --new-tokens 32 --level 0.02
+"""
+
+
+def register(app: typer.Typer) -> None:
+    """Adds both subcommands."""
+    app.command(name="bench", epilog=_BENCH_EXAMPLES)(bench)
+    app.command(name="plan", epilog=_PLAN_EXAMPLES)(plan)
+
+
+def bench(
+    folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
+    threads: ThreadsOption = None,
+    repeats: Annotated[int, typer.Option(help="Runs of which the median counts.", min=1)] = 7,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the times as JSON.")] = False,
+) -> None:
+    """Measure stage times on this machine and keep them in the folder: what mode auto plans by."""
+    manifest = load_manifest(folder)
+    verify_files(folder, manifest)
+    engine = Engine.of_manifest(folder, manifest, threads=threads)
+    console = Console(stderr=True)
+    with console.status("measuring") as status:
+        times = measure_times(
+            engine, repeats=repeats, on_step=lambda name: status.update(f"measured {name}")
+        )
+    spec = PlanSpec(machine=machine(threads), times=times)
+    write_manifest(folder, manifest.model_copy(update={"plan": spec}))
+    if json_output:
+        print(spec.model_dump_json(indent=1))
+        return
+    Console().print(_times_table(spec))
+
+
+def plan(
+    folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
+    prompt_tokens: Annotated[
+        str, typer.Option(help="Lengths of prompts, comma-separated.")
+    ] = "50,200,800",
+    new_tokens: Annotated[int, typer.Option(help="Tokens that are generated.", min=1)] = 1,
+    labels: Annotated[bool, typer.Option("--labels", help="Choices among labels.")] = False,
+    level: LevelOption = None,
+    threads: ThreadsOption = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what each mode is expected to take here, and which one mode auto takes."""
+    engine = Engine.load(folder, threads=threads, low_memory=True)
+    here, known = machine(threads), engine.manifest.plan
+    if known is not None and known.machine != here:
+        Console(stderr=True).print(
+            f"warning: measured on {known.machine.processor} with {known.machine.threads} threads, "
+            f"this is {here.processor} with {here.threads}: run `adainfer bench` here",
+            style="yellow",
+        )
+    shapes = [RequestShape(n, new_tokens, candidates=labels) for n in _lengths(prompt_tokens)]
+    found = [(shape, engine.forecasts(shape, level=level)) for shape in shapes]
+    if json_output:
+        print(json.dumps([_as_json(shape, forecasts) for shape, forecasts in found]))
+        return
+    for shape, forecasts in found:
+        Console().print(_forecast_table(shape, forecasts))
+
+
+def _lengths(text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise RequestError(f"--prompt-tokens {text!r}: give lengths such as 50,200,800")
+    return [int(part) for part in parts]
+
+
+def _as_json(shape: RequestShape, forecasts: tuple[ModeForecast, ...]) -> dict[str, object]:
+    modes = {
+        forecast.mode: {
+            "seconds": forecast.seconds,
+            "checks": [
+                {"layer": check.layer, "kind": check.kind, "share": share}
+                for check, share in zip(forecast.policy.checks, forecast.shares, strict=True)
+            ],
+        }
+        for forecast in forecasts
+    }
+    return {
+        "prompt_tokens": shape.prompt_tokens,
+        "new_tokens": shape.new_tokens,
+        "labels": shape.candidates,
+        "auto": pick_mode(forecasts).mode,
+        "modes": modes,
+    }
+
+
+def _forecast_table(shape: RequestShape, forecasts: tuple[ModeForecast, ...]) -> Table:
+    what = "a label" if shape.candidates else f"{shape.new_tokens} new token(s)"
+    table = Table(
+        "mode",
+        "expected",
+        "of off",
+        "leaves (share of requests)",
+        title=f"{shape.prompt_tokens} prompt tokens, {what}",
+    )
+    off, best = forecasts[0], pick_mode(forecasts)
+    for forecast in forecasts:
+        leaves = ", ".join(
+            f"{check.kind} after {check.layer}: {share:.0%}"
+            for check, share in zip(forecast.policy.checks, forecast.shares, strict=True)
+        )
+        name = f"[bold]{forecast.mode}[/bold] ← auto" if forecast is best else forecast.mode
+        ratio = f"{forecast.seconds / off.seconds:.2f}"
+        table.add_row(name, f"{forecast.seconds * 1000:.1f} ms", ratio, leaves)
+    return table
+
+
+def _times_table(spec: PlanSpec) -> Table:
+    times = spec.times
+    title = f"{spec.machine.processor}, {spec.machine.threads} threads"
+    table = Table("stage", "time", "in layers of as many positions", title=title)
+    for rows, seconds in zip(times.rows, times.layer, strict=True):
+        table.add_row(f"layer, {rows} positions", _milliseconds(seconds), "")
+    one = times.layer[0]
+    singles = {
+        "probe": times.probe,
+        "probe, 4 candidates": times.candidates,
+        "adapter": times.adapter,
+        "classifier": times.classifier,
+    }
+    for name, seconds in singles.items():
+        table.add_row(name, _milliseconds(seconds), f"{seconds / one:.2f}")
+    for layer, checks in times.context.items():
+        for rows, seconds in zip(times.context_rows, checks, strict=True):
+            known = times.layer[times.rows.index(rows)] if rows in times.rows else None
+            ratio = f"{seconds / known:.2f}" if known else ""
+            table.add_row(
+                f"context exit after {layer}, {rows} positions", _milliseconds(seconds), ratio
+            )
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.3f} ms"

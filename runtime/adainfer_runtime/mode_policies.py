@@ -1,0 +1,168 @@
+"""Exit policies of an engine folder: which graphs a mode evaluates, with which thresholds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .backends import Backend
+from .certificate import certified_threshold
+from .errors import ExitUnavailableError, RequestError
+from .exit_policy import ClassifierExit, CombinedExit, ExitPolicy, NoExit
+from .manifest import CombinedExitSpec, ExitSpec, Manifest
+
+__all__ = ["MODES", "Mode", "PolicyFactory", "Strictness"]
+
+Mode = Literal["off", "adaptive", "context", "combined", "auto"]
+MODES: tuple[Mode, ...] = ("off", "adaptive", "context", "combined", "auto")
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """How sure an exit must be; by default as sure as the calibration's target asks.
+
+    Attributes:
+        threshold: of the classifier's score, instead of the manifest's.
+        level: a certified share of disagreement, such as 0.02, whose threshold is taken.
+
+    Raises:
+        RequestError: both are given.
+    """
+
+    threshold: float | None = None
+    level: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.threshold is not None and self.level is not None:
+            raise RequestError("give a threshold or a certified level, not both")
+
+    def of(self, spec: ExitSpec | CombinedExitSpec) -> tuple[float, float | None]:
+        """The threshold for an exit graph, and the share of disagreement that it promises.
+
+        Raises:
+            ExitUnavailableError: the level is not certified.
+        """
+        if self.level is not None:
+            against = spec.certificate.against if spec.certificate else "model"
+            promised = self.level if against == "model" else None
+            return certified_threshold(spec.certificate, self.level), promised
+        if self.threshold is not None:
+            return self.threshold, None
+        assert spec.threshold is not None  # the manifest's check: points come with a threshold
+        return spec.threshold, round(1.0 - spec.target_agreement, 6)
+
+
+@dataclass(frozen=True)
+class PolicyFactory:
+    """Makes policies over one back end's graphs."""
+
+    backend: Backend
+    manifest: Manifest
+
+    def of_mode(
+        self, mode: str, strictness: Strictness, classifier: str | None = None
+    ) -> ExitPolicy:
+        """The policy of a mode (`auto` is none of its own: see `planning`).
+
+        Args:
+            classifier: kind of the answer exits' graph, where the folder has several.
+
+        Raises:
+            ExitUnavailableError: the folder has no such exits, or the level is not certified.
+            RequestError: no such mode.
+        """
+        if mode == "off":
+            return NoExit()
+        if mode == "adaptive":
+            return self._of_graph(self._answer_spec(classifier), strictness)
+        if mode == "context":
+            return self._of_graph(self._context_spec(), strictness, kind="context")
+        if mode == "combined":
+            return self._combined(strictness)
+        raise RequestError(f"mode {mode!r} is unknown: {', '.join(MODES[:-1])} or {MODES[-1]}")
+
+    def of_choice(self, mode: str, strictness: Strictness) -> ExitPolicy:
+        """The same for choices among labels: the exit graph that was calibrated for them.
+
+        A folder whose calibration data had no labels has none; that of the mode is taken then.
+        """
+        spec = self.manifest.choice_exit
+        if mode != "adaptive" or spec is None:
+            return self.of_mode(mode, strictness)
+        return self._of_graph(spec, strictness, over_candidates=True)
+
+    def _of_graph(
+        self,
+        spec: ExitSpec,
+        strictness: Strictness,
+        *,
+        kind: Literal["answer", "context"] = "answer",
+        over_candidates: bool = False,
+    ) -> ExitPolicy:
+        if spec.classifier is None:
+            return NoExit()  # calibrated, and the answer was "do not exit"
+        threshold, promised = strictness.of(spec)
+        return self._classifier_exit(spec, threshold, promised, kind, over_candidates)
+
+    def _classifier_exit(
+        self,
+        spec: ExitSpec,
+        threshold: float,
+        promised: float | None,
+        kind: Literal["answer", "context"],
+        over_candidates: bool = False,
+    ) -> ClassifierExit:
+        assert spec.classifier is not None  # callers look
+        return ClassifierExit.of(
+            self.backend,
+            spec.points,
+            spec.classifier,
+            self.manifest.model.num_layers,
+            threshold,
+            kind=kind,
+            over_candidates=over_candidates,
+            promised=promised,
+        )
+
+    def _combined(self, strictness: Strictness) -> CombinedExit:
+        spec = self.manifest.combined_exit
+        if spec is None:
+            raise ExitUnavailableError(
+                "this engine has no combined exits: run `adainfer calibrate DIR --context-exit`"
+            )
+        if strictness.threshold is not None:
+            raise RequestError(
+                "combined exits have two thresholds: give a certified level instead of one"
+            )
+        place, promised = strictness.of(spec)
+        answer, context = spec.thresholds_at(place)
+        return CombinedExit(
+            self._classifier_exit(self._answer_spec(spec.answer), answer, None, "answer"),
+            self._classifier_exit(self._context_spec(), context, None, "context"),
+            promised=promised,
+        )
+
+    def _context_spec(self) -> ExitSpec:
+        spec = self.manifest.context_exit
+        if spec is None:
+            raise ExitUnavailableError(
+                "this engine has no context exit: run `adainfer calibrate DIR --context-exit`"
+            )
+        return spec
+
+    def _answer_spec(self, classifier: str | None) -> ExitSpec:
+        spec = self.manifest.exit
+        if spec is None:
+            raise ExitUnavailableError(
+                "this engine has no exit graph: run `adainfer calibrate DIR`, or use mode off"
+            )
+        if classifier is None:
+            return spec
+        graphs = self.manifest.exit_graphs
+        if classifier not in graphs:
+            raise ExitUnavailableError(
+                f"this engine has no exit graph with classifier {classifier!r}: it has "
+                f"{', '.join(graphs) or 'none'}; run `adainfer calibrate DIR --classifier "
+                f"{classifier}`"
+            )
+        return graphs[classifier]

@@ -1,0 +1,22 @@
+"""What a request will cost on this machine, and which mode is worth it.
+
+`bench` measures stages, `predict` adds them up for a request, `choose` compares modes.
+"""
+
+from ..plan_spec import Machine, PlanSpec, StageTimes
+from .bench import machine, measure_times
+from .choose import ModeForecast, forecast_modes, pick_mode
+from .predict import RequestShape, TimePredictor
+
+__all__ = [
+    "Machine",
+    "ModeForecast",
+    "PlanSpec",
+    "RequestShape",
+    "StageTimes",
+    "TimePredictor",
+    "forecast_modes",
+    "machine",
+    "measure_times",
+    "pick_mode",
+]

@@ -1,0 +1,159 @@
+"""Measures an engine's stages on this machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..backends import ExitEvidence
+from ..certificate import device_class
+from ..exit_policy import ExitCheck
+from ..plan_spec import Machine, StageTimes
+from ..session import Session
+
+if TYPE_CHECKING:
+    from ..engine import Engine
+
+__all__ = ["machine", "measure_times"]
+
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+_CONTEXT_ROWS = (8, 32, 128, 512)
+_CANDIDATES = 4
+
+
+def machine(threads: int | None) -> Machine:
+    """This machine, and the threads that engines get."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return Machine(
+        device_class=device_class(),
+        processor=_processor(),
+        threads=threads or cores or 1,
+    )
+
+
+def measure_times(
+    engine: Engine, *, repeats: int = 7, on_step: Callable[[str], None] = lambda name: None
+) -> StageTimes:
+    """Medians over `repeats` runs; what is timed are the calls that requests make."""
+    bench = _Bench(engine, repeats)
+    manifest, most = engine.manifest, min(engine.backend.max_rows, engine.manifest.max_seq_len)
+    rows = _rows(most, manifest.quantisation.wide_rows if manifest.quantisation else None)
+    layer, embed = [], []
+    for count in rows:
+        embed_seconds, layer_seconds = bench.passes(count)
+        embed.append(embed_seconds)
+        layer.append(layer_seconds)
+        on_step(f"{count} positions")
+    past = max(1, min(256, manifest.max_seq_len // 2))
+    hidden = np.random.default_rng(0).normal(size=manifest.model.hidden_size).astype(np.float32)
+    backend = engine.backend
+    tokens = np.arange(min(_CANDIDATES, manifest.model.vocab_size), dtype=np.int64)
+    context_rows = tuple(n for n in _CONTEXT_ROWS if n <= manifest.max_seq_len)
+    context = {
+        point: tuple(bench.context(point, count) for count in context_rows)
+        for point in manifest.context_points
+    }
+    on_step("probes and exits")
+    adapted = next((n for n, p in manifest.exit_points.items() if p.adapter), None)
+    return StageTimes(
+        rows=rows,
+        layer=tuple(layer),
+        embed=tuple(embed),
+        pair_one=max(0.0, bench.layer_after(1, past) - bench.layer_after(1, 0)) / past,
+        pair_many=max(0.0, bench.layer_after(past, past) - bench.layer_after(past, 0)) / past**2,
+        probe=bench.seconds(lambda: backend.probe(hidden)),
+        candidates=bench.seconds(lambda: backend.probe_candidates(hidden, tokens)),
+        adapter=0.0 if adapted is None else bench.seconds(lambda: backend.adapt(adapted, hidden)),
+        classifier=bench.classifier(hidden),
+        context_rows=context_rows if context else (),
+        context=context,
+    )
+
+
+class _Bench:
+    def __init__(self, engine: Engine, repeats: int) -> None:
+        self._engine, self._repeats = engine, repeats
+        vocabulary = engine.manifest.model.vocab_size
+        length = engine.manifest.max_seq_len
+        self._ids = np.random.default_rng(1).integers(0, vocabulary, length).tolist()
+
+    def seconds(self, call: Callable[[], object]) -> float:
+        """Of a call that leaves nothing behind, after one that warms up."""
+        call()
+        return float(np.median([_timed(call) for _ in range(self._repeats)]))
+
+    def passes(self, rows: int) -> tuple[float, float]:
+        """Seconds of the embedding, and of one layer, over so many positions."""
+        embed, layers = [], []
+        with self._engine.borrow() as session:
+            for _ in range(self._repeats + 1):
+                session.truncate(0)
+                embed.append(_timed(lambda: session.extend(self._ids[:rows])))
+                layers.append(_timed(session.complete))
+        depth = self._engine.manifest.depth
+        return float(np.median(embed[1:])), float(np.median(layers[1:])) / depth
+
+    def layer_after(self, rows: int, past: int) -> float:
+        """Seconds of one layer over positions that follow others."""
+        taken = []
+        with self._engine.borrow() as session:
+            if past:
+                session.extend(self._ids[:past])
+                session.complete()
+            for _ in range(self._repeats + 1):
+                session.truncate(past)
+                session.extend(self._ids[past : past + rows])
+                taken.append(_timed(session.complete))
+        return float(np.median(taken[1:])) / self._engine.manifest.depth
+
+    def context(self, exit_layer: int, rows: int) -> float:
+        """Seconds of a context exit's check over a prompt, the probe and the classifier aside."""
+        check, taken = ExitCheck(exit_layer, "context"), []
+        with self._engine.borrow() as session:
+            session.extend(self._ids[:rows])
+            session.advance(exit_layer)
+            for _ in range(self._repeats + 1):
+                taken.append(_timed(lambda: session.look(check)))
+        probe = self.seconds(lambda: self._probe_of(session))
+        return max(0.0, float(np.median(taken[1:])) - probe)
+
+    def classifier(self, hidden: np.ndarray[tuple[int], np.dtype[np.float32]]) -> float:
+        """Seconds of one classifier; the folder's first."""
+        backend, known = self._engine.backend, self._engine.manifest.classifiers
+        if not known:
+            return 0.0
+        evidence = ExitEvidence(backend.probe(hidden), 0.0)
+        state = np.zeros(known[0].state_size, np.float32)
+        return self.seconds(lambda: backend.classify(known[0].graph, evidence, 0.5, state))
+
+    def _probe_of(self, session: Session) -> object:
+        return self._engine.backend.probe(np.array(session.hidden()[-1]))
+
+
+def _rows(most: int, wide_rows: int | None) -> tuple[int, ...]:
+    """Where the wide graphs take over, the time of a layer jumps."""
+    edges = (wide_rows - 1, wide_rows) if wide_rows else ()
+    return tuple(sorted({n for n in (*_ROWS, *edges, most) if 1 <= n <= most}))
+
+
+def _timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _processor() -> str:
+    """As Linux names it; elsewhere what Python knows."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine() or "unknown"

@@ -1,0 +1,157 @@
+"""Forecasts from stage times, and the mode that follows from them."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+
+import pytest
+from typer.testing import CliRunner
+
+from adainfer_runtime import Engine
+from adainfer_runtime.commands.app import build_app
+from adainfer_runtime.engine_folder import load_manifest, write_manifest
+from adainfer_runtime.errors import ExitUnavailableError, RequestError
+from adainfer_runtime.exit_policy import ExitCheck
+from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec
+from adainfer_runtime.plan_spec import Machine, PlanSpec, StageTimes
+from adainfer_runtime.planning import RequestShape, TimePredictor, machine, measure_times
+
+# A layer takes 1 s + 1 s for 10 positions; other times are powers of ten, to be told apart.
+TIMES = StageTimes(
+    rows=(1, 10),
+    layer=(1.1, 2.0),
+    embed=(0.0, 0.0),
+    pair_one=0.01,
+    pair_many=0.02,
+    probe=100.0,
+    candidates=1000.0,
+    adapter=1e4,
+    classifier=1e5,
+    context_rows=(2, 10),
+    context={2: (2e6, 1e7)},
+)
+PREDICTOR = TimePredictor(TIMES, num_layers=4, max_rows=10)
+
+
+def test_layers_are_added_up_in_passes():
+    assert PREDICTOR.layers(1, 1) == pytest.approx(1.1)
+    assert PREDICTOR.layers(3, 10) == pytest.approx(6.0)
+    assert PREDICTOR.layers(1, 1, past=7) == pytest.approx(1.1 + 0.07)
+    # Ten, then five more that attend to the ten before them.
+    half = 1.1 + 0.9 * 4 / 9
+    assert PREDICTOR.layers(1, 15) == pytest.approx(2.0 + half + 0.02 * 5 * 10)
+
+
+def test_off_runs_everything():
+    assert PREDICTOR.off(RequestShape(10)) == pytest.approx(8.0 + 100.0)
+    assert PREDICTOR.off(RequestShape(10, candidates=True)) == pytest.approx(8.0 + 1000.0)
+    decode = 4 * (1.1 + 0.01 * 11) + 100.0
+    assert PREDICTOR.off(RequestShape(10, 3)) == pytest.approx(108.0 + 2 * decode)
+
+
+def test_exits_count_their_checks_and_what_they_skip():
+    check = ExitCheck(3)
+    look = 1e4 + 100.0 + 1e5
+    half = PREDICTOR.exits([check], [0.5], RequestShape(10))
+    assert half == pytest.approx(6.0 + look + 0.5 * (2.0 + 100.0))
+    # A second token needs the context in the layers above: nothing was saved but the first probe.
+    debt = PREDICTOR.exits([check], [0.5], RequestShape(10, 2))
+    assert debt - half == pytest.approx(0.5 * 2.0 + 4 * (1.1 + 0.01 * 10) + 100.0)
+
+
+def test_context_exits_grow_with_the_prompt():
+    check = ExitCheck(2, "context")
+    assert PREDICTOR.check(check, RequestShape(6)) == pytest.approx(6e6 + 100.0 + 1e5)
+    assert PREDICTOR.check(check, RequestShape(20)) == pytest.approx(2e7 + 100.0 + 1e5)
+
+
+def exits(shares, threshold=0.0):
+    return ExitSpec(
+        points=(ExitPoint(exit_layer=2),),
+        classifier=ClassifierSpec(kind="svm", graph="x", state_size=3, features=()),
+        threshold=threshold,
+        thresholds=(2.0, 1.0, 0.0),
+        exit_shares=shares,
+        target_agreement=0.9,
+    )
+
+
+def planned(engine, spec, **times):
+    known = Machine(device_class="x", processor="y", threads=1)
+    plan = PlanSpec(machine=known, times=TIMES.model_copy(update=times))
+    manifest = engine.manifest.model_copy(update={"exit": spec, "plan": plan})
+    return Engine(manifest, engine.backend, engine.tokenizer)
+
+
+FREE = {"adapter": 0.0, "classifier": 0.0, "probe": 0.0}
+
+
+def test_auto_exits_where_that_is_faster_and_nowhere_else(tiny):
+    engine = tiny("llama").engine
+    often, never = exits(((0.0,), (0.4,), (0.8,))), exits(((0.0,), (0.0,), (0.0,)))
+    paying = planned(engine, often, **FREE)
+    shape = RequestShape(10)
+    assert paying.policy("auto", shape=shape).checks == (ExitCheck(2),)
+    off, adaptive = paying.forecasts(shape)
+    assert (off.mode, adaptive.mode) == ("off", "adaptive")
+    assert adaptive.shares == (0.8,)
+    assert adaptive.seconds == pytest.approx(off.seconds * (0.2 + 0.8 * 0.5))
+    # Dear checks, exits that never happen, a text that goes on: every layer is run.
+    assert planned(engine, often).policy("auto", shape=shape).checks == ()
+    assert planned(engine, never, **FREE).policy("auto", shape=shape).checks == ()
+    assert paying.policy("auto", shape=RequestShape(10, 5)).checks == ()
+
+
+def test_shares_are_those_of_the_threshold_that_applies(tiny):
+    engine = tiny("llama").engine
+    rows = ((0.1,), (0.4,), (0.8,))
+    for threshold, share in ((3.0, 0.0), (1.0, 0.4), (0.5, 0.4), (0.0, 0.8)):
+        _, adaptive = planned(engine, exits(rows, threshold), **FREE).forecasts(RequestShape(10))
+        assert adaptive.shares == (share,)
+    strict = planned(engine, exits(rows), **FREE).forecasts(RequestShape(10), level=0.01)
+    assert [forecast.mode for forecast in strict] == ["off"]  # no certificate, no such mode
+
+
+def test_auto_needs_a_plan_and_a_shape(tiny):
+    engine = tiny("llama").engine
+    with pytest.raises(ExitUnavailableError, match=r"has no plan.*: run `adainfer bench DIR`"):
+        engine.generate("x", mode="auto")
+    with pytest.raises(RequestError, match="mode auto decides by the request's shape"):
+        engine.policy("auto")
+
+
+def test_measured_times_are_positive_and_parallel(tiny):
+    engine = tiny("llama", precision="int4").engine
+    steps = []
+    times = measure_times(engine, repeats=1, on_step=steps.append)
+    assert steps
+    assert 47 in times.rows and 48 in times.rows  # where the wide graphs take over
+    assert times.rows[-1] == 128  # the engine takes no more
+    assert all(seconds > 0 for seconds in (*times.layer, times.probe, times.candidates))
+    assert times.context == {}
+    assert engine.generate([5, 6, 7], max_new_tokens=2, ignore_eos=True).tokens  # still in order
+
+
+def test_bench_and_plan_commands(tiny, tmp_path):
+    folder = tmp_path / "engines"
+    shutil.copytree(tiny("llama").folder, folder)
+    manifest = load_manifest(folder)
+    run = CliRunner().invoke
+    done = run(build_app(), ["bench", str(folder), "--repeats", "1", "--json"])
+    assert done.exit_code == 0
+    spec = PlanSpec.model_validate_json(done.stdout)
+    assert spec == load_manifest(folder).plan
+    assert spec.machine == machine(None)
+    write_manifest(folder, manifest.model_copy(update={"plan": spec}))
+    done = run(build_app(), ["plan", str(folder), "--prompt-tokens", "8,32", "--json"])
+    assert done.exit_code == 0
+    plans = json.loads(done.stdout)
+    assert [entry["prompt_tokens"] for entry in plans] == [8, 32]
+    assert {entry["auto"] for entry in plans} == {"off"}
+    assert all(math.isfinite(entry["modes"]["off"]["seconds"]) for entry in plans)
+    shown = run(build_app(), ["plan", str(folder), "--prompt-tokens", "8"])
+    assert "8 prompt tokens, 1 new token(s)" in shown.stdout
+    wrong = run(build_app(), ["plan", str(folder), "--prompt-tokens", "x"])
+    assert isinstance(wrong.exception, RequestError)
