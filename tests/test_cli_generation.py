@@ -90,6 +90,11 @@ def test_run_chat_applies_the_template(folder, engine):
     done = run("run", folder, "--prompt", "hi", "--chat", "--max-new-tokens", 6, "--json")
     expected = engine.chat([{"role": "user", "content": "hi"}], max_new_tokens=6)
     assert json.loads(done.stdout)["text"] == expected.text
+    done = run("run", folder, "--prompt", "hi", "--chat", "--labels", "yes,no", "--json")
+    chosen = engine.choose(
+        engine.tokenizer.encode_chat([{"role": "user", "content": "hi"}]), ["yes", "no"]
+    )
+    assert json.loads(done.stdout)["scores"] == pytest.approx(chosen.scores, abs=1e-6)
 
 
 def test_run_shows_logprobs_and_the_legend(folder):

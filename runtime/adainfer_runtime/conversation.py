@@ -21,7 +21,7 @@ class Conversation:
     Each turn renders the whole history by the chat template and computes only what the KV cache
     does not hold yet: the longest common beginning is kept, whatever the template does to old
     messages. A turn that fails, or whose stream is closed, leaves the history as it was; one that
-    was cancelled stays, with the answer as far as it came.
+    was cancelled stays with the answer as far as it came, if there is any.
 
     Example:
         >>> talk = engine.conversation()  # doctest: +SKIP
@@ -77,8 +77,9 @@ class Conversation:
         except BaseException:
             self._session.truncate(0)
             raise
-        if last.result is not None:
-            self._messages = [*asked, {"role": "assistant", "content": last.result.text}]
+        result = last.result
+        if result is not None and (result.tokens or result.finish_reason != "cancelled"):
+            self._messages = [*asked, {"role": "assistant", "content": result.text}]
         yield last
 
     def _stop_running(self) -> None:

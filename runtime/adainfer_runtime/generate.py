@@ -169,7 +169,8 @@ def stream(
         with session.interruptible(check):
             return decoder.step()
 
-    reason, work = _reason_to_wait(request), begin
+    reason: FinishReason | None = "cancelled" if request.cancelled() else None
+    work = begin
     try:
         while reason is None:
             emitted = progress.advance(work)
@@ -185,14 +186,7 @@ def stream(
                 progress.logprobs.append(logprob)
             piece = text.push(emitted.token)
             yield StreamEvent(piece, emitted.token, emitted.exit_layer, logprob)
-            if text.stopped:
-                reason = "stop"
-            elif len(progress.tokens) == request.max_new_tokens:
-                reason = "length"
-            else:
-                reason = _reason_to_wait(request)
-                if reason is None:
-                    _check_deadline(request, start, len(progress.tokens))
+            reason = _reason_between(request, text, len(progress.tokens), start)
         decoder.close()
     except GeneratorExit:
         decoder.close()
@@ -248,11 +242,22 @@ def check_request(request: GenerateRequest, length: int, max_length: int) -> Non
         )
 
 
-def _reason_to_wait(request: GenerateRequest) -> FinishReason | None:
-    return "cancelled" if request.cancelled() else None
+def _reason_between(
+    request: GenerateRequest, text: TextStream, tokens: int, start: float
+) -> FinishReason | None:
+    """Why no further token is wanted."""
+    if text.stopped:
+        return "stop"
+    if tokens == request.max_new_tokens:
+        return "length"
+    if request.cancelled():
+        return "cancelled"
+    _check_deadline(request, start, tokens)
+    return None
 
 
 def _reason_to_end(request: GenerateRequest, token: int) -> FinishReason | None:
+    """Why this token is the end of the text, and no part of it."""
     if token in request.stop_token_ids:
         return "stop"
     return "eos" if token in request.eos_token_ids else None

@@ -48,7 +48,7 @@ class WorkCount:
         executed, dense: position-layers.
         compute, dense_compute: multiply-adds, adapters, probes and fills included; the dense model
             needs one probe per prediction.
-        fills: position-layers among `executed` that were made up for positions older than
+        deferred: position-layers among `executed` that were made up for positions older than
             those that came last.
         filled: position-layers that were given approximate K and V instead of being executed.
     """
@@ -57,7 +57,7 @@ class WorkCount:
     dense: int
     compute: int = 0
     dense_compute: int = 0
-    fills: int = 0
+    deferred: int = 0
     filled: int = 0
 
     @property
@@ -76,7 +76,7 @@ class WorkCount:
             self.dense + other.dense,
             self.compute + other.compute,
             self.dense_compute + other.dense_compute,
-            self.fills + other.fills,
+            self.deferred + other.deferred,
             self.filled + other.filled,
         )
 
@@ -86,7 +86,7 @@ class WorkCount:
             self.dense - other.dense,
             self.compute - other.compute,
             self.dense_compute - other.dense_compute,
-            self.fills - other.fills,
+            self.deferred - other.deferred,
             self.filled - other.filled,
         )
 
@@ -183,7 +183,7 @@ class Ledger:
         """Notes that a pass was executed."""
         self._filled[done.stage] = done.end
         older = max(0, min(done.end, self._newest) - done.start)
-        self._count += WorkCount(0, 0, fills=older * self._stages[done.stage].layers)
+        self._count += WorkCount(0, 0, deferred=older * self._stages[done.stage].layers)
         self.record_aside(done)
 
     def record_aside(self, todo: Pass) -> None:

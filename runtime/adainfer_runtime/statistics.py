@@ -108,7 +108,7 @@ class StatisticsRecorder:
                 tokens_per_second=later / decode if decode else 0.0,
                 layers_executed=self._work.executed,
                 layers_dense=self._work.dense,
-                kv_fills=self._work.fills,
+                kv_fills=self._work.deferred,
                 exits=dict(sorted(self._exits.items())),
                 stage_seconds=dict(self._stage_seconds),
             )

@@ -191,7 +191,7 @@ def _statistics(
         decode_seconds=done.decode_seconds,
         tokens_per_second=later / done.decode_seconds if done.decode_seconds else 0.0,
         layers_executed=count.executed,
-        kv_fills=count.fills,
+        kv_fills=count.deferred,
         exits=dict(sorted(Counter(done.exit_layers).items())),
         stage_seconds=stage_seconds,
     )

@@ -244,6 +244,13 @@ def test_a_cancelled_answer_stays_as_far_as_it_came(engine):
     assert (heard + last.text) == last.result.text == talk.messages[-1]["content"]
 
 
+def test_what_was_cancelled_before_its_answer_was_not_said(engine):
+    talk, cancel = engine.conversation(), CancelToken()
+    cancel.cancel()
+    assert talk.say("x", cancel=cancel).finish_reason == "cancelled"
+    assert talk.messages == ()
+
+
 def test_the_cache_of_a_conversation_is_that_of_its_tokens(engine):
     talk = engine.conversation()
     for asked in ("one", "two"):

@@ -67,14 +67,14 @@ def streamed(tokenizer, tokens, prompt=()):
     return [*pieces, detokeniser.flush()]
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(tokens=RANDOM, prompt=st.lists(st.integers(0, SIZE - 1), max_size=12))
 def test_byte_level_pieces_are_the_decoded_text(tokens, prompt):
     assert "".join(streamed(BYTE_LEVEL, tokens)) == BYTE_LEVEL.decode(tokens)
     assert "".join(streamed(BYTE_LEVEL, tokens, prompt)) == BYTE_LEVEL.decode(tokens)
 
 
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(tokens=st.lists(SP_TOKENS, max_size=40))
 def test_sentencepiece_pieces_are_the_decoded_text_where_it_is_valid(tokens):
     text, decoded = "".join(streamed(SENTENCEPIECE, tokens)), SENTENCEPIECE.decode(tokens)
@@ -82,7 +82,7 @@ def test_sentencepiece_pieces_are_the_decoded_text_where_it_is_valid(tokens):
         assert text == decoded
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=30))
 def test_characters_come_whole(text):
     tokens = BYTE_LEVEL.encode_continuation(text)  # a token per byte
@@ -93,7 +93,7 @@ def test_characters_come_whole(text):
         assert all(len(piece) <= 1 for piece in pieces)  # and as soon as they are complete
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=12).filter(lambda t: "\ufffd" not in t))
 def test_fallback_bytes_come_as_characters(text):
     tokens = [3 + byte for byte in text.encode()]
@@ -119,7 +119,7 @@ def test_wrong_bytes_do_not_hold_the_text_for_ever():
     assert "".join(streamed(SENTENCEPIECE, [*euro, 3 + 0xFF, 3 + 256 + 3])) == "€\ufffdthe"
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(
     text=st.text("abc", max_size=20),
     strings=st.lists(st.text("abc", min_size=1, max_size=4), max_size=3),

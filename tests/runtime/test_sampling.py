@@ -61,7 +61,7 @@ def theirs(options, logits, tokens, prompt_length, minimum=0, ends=(1,)):
     return torch.softmax(scores, -1)[0].numpy()
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(options=OPTIONS, seed=st.integers(0, 10**6), size=st.sampled_from([12, 900]))
 def test_probabilities_are_those_of_transformers(options, seed, size):
     random = np.random.default_rng(seed)

@@ -80,12 +80,12 @@ def run(
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     if not text:
         raise RequestError("the prompt is empty")
-    if labels is not None:
-        _choose(engine, text, labels, options, json_output)
-        return
     request: str | Sequence[int] = text
     if chat:
         request = engine.tokenizer.encode_chat([{"role": "user", "content": text}])
+    if labels is not None:
+        _choose(engine, request, labels, options, json_output)
+        return
     with cancel_on_interrupt() as cancel:
         asked: GenerationKeywords = {**options, "logprobs": logprobs, "cancel": cancel}
         events = engine.stream(request, **asked)
@@ -106,11 +106,15 @@ def run(
 
 
 def _choose(
-    engine: Engine, text: str, labels: str, options: GenerationKeywords, json_output: bool
+    engine: Engine,
+    prompt: str | Sequence[int],
+    labels: str,
+    options: GenerationKeywords,
+    json_output: bool,
 ) -> None:
     names = [label for label in labels.split(",") if label]
     choice = engine.choose(
-        text,
+        prompt,
         names,
         mode=options["mode"],
         threshold=options["threshold"],
