@@ -31,6 +31,7 @@ def engine(tiny, monkeypatch):
         )
 
     monkeypatch.setattr(engine, "policy", exits)
+    monkeypatch.setattr(engine, "choice_policy", exits)
     return engine
 
 
