@@ -23,7 +23,7 @@ def require_same_tensors(graph: ir.Graph, checkpoint: ViewedCheckpoint) -> None:
     for name, shape in _weights(graph):
         needed.append(name)
         stored, expected = checkpoint.stored_name(name), checkpoint.expected_shape(name, shape)
-        found = checkpoint.shape(name)
+        found = checkpoint.stored_shape(name)
         if found != expected:
             raise CheckpointError(
                 f"{source}: tensor {stored} has shape {list(found)}, config.json asks for "

@@ -46,6 +46,16 @@ class View:
     heads: Heads | None = None
     add: float = 0.0
 
+    @property
+    def result(self) -> tuple[int, ...]:
+        """The shape of the graph's tensor."""
+        first, *rest = self.shape[::-1] if self.transposed else self.shape
+        if self.rows is not None:
+            first = self.rows[1] - self.rows[0]
+        if self.heads is not None:
+            first //= self.heads.parts
+        return (first, *rest)
+
     def of(self, stored: Float32) -> Float32:
         """The graph's tensor, from the stored one."""
         value = stored.T if self.transposed else stored

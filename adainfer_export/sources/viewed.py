@@ -70,7 +70,12 @@ class ViewedCheckpoint:
         return self._checkpoint.source_name
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """The stored shape of the tensor that one of the graph's is made of."""
+        """Of one of the graph's tensors."""
+        view = self._views.get(name)
+        return self._checkpoint.shape(self.stored_name(name)) if view is None else view.result
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of the stored tensor that one of the graph's is made of."""
         return self._checkpoint.shape(self.stored_name(name))
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ def test_rows_of_a_fused_matrix_put_together_are_the_matrix(sizes, width, transp
         for first, last in itertools.pairwise(ends)
     ]
     np.testing.assert_array_equal(np.concatenate([view.of(stored) for view in views]), matrix)
+    assert [view.result for view in views] == [(size, width) for size in sizes]
 
 
 @given(count=st.integers(1, 4), parts=st.integers(1, 4), head_dim=st.integers(1, 4))
@@ -46,6 +47,7 @@ def test_parts_of_heads_are_those_that_a_model_chunks(count, parts, head_dim):
         view = View("w", stored.shape, heads=Heads(count, parts, part))
         chunk = stored.reshape(count, parts * head_dim, 3)[:, part * head_dim :][:, :head_dim]
         np.testing.assert_array_equal(view.of(stored), chunk.reshape(-1, 3))
+        assert view.result == (count * head_dim, 3)
     bias = View("b", (len(stored),), heads=Heads(count, parts, 0)).of(stored[:, 0])
     assert bias.shape == (count * head_dim,)
 
@@ -58,8 +60,8 @@ def test_what_is_added_is_added_once():
 def test_names_and_shapes_are_the_checkpoints(checkpoint):
     views = {"q": View("model.layers.0.self_attn.q_proj.weight", (64, 64), rows=(0, 16))}
     seen = ViewedCheckpoint(HuggingFaceFolder(checkpoint), views, (("model.", "old."),))
-    assert seen.shape("q") == (64, 64)
-    assert seen.read("q").shape == (16, 64)
+    assert seen.stored_shape("q") == (64, 64)
+    assert seen.shape("q") == seen.read("q").shape == (16, 64)
     assert "model.layers.0.self_attn.q_proj.weight" not in seen.unused(frozenset({"q"}))
     assert seen.stored_name("model.nothing") == "model.nothing"
     with pytest.raises(CheckpointError, match=r"tensor model\.nothing is missing"):
