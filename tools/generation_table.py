@@ -134,7 +134,7 @@ def _turn(
             mode=row.mode,
             threshold=row.threshold,
             ignore_eos=True,
-            options=row.options,
+            decoding=row.options,
         )
         for prompt in prompts
     ]
@@ -151,8 +151,8 @@ def _figures(
     ratios = [own / base for own, base in zip(mine.speeds, off.speeds, strict=True)]
     same = [a.tokens == b.tokens for a, b in zip(mine.results, off.results, strict=True)]
     depth = engine.manifest.depth
-    passes = sum(result.drafts.passes for result in mine.results)
-    accepted = sum(result.drafts.accepted for result in mine.results)
+    passes = sum(result.statistics.drafts.passes for result in mine.results)
+    accepted = sum(result.statistics.drafts.accepted for result in mine.results)
     return Figures(
         name,
         statistics.median(mine.speeds),

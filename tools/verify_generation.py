@@ -30,8 +30,9 @@ from adainfer_runtime.batch import TakeTurns
 from adainfer_runtime.decoding import Emitted
 from adainfer_runtime.draft_schedule import Fixed
 from adainfer_runtime.generate import GenerateRequest, stream
+from adainfer_runtime.results import DraftCount
 from adainfer_runtime.sampling import Greedy, Sampler
-from adainfer_runtime.verified import Draft, DraftCount, Drafter, ExitDrafter, VerifiedDecoder
+from adainfer_runtime.verified import Draft, Drafter, ExitDrafter, VerifiedDecoder
 
 
 @dataclass(frozen=True)

@@ -29,15 +29,13 @@ def project_kv(attention: ir.Node, start: ir.Value) -> list[ir.Value]:
         rotary) and V `[1, kv_heads, rows, head_dim]`.
     """
     query, key, value = attention.inputs[:3]
-    cos, sin = (*attention.inputs, None, None)[7:9]
     graph = attention.graph
     assert graph is not None and query is not None and key is not None and value is not None
-    if cos is not None:
-        interleaved = attention.attributes["rotary_interleaved"].as_int()
-        attributes = [ir.AttrInt64("interleaved", interleaved)]
-        rotary = ir.Node(CONTRIB, "RotaryEmbedding", [key, start, cos, sin], attributes)
+    rotary = _rotary(attention, key, start)
+    if rotary is not None:
         graph.append(rotary)
         key = rotary.outputs[0]
+    query = _before_rotary(query)
     heads = attention.attributes["kv_num_heads"].as_int()
     outputs = [query]
     for name, projected in (("key", key), ("value", value)):
@@ -52,6 +50,29 @@ def project_kv(attention: ir.Node, start: ir.Value) -> list[ir.Value]:
         result.shape = ir.Shape([1, heads, "rows", None])
         outputs.append(result)
     return outputs
+
+
+def _rotary(attention: ir.Node, key: ir.Value, start: ir.Value) -> ir.Node | None:
+    """The rotation of keys from `start` on, which is the attention's own, or stands before it."""
+    cos, sin = (*attention.inputs, None, None)[7:9]
+    if cos is not None:
+        interleaved = attention.attributes["rotary_interleaved"].as_int()
+        attributes = [ir.AttrInt64("interleaved", interleaved)]
+        return ir.Node(CONTRIB, "RotaryEmbedding", [key, start, cos, sin], attributes)
+    apart = key.producer()
+    if apart is None or apart.op_type != "RotaryEmbedding":
+        return None
+    inputs = [_before_rotary(key), start, *apart.inputs[2:4]]
+    return ir.Node(CONTRIB, "RotaryEmbedding", inputs, list(apart.attributes.values()))
+
+
+def _before_rotary(value: ir.Value) -> ir.Value:
+    node = value.producer()
+    if node is None or node.op_type != "RotaryEmbedding":
+        return value
+    projection = node.inputs[0]
+    assert projection is not None  # the operator's first input is required
+    return projection
 
 
 def lower_kv_fill(graph: ir.Graph, precision: Precision) -> dict[str, WeightExpr]:

@@ -150,7 +150,7 @@ def test_it_drafts_but_never_has_the_last_word(folder):
     off = engine.generate("3 17: x 2:", max_new_tokens=24, ignore_eos=True)
     options = DecodeOptions(draft_layer=layer, draft_schedule=Fixed(3), probe="shortlist")
     verified = engine.generate(
-        "3 17: x 2:", max_new_tokens=24, ignore_eos=True, mode="verified", options=options
+        "3 17: x 2:", max_new_tokens=24, ignore_eos=True, mode="verified", decoding=options
     )
     assert verified.tokens == off.tokens
     assert verified.statistics.drafts.proposed > 0
@@ -168,7 +168,7 @@ def test_exits_are_confirmed_by_the_full_probe(folder, threshold):
         "threshold": threshold,
     }
     full = engine.generate("3 17: x 2:", **settings)
-    cheap = engine.generate("3 17: x 2:", options=DecodeOptions(probe="shortlist"), **settings)
+    cheap = engine.generate("3 17: x 2:", decoding=DecodeOptions(probe="shortlist"), **settings)
     if threshold:
         # Always or never: then both decide alike, and the token is the full probe's.
         assert cheap.tokens == full.tokens
@@ -178,4 +178,4 @@ def test_exits_are_confirmed_by_the_full_probe(folder, threshold):
 
 def test_a_folder_without_one_says_so(tiny):
     with pytest.raises(ExitUnavailableError, match="no shortlist: run `adainfer calibrate DIR"):
-        tiny("llama").engine.generate([5], options=DecodeOptions(probe="shortlist"))
+        tiny("llama").engine.generate([5], decoding=DecodeOptions(probe="shortlist"))

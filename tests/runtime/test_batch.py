@@ -24,7 +24,7 @@ PROMPTS = [[5, 17, 200], [43], [9, 120, 77, 5, 6, 8, 31], [250, 251], [12, 13, 1
 def test_results_depend_on_neither_order_nor_company(tiny, order, at_once, mode, new):
     engine = tiny("llama").engine
     options = DecodeOptions(draft_layer=3, draft_schedule=Fixed(2))
-    settings = {"max_new_tokens": new, "mode": mode, "options": options}
+    settings = {"max_new_tokens": new, "mode": mode, "decoding": options}
     alone = [engine.generate(prompt, **settings) for prompt in PROMPTS]
     together = engine.generate_batch(
         [PROMPTS[place] for place in order], scheduler=TakeTurns(at_once), **settings

@@ -247,6 +247,6 @@ def test_the_ledger_counts_fills():
         "translated",
         "pending",
     ]
-    assert ledger.count == WorkCount(8, 30, 50, 0, 12)
+    assert ledger.count == WorkCount(8, 30, 50, 0, filled=12)
     ledger.truncate(1)
     assert (ledger.exact_length, ledger.filled, ledger.waiting) == (1, (1, 1, 1), range(1, 0))
