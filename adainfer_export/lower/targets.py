@@ -63,7 +63,7 @@ _ORT_CPU = Dialect(
 )
 
 TARGETS: tuple[Target, ...] = (
-    Target("ort-cpu", "ONNX Runtime on CPUs", ("fp32", "int8", "int4"), _ORT_CPU),
+    Target("ort-cpu", "ONNX Runtime on CPUs", ("fp32", "int8", "int4", "keep"), _ORT_CPU),
     Target("ort-cuda", "ONNX Runtime on NVIDIA GPUs", ("fp16", "bf16", "int4")),
     Target("tensorrt", "TensorRT on NVIDIA GPUs and Jetson", ("fp16", "bf16", "int4")),
     Target("onnx-std", "standard ONNX operators only", ("fp32",)),

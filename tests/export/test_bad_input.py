@@ -194,10 +194,10 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 def test_interrupt_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     from adainfer_export import writer
 
-    def interrupted(self, model, weights):
+    def interrupted(self, plan):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer.StageWriter, "write", interrupted)
+    monkeypatch.setattr(writer.DataWriter, "write", interrupted)
     before = set(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, tmp_path / "out")
@@ -215,11 +215,11 @@ def test_killed_export_leaves_nothing_that_loads(checkpoint, tmp_path):
         "from pathlib import Path\n"
         "from adainfer_export import ExportRequest, export, export as _\n"
         "from adainfer_export import writer\n"
-        "write = writer.StageWriter.write\n"
-        "def killed(self, model, weights):\n"
-        "    if model.graph.name == 'probe': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return write(self, model, weights)\n"
-        "writer.StageWriter.write = killed\n"
+        "write = writer.DataWriter.write\n"
+        "def killed(self, plan):\n"
+        "    if 'probe' in plan.file: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return write(self, plan)\n"
+        "writer.DataWriter.write = killed\n"
         "export(ExportRequest(sys.argv[1], Path(sys.argv[2]), precision='fp32'))\n"
     )
     out = tmp_path / "out"

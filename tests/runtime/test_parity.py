@@ -76,11 +76,12 @@ def dequantised_reference(made, variant, precision):
         for name, parameter in model.named_parameters():
             if parameter.dim() != 2:
                 continue
-            bits = record.bits
+            blocks = record.storage(name)
             if "embed_tokens" in name:
-                bits = record.embedding_bits(tied=tied)
-            packed, scales = quantise_blocks(parameter.numpy(), bits, record.block_size)
-            parameter.copy_(torch.from_numpy(dequantise_blocks(packed, scales, bits)))
+                blocks = record.embedding(name, tied=tied)
+            made_of = quantise_blocks(parameter.numpy(), blocks.bits, blocks.block_size)
+            values = dequantise_blocks(made_of.packed, made_of.scales, blocks.bits)
+            parameter.copy_(torch.from_numpy(values))
     return model
 
 
