@@ -85,16 +85,22 @@ def stream(
     def work(piece: tuple[str, slice]) -> _Rows:
         return _rows(checkpoint, first.blocks, *piece)
 
-    later: dict[WeightExpr, list[_Array]] = {expr: [] for expr in exprs[1:]}
+    # Gathered in place: pieces kept one by one between larger ones that go fragment the heap.
+    later: dict[WeightExpr, _Array] = {}
+    total, at = sum(rows.stop - rows.start for _, rows in pieces), 0
     for rows in mapper(work, pieces):
         errors.error += rows.error.error
         errors.values += rows.error.values
-        yield first, rows.fields["packed"]
-        for expr, kept in later.items():
+        packed = rows.fields["packed"]
+        yield first, packed
+        for expr in exprs[1:]:
             assert isinstance(expr, Blocked)  # fields of one matrix
-            kept.append(rows.fields[expr.field])
-    for expr, arrays in later.items():
-        yield from ((expr, array) for array in arrays)
+            array = rows.fields[expr.field]
+            if expr not in later:
+                later[expr] = np.empty((total, *array.shape[1:]), array.dtype)
+            later[expr][at : at + len(array)] = array
+        at += len(packed)
+    yield from later.items()
 
 
 @dataclass(frozen=True)
