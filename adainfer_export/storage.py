@@ -74,10 +74,11 @@ def parse_int8_layers(text: str) -> tuple[frozenset[int], bool]:
 
 def parse_range(text: str, option: str) -> tuple[int, int]:
     """`12-15` or `12` as (first, last), 1-based and inclusive."""
-    first, _, last = text.strip().partition("-")
-    if not first.isdigit() or not (last or first).isdigit():
+    first, dash, last = text.strip().partition("-")
+    last = last if dash else first
+    if not first.isdigit() or not last.isdigit():
         raise UnsupportedError(f"{option} {text!r}: expected layers such as 3 or 12-15")
-    found = int(first), int(last or first)
+    found = int(first), int(last)
     if not 1 <= found[0] <= found[1]:
         raise UnsupportedError(f"{option} {text!r}: layers count from 1, the first one first")
     return found

@@ -290,3 +290,39 @@ def test_copying_a_checkpoint_keeps_its_fingerprint(checkpoint, tmp_path):
     second = run(tmp_path / "copy", tmp_path / "b").manifest
     assert first.files == second.files
     assert [f.sha256 for f in first.source.files] == [f.sha256 for f in second.source.files]
+
+
+def test_weights_of_another_size_than_the_configuration(checkpoint, tmp_path):
+    edit_config(checkpoint, intermediate_size=128)
+    match = r"mlp\.\w+_proj\.weight has shape \[.*96.*\], its configuration asks for \[.*128.*\]"
+    fails(CheckpointError, checkpoint, tmp_path, match)
+
+
+def test_shards_of_different_checkpoints(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", shard="100KB")
+    path = tmp_path / "checkpoint" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    names = sorted(index["weight_map"])
+    files = sorted(set(index["weight_map"].values()))
+    other = next(file for file in files if file != index["weight_map"][names[0]])
+    index["weight_map"][names[0]] = other
+    path.write_text(json.dumps(index))
+    match = f"{other} does not hold tensor {names[0]}, which .*index.json names"
+    fails(CheckpointError, tmp_path / "checkpoint", tmp_path, match)
+
+
+def test_truncated_shard_that_only_the_last_layer_needs(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", shard="100KB")
+    path = sorted((tmp_path / "checkpoint").glob("model-*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:-10])
+    match = f"{path.name} cannot be read .*truncated or damaged: download it again"
+    fails(CheckpointError, tmp_path / "checkpoint", tmp_path, match)
+
+
+def test_weights_that_are_no_floats(checkpoint, tmp_path):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, path)
+    fails(UnsupportedError, checkpoint, tmp_path, f"{name} has dtype I8, .*supported: F32, F16")
