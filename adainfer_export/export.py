@@ -39,7 +39,7 @@ from .restore import restore_layers
 from .sources import Checkpoint, resolve
 from .split import StageGraph, layer_groups, split_decoder
 from .stage_plan import StagePlan
-from .storage import StorageRequest, check_weights, keep_blocks
+from .storage import StorageRequest, check_weights, keep_blocks, keep_decoder
 from .writer import DataWriter, mapper
 
 __all__ = ["ExportRequest", "ExportResult", "export"]
@@ -170,11 +170,14 @@ def plan_stages(
         UnsupportedError, CheckpointError: the checkpoint is not what its configuration says.
     """
     config = checkpoint.config
-    architecture = find_architecture(config.model_type)
     max_seq_len = _max_seq_len(request.max_seq_len, config)
-    decoder = build_decoder(config, architecture)
-    check_weights(decoder.graph, checkpoint)
-    precision = keep_blocks(precision, decoder.graph, checkpoint)
+    decoder = checkpoint.decoder()
+    if decoder is not None:
+        dialect = keep_decoder(checkpoint, precision)
+    else:
+        decoder = build_decoder(config, find_architecture(config.model_type))
+        check_weights(decoder.graph, checkpoint)
+        precision = keep_blocks(precision, decoder.graph, checkpoint)
     dialect.lower_decoder(decoder, window=sliding_window(config, max_seq_len))
     _crop_tables(decoder.graph, config.max_position_embeddings, max_seq_len)
     num_layers = int(config.num_hidden_layers)

@@ -8,10 +8,18 @@ import onnx_ir as ir
 
 from .errors import CheckpointError, UnsupportedError
 from .lower import Precision
+from .lower.targets import AS_IS, Dialect
 from .quantise import Blocks
 from .sources import Checkpoint
 
-__all__ = ["StorageRequest", "check_weights", "keep_blocks", "parse_int8_layers", "parse_range"]
+__all__ = [
+    "StorageRequest",
+    "check_weights",
+    "keep_blocks",
+    "keep_decoder",
+    "parse_int8_layers",
+    "parse_range",
+]
 
 _BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -120,6 +128,20 @@ def keep_blocks(precision: Precision, graph: ir.Graph, checkpoint: Checkpoint) -
             "AWQ), and this one holds floats; export with fp32, int8 or int4"
         )
     return replace(precision, kept=kept)
+
+
+def keep_decoder(checkpoint: Checkpoint, precision: Precision) -> Dialect:
+    """The dialect of a source that is ONNX already.
+
+    Raises:
+        UnsupportedError: another precision than its own is asked for.
+    """
+    if precision.name != "keep":
+        raise UnsupportedError(
+            f"{checkpoint.source.id} is an ONNX model, which is split as it is: export with "
+            f"--precision keep, or from the checkpoint with {precision.name}"
+        )
+    return AS_IS
 
 
 def _weights(graph: ir.Graph) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from .quantise import Blocks, pack, quantise_blocks
 from .sources.checkpoint import Checkpoint
 
-__all__ = ["FIELDS", "Blocked", "Dense", "ErrorSum", "WeightExpr", "stream"]
+__all__ = ["FIELDS", "AsIs", "Blocked", "Dense", "ErrorSum", "WeightExpr", "stream"]
 
 _VALUES_AT_ONCE = 1 << 22  # 16 MB in float32
 FIELDS = ("packed", "low", "scales", "shifts")
@@ -47,7 +47,14 @@ class Blocked:
     field: Literal["packed", "low", "scales", "shifts"]
 
 
-WeightExpr = Dense | Blocked
+@dataclass(frozen=True)
+class AsIs:
+    """One tensor of a source that is ONNX already, in the type that it has there."""
+
+    parts: tuple[str]
+
+
+WeightExpr = Dense | Blocked | AsIs
 
 
 @dataclass
@@ -78,6 +85,9 @@ def stream(
     """
     first = exprs[0]
     pieces = list(_pieces(checkpoint, first.parts))
+    if isinstance(first, AsIs):
+        yield from ((first, checkpoint.read(name, rows)) for name, rows in pieces)
+        return
     if isinstance(first, Dense):
         yield from ((first, array) for array in _dense(checkpoint, first, pieces))
         return

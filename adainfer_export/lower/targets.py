@@ -10,10 +10,10 @@ import onnx_ir as ir
 
 from ..errors import UnsupportedError
 from ..weights import WeightExpr
-from . import attention, ort
+from . import as_is, attention, ort
 from .precision import PRECISIONS, Precision
 
-__all__ = ["TARGETS", "Dialect", "Target", "find_target"]
+__all__ = ["AS_IS", "TARGETS", "Dialect", "Target", "find_target"]
 
 Weights = dict[str, WeightExpr]
 
@@ -58,6 +58,18 @@ _ORT_CPU = Dialect(
     lower_probe=ort.lower_probe,
     lower_candidates=ort.lower_candidates,
     check_layers=ort.check_layers,
+    widen=ort.widen,
+    fuse_joined=ort.fuse_skip_norms,
+)
+
+# Of sources that are ONNX for this target already.
+AS_IS = Dialect(
+    lower_decoder=lambda decoder, *, window: None,
+    lower_embedding=as_is.keep_embedding,
+    lower_layers=as_is.keep_layers,
+    lower_probe=as_is.keep_stage,
+    lower_candidates=as_is.keep_candidates,
+    check_layers=as_is.check_layers,
     widen=ort.widen,
     fuse_joined=ort.fuse_skip_norms,
 )

@@ -35,6 +35,13 @@ class Checkpoint(Protocol):
     def tied_head(self) -> bool:
         """True where the LM head is the token embedding."""
 
+    def decoder(self) -> Any | None:
+        """The decoder's graph (`onnx_ir.Model`) where the source holds one: it is split as it is.
+
+        Raises:
+            UnsupportedError: it holds one of another form than can be split.
+        """
+
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Tensors that belong to the model, but are not among those that were read."""
 

@@ -85,6 +85,9 @@ class GgufFile:
         """A file without an output matrix uses the token embedding."""
         return "output.weight" not in self._tensors
 
+    def decoder(self) -> None:
+        """None: the source holds weights."""
+
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Under their GGUF names; llama.cpp's own rotary tables are left out."""
         left = self._tensors.keys() - {self._mapped(name) for name in read}

@@ -113,6 +113,9 @@ class HuggingFaceFolder:
         """As the configuration says."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
+    def decoder(self) -> None:
+        """None: the source holds weights."""
+
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Of every shard, leaving out buffers and a second copy of a tied head."""
         tied = {"lm_head.weight"} if self.tied_head else set()

@@ -44,7 +44,7 @@ class SourceFile(_Record):
 class SourceSpec(_Record):
     """Where the weights came from."""
 
-    kind: Literal["huggingface", "folder", "gguf"]
+    kind: Literal["huggingface", "folder", "gguf", "onnx"]
     id: str
     revision: str | None = None
     files: tuple[SourceFile, ...] = ()
