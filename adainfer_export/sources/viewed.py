@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from adainfer_runtime.manifest import SourceSpec
 
 from ..decoders.views import View
 from ..errors import CheckpointError
+from ..quantise import BlockRows, Blocks
 from .checkpoint import Checkpoint
 
 __all__ = ["ViewedCheckpoint"]
@@ -23,11 +25,13 @@ Float32 = npt.NDArray[np.float32]
 class ViewedCheckpoint:
     """A checkpoint under the names that a decoder's graph uses; see `sources.Checkpoint`.
 
-    The stored tensor that was read last is kept: fused ones are read part by part.
+    Rows are read as they are asked for. Of tensors that are stored transposed, which are read in
+    one piece, the last one is kept: fused ones are read part by part.
 
     Args:
         aliases: (prefix, other prefix) pairs: a tensor that is not there under its name is looked
             for under the other one (base models without their head's prefix, former names).
+        others: prefixes of tensors that belong to other parts of the model than the decoder.
     """
 
     def __init__(
@@ -35,11 +39,14 @@ class ViewedCheckpoint:
         checkpoint: Checkpoint,
         views: Mapping[str, View],
         aliases: tuple[tuple[str, str], ...] = (),
+        others: tuple[str, ...] = (),
     ) -> None:
         self._checkpoint = checkpoint
         self._views = views
         self._aliases = aliases
+        self._others = others
         self._last: tuple[str, Float32] | None = None
+        self._lock = Lock()  # several threads read
 
     @property
     def config(self) -> Any:
@@ -66,13 +73,22 @@ class ViewedCheckpoint:
         """What messages call the checkpoint."""
         return self._checkpoint.source_name
 
+    def decoder(self) -> None:
+        """None: views belong to graphs that are built."""
+
     def shape(self, name: str) -> tuple[int, ...]:
+        """Of one of the graph's tensors."""
+        stored, view = self.stored_shape(name), self._views.get(name)
+        return stored if view is None else view.graph_shape
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
         """The stored shape of the tensor that one of the graph's is made of."""
         return self._checkpoint.shape(self.stored_name(name))
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Tensors of the checkpoint that none of these is made of."""
-        return self._checkpoint.unused(frozenset(self.stored_name(name) for name in read))
+        unused = self._checkpoint.unused(frozenset(self.stored_name(name) for name in read))
+        return tuple(name for name in unused if not name.startswith(self._others))
 
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of the tensor that one of the graph's is made of."""
@@ -90,19 +106,38 @@ class ViewedCheckpoint:
         view = self._views.get(name)
         return shape if view is None else view.shape
 
-    def read(self, name: str) -> Float32:
-        """One tensor under the graph's name."""
-        view = self._views.get(name)
-        stored = self.stored_name(name)
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """A tensor under the graph's name, or rows of it."""
+        view, stored = self._views.get(name), self.stored_name(name)
         if view is None:
-            return self._checkpoint.read(stored)
-        if self._last is None or self._last[0] != stored:
-            self._last = (stored, self._checkpoint.read(stored))
-        return view.of(self._last[1])
+            return self._checkpoint.read(stored, rows)
+        if view.transposed:
+            return view.of(self._whole(stored), rows)
+        ranges = view.ranges(rows or slice(0, view.graph_shape[0]))
+        return view.join([self._checkpoint.read(stored, part) for part in ranges])
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Those of the stored matrix, where the graph's is rows of it."""
+        view = self._views.get(name)
+        if view is not None and not view.keeps_values:
+            return None
+        return self._checkpoint.blocks(self.stored_name(name))
+
+    def read_blocks(self, name: str, rows: slice) -> BlockRows:
+        """Rows of a matrix that has `blocks`."""
+        view, stored = self._views.get(name), self.stored_name(name)
+        ranges = [rows] if view is None else view.ranges(rows)
+        return BlockRows.join([self._checkpoint.read_blocks(stored, part) for part in ranges])
 
     def write_tokenizer(self, folder: Path) -> bool:
         """The checkpoint's own."""
         return self._checkpoint.write_tokenizer(folder)
+
+    def _whole(self, stored: str) -> Float32:
+        with self._lock:
+            if self._last is None or self._last[0] != stored:
+                self._last = (stored, self._checkpoint.read(stored))
+            return self._last[1]
 
     def _has(self, stored: str) -> bool:
         try:

@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from adainfer_export.errors import LoweringError
+from adainfer_export.layout import StageLayout
 from adainfer_export.weights import Dense, Rows
-from adainfer_export.writer import StageWriter
 
 PROMPT = [5, 17, 200, 43, 9, 120, 77]
 
@@ -83,6 +83,6 @@ def test_they_hold_no_weights_of_their_own(tiny, variant, precision):
 
 
 def test_rows_of_what_nobody_stored_are_refused(tmp_path):
-    writer = StageWriter(tmp_path, checkpoint=None)
+    layout = StageLayout(tmp_path)
     with pytest.raises(LoweringError, match=r"rows of a\+b, which no stage holds"):
-        writer._place_of_rows(Rows(Dense(("a", "b")), 0, 1, 2))
+        layout._place_of_rows(Rows(Dense(("a", "b")), 0, 1, 2))
