@@ -23,6 +23,8 @@ class Architecture:
         frontend_name: the frontend library's name for it, where it builds the decoder.
         build: what builds it instead, from the configuration and the engine's maximum length.
         aliases: (prefix, other prefix) of tensor names, see `sources.viewed`.
+        wrapped_in: `model_type` of models that hold this decoder beside others (of images).
+        others: prefixes of those others' tensors, which are not read.
         prunable: layers may differ in heads and feed-forward width.
         gguf_name: `general.architecture` of GGUF files, where they are supported.
         gguf_permuted_rope: llama.cpp's converter interleaves the rows of Q and K of this
@@ -33,6 +35,8 @@ class Architecture:
     frontend_name: str | None = None
     build: Callable[[Any, int], Decoder] | None = None
     aliases: tuple[tuple[str, str], ...] = ()
+    wrapped_in: str | None = None
+    others: tuple[str, ...] = ()
     prunable: bool = False
     gguf_name: str | None = None
     gguf_permuted_rope: bool = False
@@ -45,7 +49,22 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("qwen3", "qwen3", prunable=True, gguf_name="qwen3"),
     Architecture("opt", build=opt.build, aliases=(("model.decoder.", "decoder."),)),
     Architecture("gemma2", build=gemma.build),
-    Architecture("gemma3_text", build=gemma.build),
+    Architecture(
+        "gemma3_text",
+        build=gemma.build,
+        aliases=(
+            ("model.", "model.language_model."),
+            ("model.", "language_model.model."),
+            ("lm_head.", "language_model.lm_head."),
+        ),
+        wrapped_in="gemma3",
+        others=(
+            "vision_tower.",
+            "multi_modal_projector.",
+            "model.vision_tower.",
+            "model.multi_modal_projector.",
+        ),
+    ),
     Architecture("phi3", build=phi3.build),
     Architecture("gpt2", build=gpt2.build, aliases=(("transformer.", ""),)),
     Architecture("gpt_neox", build=gpt_neox.build, aliases=(("lm_head.", "embed_out."),)),
@@ -60,7 +79,7 @@ def find_architecture(model_type: str) -> Architecture:
     """
     names = [entry.model_type for entry in ARCHITECTURES]
     for entry in ARCHITECTURES:
-        if entry.model_type == model_type:
+        if model_type in (entry.model_type, entry.wrapped_in):
             return entry
     near = difflib.get_close_matches(model_type, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""

@@ -51,7 +51,7 @@ def prepare_decoder(
         return PreparedDecoder(Decoder(own), checkpoint, dialect, precision)
     architecture = find_architecture(config.model_type)
     decoder = build_decoder(config, architecture, max_seq_len, checkpoint.shape)
-    viewed = ViewedCheckpoint(checkpoint, decoder.views, architecture.aliases)
+    viewed = ViewedCheckpoint(checkpoint, decoder.views, architecture.aliases, architecture.others)
     require_same_tensors(decoder.model.graph, viewed)
     precision = keep_blocks(precision, decoder.model.graph, viewed)
     return PreparedDecoder(decoder, viewed, dialect, precision)

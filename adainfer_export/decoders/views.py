@@ -48,8 +48,8 @@ class View:
     add: float = 0.0
 
     @property
-    def graph_shape(self) -> tuple[int, ...]:
-        """The shape that the graph's tensor has."""
+    def result(self) -> tuple[int, ...]:
+        """The shape of the graph's tensor."""
         length, *rest = self.shape[::-1] if self.transposed else self.shape
         if self.rows is not None:
             length = self.rows[1] - self.rows[0]
@@ -67,7 +67,7 @@ class View:
         if self.heads is None:
             first = 0 if self.rows is None else self.rows[0]
             return [slice(first + rows.start, first + rows.stop)]
-        width = self.graph_shape[0] // self.heads.count
+        width = self.result[0] // self.heads.count
         found = []
         for head in range(rows.start // width, -(-rows.stop // width)):
             start, stop = max(rows.start, head * width), min(rows.stop, (head + 1) * width)
@@ -84,5 +84,5 @@ class View:
     def of(self, stored: Float32, rows: slice | None = None) -> Float32:
         """The graph's tensor or rows of it, from all that is stored."""
         value = stored.T if self.transposed else stored
-        ranges = self.ranges(rows or slice(0, self.graph_shape[0]))
+        ranges = self.ranges(rows or slice(0, self.result[0]))
         return self.join([value[part] for part in ranges])

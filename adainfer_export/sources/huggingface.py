@@ -78,11 +78,18 @@ class HuggingFaceFolder:
             raise CheckpointError(f"{path}: no model_type; this is no transformers model")
         from ..architectures import find_architecture
 
-        find_architecture(model_type)  # refuse by name before transformers tries to import it
+        # Refused by name before transformers tries to import it.
+        architecture = find_architecture(model_type)
         try:
-            return AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no valid configuration: {error}") from error
+        if model_type != architecture.wrapped_in:
+            return config
+        text = config.get_text_config()
+        if (packed := getattr(config, "quantization_config", None)) is not None:
+            text.quantization_config = packed  # said of the whole model
+        return text
 
     @cached_property
     def source(self) -> SourceSpec:

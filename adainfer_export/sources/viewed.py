@@ -78,11 +78,11 @@ class ViewedCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one of the graph's tensors."""
-        stored, view = self.stored_shape(name), self._views.get(name)
-        return stored if view is None else view.graph_shape
+        view = self._views.get(name)
+        return self._checkpoint.shape(self.stored_name(name)) if view is None else view.result
 
     def stored_shape(self, name: str) -> tuple[int, ...]:
-        """The stored shape of the tensor that one of the graph's is made of."""
+        """The shape of the stored tensor that one of the graph's is made of."""
         return self._checkpoint.shape(self.stored_name(name))
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
@@ -113,7 +113,7 @@ class ViewedCheckpoint:
             return self._checkpoint.read(stored, rows)
         if view.transposed:
             return view.of(self._whole(stored), rows)
-        ranges = view.ranges(rows or slice(0, view.graph_shape[0]))
+        ranges = view.ranges(rows or slice(0, view.result[0]))
         return view.join([self._checkpoint.read(stored, part) for part in ranges])
 
     def blocks(self, name: str) -> Blocks | None:

@@ -90,6 +90,11 @@ def check_kept(path, folder):
     labels = [7, 300, 12]
     chosen = engine.backend.probe_candidates(session.hidden()[-1], np.array(labels))
     np.testing.assert_allclose(chosen.logits, logits[-1, labels], atol=3e-5 * np.abs(logits).max())
+    embedded = engine.session()
+    embedded.extend(PROMPT)
+    first = engine.backend.kv_fill(1, embedded.hidden(), 0)
+    for made, own in zip(first, session.kv(1), strict=True):
+        np.testing.assert_allclose(made, own, rtol=0, atol=1e-5 * np.abs(own).max())
     return engine
 
 

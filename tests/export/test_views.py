@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from adainfer_export import ExportRequest, export
 from adainfer_export.decoders.views import Heads, View
 from adainfer_export.errors import CheckpointError
+from adainfer_export.quantise import BlockRows, Blocks
 from adainfer_export.sources.huggingface import HuggingFaceFolder
 from adainfer_export.sources.viewed import ViewedCheckpoint
 from adainfer_runtime import Engine
@@ -37,6 +38,7 @@ def test_rows_of_a_fused_matrix_put_together_are_the_matrix(sizes, width, transp
         for first, last in itertools.pairwise(ends)
     ]
     np.testing.assert_array_equal(np.concatenate([view.of(stored) for view in views]), matrix)
+    assert [view.result for view in views] == [(size, width) for size in sizes]
 
 
 @given(count=st.integers(1, 4), parts=st.integers(1, 4), head_dim=st.integers(1, 4))
@@ -46,8 +48,63 @@ def test_parts_of_heads_are_those_that_a_model_chunks(count, parts, head_dim):
         view = View("w", stored.shape, heads=Heads(count, parts, part))
         chunk = stored.reshape(count, parts * head_dim, 3)[:, part * head_dim :][:, :head_dim]
         np.testing.assert_array_equal(view.of(stored), chunk.reshape(-1, 3))
+        assert view.result == (count * head_dim, 3)
     bias = View("b", (len(stored),), heads=Heads(count, parts, 0)).of(stored[:, 0])
     assert bias.shape == (count * head_dim,)
+
+
+class Stored:
+    """A checkpoint of one matrix, which counts the values that are read."""
+
+    def __init__(self, matrix):
+        self.matrix, self.values = matrix, 0
+
+    def shape(self, name):
+        return self.matrix.shape
+
+    def read(self, name, rows=None):
+        found = self.matrix[rows or slice(None)]
+        self.values += found.size
+        return found
+
+    def blocks(self, name):
+        return Blocks(4, 16, kept=True, shifted=True)
+
+    def read_blocks(self, name, rows):
+        scales = self.matrix[rows, :2]
+        codes = np.repeat(scales[..., None], 16, axis=2).astype(np.uint8)
+        return BlockRows(codes, scales, -scales)
+
+
+@given(
+    kind=st.sampled_from(["rows", "heads", "transposed", "added"]),
+    bounds=st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda b: b[0] < b[1]),
+)
+def test_rows_of_a_view_are_rows_of_what_it_gives(kind, bounds):
+    matrix = np.arange(36 * 12, dtype=np.float32).reshape(36, 12)
+    view = {
+        "rows": View("w", (36, 12), rows=(7, 19)),
+        "heads": View("w", (36, 12), heads=Heads(3, 3, 1)),
+        "transposed": View("w", (36, 12), transposed=True),
+        "added": View("w", (36, 12), rows=(0, 12), add=1.0),
+    }[kind]
+    stored, rows = Stored(matrix), slice(*bounds)
+    seen = ViewedCheckpoint(stored, {"v": view})
+    assert seen.shape("v")[0] == 12
+    np.testing.assert_array_equal(seen.read("v", rows), view.of(matrix)[rows])
+    if kind == "transposed":
+        seen.read("v", rows)
+        assert stored.values == matrix.size  # read in one piece, once
+    else:
+        assert stored.values == (rows.stop - rows.start) * 12
+    if kind in ("rows", "heads"):
+        assert seen.blocks("v") == stored.blocks("w")
+        blocks = seen.read_blocks("v", rows)
+        np.testing.assert_array_equal(blocks.scales, view.of(matrix)[rows, :2])
+        np.testing.assert_array_equal(blocks.shifts, -blocks.scales)
+        np.testing.assert_array_equal(blocks.codes[..., 3], blocks.scales.astype(np.uint8))
+    else:
+        assert seen.blocks("v") is None
 
 
 def test_what_is_added_is_added_once():
@@ -59,8 +116,7 @@ def test_names_and_shapes_are_the_checkpoints(checkpoint):
     views = {"q": View("model.layers.0.self_attn.q_proj.weight", (64, 64), rows=(0, 16))}
     seen = ViewedCheckpoint(HuggingFaceFolder(checkpoint), views, (("model.", "old."),))
     assert seen.stored_shape("q") == (64, 64)
-    assert seen.shape("q") == (16, 64)
-    assert seen.read("q").shape == (16, 64)
+    assert seen.shape("q") == seen.read("q").shape == (16, 64)
     assert "model.layers.0.self_attn.q_proj.weight" not in seen.unused(frozenset({"q"}))
     assert seen.stored_name("model.nothing") == "model.nothing"
     with pytest.raises(CheckpointError, match=r"tensor model\.nothing is missing"):
@@ -153,3 +209,25 @@ def test_byte_level_tokenizers_in_two_files(tmp_path):
 
     reference = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
     assert tokenizer.encode("hi hi") == reference.encode("hi hi")
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_the_decoder_of_a_model_that_sees(tmp_path, prefix):
+    """Gemma 3 from 4B on: a text model beside a vision tower."""
+    make_checkpoint(tmp_path / "text", "gemma3")
+    shutil.copytree(tmp_path / "text", tmp_path / "whole")
+    path = tmp_path / "whole" / "model.safetensors"
+    tensors = {
+        prefix + name.removeprefix("model."): tensor for name, tensor in load_file(path).items()
+    }
+    tensors["vision_tower.vision_model.x"] = tensors[f"{prefix}norm.weight"].clone()
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((tmp_path / "text" / "config.json").read_text())
+    whole = {"model_type": "gemma3", "text_config": config, "vision_config": {}}
+    (tmp_path / "whole" / "config.json").write_text(json.dumps(whole))
+    files = [
+        export(ExportRequest(str(tmp_path / name), tmp_path / f"{name}.out")).manifest.files
+        for name in ("text", "whole")
+    ]
+    weights = [{name: file for name, file in made.items() if "stages" in name} for made in files]
+    assert weights[0] == weights[1]

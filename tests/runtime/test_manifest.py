@@ -137,3 +137,15 @@ def test_damaged_tokenizer(folder):
     path = folder / "tokenizer" / "tokenizer.json"
     path.write_text("x" * path.stat().st_size)
     fails(ManifestError, folder, "is no tokenizer")
+
+
+def test_layers_have_heads_of_their_own(tiny):
+    manifest = tiny("llama-pruned").engine.manifest
+    assert [manifest.kv.heads(layer) for layer in (1, 2, 3, 4)] == [2, 1, 2, 2]
+    assert [manifest.model.attention_heads(layer) for layer in (1, 2, 3, 4)] == [4, 2, 4, 4]
+    assert tiny("llama").engine.manifest.kv.layer_heads == ()
+
+
+def test_heads_of_too_few_layers(folder):
+    edit(folder, lambda data: data["kv"].update(layer_heads=[2, 2]))
+    fails(ManifestError, folder, "heads of 2 layers, expected 4")
