@@ -211,7 +211,6 @@ def run_export(
         bool,
         typer.Option("--resume", help="Go on where a stopped export to the same --out was."),
     ] = False,
-    workers: Annotated[int, typer.Option(help="Threads that quantise.", min=1)] = 1,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
@@ -245,7 +244,6 @@ def run_export(
         storage=_storage(block_size, int8_layers),
         resume=resume,
         layers=None if layers is None else parse_range(layers, "--layers"),
-        workers=workers,
     )
     with terminal_reporter(quiet=quiet or json_output) as reporter:
         result = export(request, reporter)

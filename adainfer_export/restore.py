@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
 
 from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.manifest import Manifest
@@ -14,23 +13,19 @@ from .journal import Journal
 from .layout import DataPlan
 from .progress import Reporter
 from .stage_plan import StagePlan
-from .writer import DataWriter, mapper
+from .writer import DataWriter
 
 __all__ = ["restore_layers"]
 
 
-class _Request(Protocol):
-    @property
-    def layers(self) -> tuple[int, int] | None: ...
-    @property
-    def workers(self) -> int: ...
-
-
-def restore_layers(out: Path, plan: StagePlan, request: _Request, reporter: Reporter) -> Manifest:
+def restore_layers(
+    out: Path, plan: StagePlan, layers: tuple[int, int], reporter: Reporter
+) -> Manifest:
     """Replaces the layers' data files, each all at once, by what the manifest records of them.
 
     Args:
         plan: the same export, planned in a scratch folder.
+        layers: (first, last), 1-based.
 
     Raises:
         OutputError: the folder is another export: other settings, source or versions.
@@ -39,24 +34,22 @@ def restore_layers(out: Path, plan: StagePlan, request: _Request, reporter: Repo
     manifest = load_manifest(out)
     _require_same_export(out, manifest, plan)
     scratch = plan.layout.root
-    plans = list(_chosen(plan, request.layers))
+    plans = list(_chosen(plan, layers))
     reporter.begin("writing weights", len(plans))
-    with mapper(request.workers) as parallel:
-        writer = DataWriter(scratch, plan.checkpoint, Journal(scratch, {}), parallel)
-        for data in plans:
-            record = writer.write(data).record
-            if record != manifest.files[data.file]:
-                raise OutputError(
-                    f"{out}: {data.file} would be {record.sha256[:12]}…, the manifest records "
-                    f"{manifest.files[data.file].sha256[:12]}…; export the model again"
-                )
-            (scratch / data.file).replace(out / data.file)
-            reporter.step(Path(data.file).stem)
+    writer = DataWriter(scratch, plan.checkpoint, Journal(scratch, {}))
+    for data in plans:
+        record = writer.write(data).record
+        if record != manifest.files[data.file]:
+            raise OutputError(
+                f"{out}: {data.file} would be {record.sha256[:12]}…, the manifest records "
+                f"{manifest.files[data.file].sha256[:12]}…; export the model again"
+            )
+        (scratch / data.file).replace(out / data.file)
+        reporter.step(Path(data.file).stem)
     return manifest
 
 
-def _chosen(plan: StagePlan, layers: tuple[int, int] | None) -> Iterator[DataPlan]:
-    assert layers is not None  # this is what was asked for
+def _chosen(plan: StagePlan, layers: tuple[int, int]) -> Iterator[DataPlan]:
     if layers[1] > plan.model.num_layers:
         raise UnsupportedError(
             f"--layers {layers[0]}-{layers[1]}: this model has {plan.model.num_layers}"

@@ -6,9 +6,9 @@ that will give its value; the writer streams them by rows and writes equal ones 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +31,6 @@ __all__ = [
 _VALUES_AT_ONCE = 1 << 22  # 16 MB in float32
 FIELDS = ("packed", "low", "scales", "shifts")
 _Array = npt.NDArray[Any]
-_In = TypeVar("_In")
-_Out = TypeVar("_Out")
-Mapper = Callable[[Callable[[_In], _Out], Iterable[_In]], Iterator[_Out]]
 
 
 @dataclass(frozen=True)
@@ -94,14 +91,13 @@ class ErrorSum:
 
 
 def stream(
-    checkpoint: Checkpoint, exprs: Sequence[Stored], errors: ErrorSum, mapper: Mapper[Any, Any]
+    checkpoint: Checkpoint, exprs: Sequence[Stored], errors: ErrorSum
 ) -> Iterator[tuple[Stored, _Array]]:
     """Values of expressions over the same parts, in their order, each in consecutive pieces.
 
     Args:
         exprs: one dense, or fields of one matrix in the order of `FIELDS`, `packed` first.
         errors: takes up what quantisation changes.
-        mapper: `map`, or an executor's.
 
     Raises:
         CheckpointError: a tensor is missing, damaged or not finite.
@@ -115,13 +111,11 @@ def stream(
         yield from ((first, array) for array in _dense(checkpoint, first, pieces))
         return
 
-    def work(piece: tuple[str, slice]) -> _Rows:
-        return _rows(checkpoint, first.blocks, *piece)
-
     # Gathered in place: pieces kept one by one between larger ones that go fragment the heap.
     later: dict[Stored, _Array] = {}
     total, at = sum(rows.stop - rows.start for _, rows in pieces), 0
-    for rows in mapper(work, pieces):
+    for name, part in pieces:
+        rows = _rows(checkpoint, first.blocks, name, part)
         errors.error += rows.error.error
         errors.values += rows.error.values
         packed = rows.fields["packed"]

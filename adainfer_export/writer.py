@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +19,9 @@ from .journal import Journal, Written
 from .layout import ALIGNMENT, DataPlan
 from .quantisation_report import StoredMatrix
 from .sources.checkpoint import Checkpoint
-from .weights import Blocked, ErrorSum, Mapper, stream
+from .weights import Blocked, ErrorSum, stream
 
-__all__ = ["DataWriter", "mapper"]
-
-
-@contextmanager
-def mapper(workers: int) -> Iterator[Mapper[Any, Any]]:
-    """`map`, on several threads if asked: NumPy works without the interpreter's lock."""
-    if workers == 1:
-        yield map
-        return
-    with ThreadPoolExecutor(workers) as pool:
-        yield pool.map
+__all__ = ["DataWriter"]
 
 
 @dataclass(frozen=True)
@@ -42,13 +30,11 @@ class DataWriter:
 
     Attributes:
         journal: where finished files are noted, and found by a resumed export.
-        mapper: see `mapper`.
     """
 
     root: Path
     checkpoint: Checkpoint
     journal: Journal
-    mapper: Mapper[Any, Any]
 
     def write(self, plan: DataPlan) -> Written:
         """The file as the plan says, on disk when this returns; kept where it is there already.
@@ -76,7 +62,7 @@ class DataWriter:
 
     def _write_group(self, file: _DataFile, group: tuple[Any, ...]) -> Iterator[StoredMatrix]:
         errors, current = ErrorSum(), None
-        for expr, array in stream(self.checkpoint, group, errors, self.mapper):
+        for expr, array in stream(self.checkpoint, group, errors):
             if expr is not current:
                 file.align()
                 current = expr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,6 @@ class ViewedCheckpoint:
         self._aliases = aliases
         self._others = others
         self._last: tuple[str, Float32] | None = None
-        self._lock = Lock()  # several threads read
 
     @property
     def config(self) -> Any:
@@ -134,10 +132,9 @@ class ViewedCheckpoint:
         return self._checkpoint.write_tokenizer(folder)
 
     def _whole(self, stored: str) -> Float32:
-        with self._lock:
-            if self._last is None or self._last[0] != stored:
-                self._last = (stored, self._checkpoint.read(stored))
-            return self._last[1]
+        if self._last is None or self._last[0] != stored:
+            self._last = (stored, self._checkpoint.read(stored))
+        return self._last[1]
 
     def _has(self, stored: str) -> bool:
         try:

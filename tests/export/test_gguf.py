@@ -74,7 +74,8 @@ def test_every_tensor_is_read_in_hugging_face_order(models, tmp_path, name):
 
 def check_kept(path, folder):
     """The kept engine is the model of the dequantised weights."""
-    export(ExportRequest(str(path), folder, precision="keep"))
+    result = export(ExportRequest(str(path), folder, precision="keep"))
+    assert "four times as long" in result.warnings[0]
     for stage in (folder / "stages").glob("*.onnx"):
         onnx.checker.check_model(str(stage))
     reference = reference_model(resolve(str(path)))

@@ -12,6 +12,10 @@ from adainfer_export.storage import StorageRequest
 from adainfer_export.weights import Dense, Rows
 
 PROMPT = [5, 17, 200, 43, 9, 120, 77]
+VARIANTS = (
+    *("llama-tied", "llama-mha", "llama3-rope", "llama-bias", "llama-pruned", "qwen2", "qwen3"),
+    *("opt", "opt-350m", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "gpt_neox-serial"),
+)
 
 
 def inputs_of_layers(engine):
@@ -27,11 +31,7 @@ def inputs_of_layers(engine):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-@pytest.mark.parametrize(
-    "variant",
-    ["llama-tied", "llama-mha", "llama3-rope", "llama-bias", "llama-pruned", "qwen2", "qwen3"]
-    + ["opt", "opt-350m", "gemma3", "phi3", "gpt2", "gpt_neox", "gpt_neox-serial"],
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_of_its_own_input_a_layer_makes_its_own_keys_and_values(tiny, variant, precision):
     engine = tiny(variant, precision=precision).engine
     assert set(engine.manifest.kv_fills) == {1, 2, 3, 4}
