@@ -22,6 +22,7 @@ from .errors import CalibrationError
 from .export import ExportRequest, ExportResult, export
 from .lower import PRECISIONS, TARGETS
 from .progress import terminal_reporter
+from .storage import StorageRequest, parse_int8_layers, parse_range
 
 __all__ = ["register"]
 
@@ -32,9 +33,11 @@ Examples:
 
     adainfer-export ./my-llama --out engines/ --precision fp32 --calibration prompts.jsonl
 
-    adainfer-export model.gguf --out engines/ --layers-per-engine 5 --calibration none
+    adainfer-export model.gguf --out engines/ --precision keep --calibration none
 
     adainfer-export llama2-7b --source ./Llama-2-7b-hf --out engines/
+
+    adainfer-export llama2-7b --out engines/ --int8-layers 1-2,head --resume
 """
 _CALIBRATE_EXAMPLES = """
 Examples:
@@ -191,6 +194,23 @@ def run_export(
         ),
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Weights that share a scale in int4 and int8; default 32.")
+    ] = None,
+    int8_layers: Annotated[
+        str | None,
+        typer.Option(
+            help="Sensitive layers that get 8 bits in int4: `1-2,29-30`, and `head` for the head."
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Write the weights of these layers (`12-15`) again, in a folder there."),
+    ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on where a stopped export to the same --out was."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
@@ -221,6 +241,9 @@ def run_export(
         revision=revision,
         weights=source,
         force=force,
+        storage=_storage(block_size, int8_layers),
+        resume=resume,
+        layers=None if layers is None else parse_range(layers, "--layers"),
     )
     with terminal_reporter(quiet=quiet or json_output) as reporter:
         result = export(request, reporter)
@@ -311,6 +334,11 @@ def _calibration(
         translators=translators.value,
         shortlist=shortlist,
     )
+
+
+def _storage(block_size: int | None, int8_layers: str | None) -> StorageRequest:
+    chosen, head = parse_int8_layers(int8_layers) if int8_layers else (frozenset[int](), False)
+    return StorageRequest(block_size, chosen, head)
 
 
 def _summary(result: ExportResult) -> dict[str, object]:

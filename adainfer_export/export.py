@@ -12,36 +12,39 @@ from typing import Any
 
 from adainfer_runtime.engine_folder import record_file, write_manifest
 from adainfer_runtime.manifest import (
-    SCHEMA_VERSION,
     FileRecord,
     KvGeometry,
     Manifest,
     ModelSpec,
-    Quantisation,
     StageSpec,
     TokenizerSpec,
 )
 
-from .architectures import find_architecture, sliding_windows
+from .architectures import sliding_windows
 from .calibrate import CalibrationRequest
 from .cost import multiply_adds
+from .decoder_source import prepare_decoder
 from .decoders.builder import LayerHeads
 from .errors import CheckpointError, UnsupportedError
-from .folder import check_output, new_folder
-from .frontend import build_decoder
+from .folder import check_output, new_folder, remove_others, scratch_folder
+from .journal import JOURNAL_NAME, Journal
+from .layout import StageLayout
 from .lower import Precision, find_target
 from .lower.targets import Dialect
-from .preflight import require_same_tensors
 from .progress import Reporter, SilentReporter, peak_memory_bytes
+from .quantisation_report import write_quantisation_report
+from .restore import restore_layers
 from .sources import Checkpoint, resolve
-from .sources.viewed import ViewedCheckpoint
 from .split import StageGraph, layer_groups, split_decoder
-from .writer import StageWriter
+from .stage_plan import StagePlan
+from .storage import StorageRequest
+from .writer import DataWriter
 
 __all__ = ["ExportRequest", "ExportResult", "export"]
 
 _LIBRARIES = ("mobius-onnx", "onnx-ir", "onnx", "onnxruntime", "scikit-learn", "skl2onnx")
 _DEFAULT_MAX_SEQ_LEN = 2048
+_AS_THE_PRECISION_SAYS = StorageRequest()
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class ExportRequest:
         max_seq_len: positions of the KV cache; default: 2048, or the model's own limit if less.
         weights: folder or `.gguf` file to read for an alias, instead of its recipe's sources.
         calibration: how the exit graph is fitted; None leaves the folder without one.
+        storage: block size and layers that are quantised less than `precision` says.
+        resume: go on where a killed export to `out` stopped, and keep what is finished if this
+            one is stopped too.
+        layers: (first, last) layers to write again into the folder `out`, which must be the same
+            export of the same source; nothing else is touched.
     """
 
     model: str
@@ -67,6 +75,9 @@ class ExportRequest:
     revision: str | None = None
     weights: Path | None = None
     force: bool = False
+    storage: StorageRequest = _AS_THE_PRECISION_SAYS
+    resume: bool = False
+    layers: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,7 @@ class ExportResult:
 
 
 def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportResult:
-    """Writes an engine folder; an interrupted export leaves nothing.
+    """Writes an engine folder; an interrupted export leaves nothing that loads.
 
     Raises:
         AdaInferError: see `adainfer_export.errors`; the message is one line for the user.
@@ -89,17 +100,25 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     start = time.perf_counter()
     reporter = reporter or SilentReporter()
     _, dialect, precision = find_target(request.target, request.precision)
+    precision = request.storage.refine(precision)
     if request.layers_per_engine is not None and request.layers_per_engine < 1:
         raise UnsupportedError("--layers-per-engine must be at least 1")
-    check_output(request.out, force=request.force)
+    if request.layers is None:
+        check_output(request.out, force=request.force)
     checkpoint = resolve(request.model, revision=request.revision, weights=request.weights)
-    with new_folder(request.out) as folder:
-        manifest = _write_stages(folder, request, checkpoint, dialect, precision, reporter)
-        if request.calibration is not None and manifest.tokenizer is not None:
-            from .calibrate.pipeline import calibrate
+    if request.layers is not None:
+        with scratch_folder(request.out) as folder:
+            plan = plan_stages(folder, request, checkpoint, dialect, precision)
+            manifest = restore_layers(request.out, plan, request.layers, reporter)
+    else:
+        with new_folder(request.out, resume=request.resume) as folder:
+            plan = plan_stages(folder, request, checkpoint, dialect, precision)
+            manifest = _write_folder(folder, plan, request, reporter)
+            if request.calibration is not None and manifest.tokenizer is not None:
+                from .calibrate.pipeline import calibrate
 
-            manifest = calibrate(folder, manifest, request.calibration, reporter)
-        write_manifest(folder, manifest)  # last: what was interrupted does not load
+                manifest = calibrate(folder, manifest, request.calibration, reporter)
+            write_manifest(folder, manifest)  # last: what was interrupted does not load
     return ExportResult(
         request.out,
         manifest,
@@ -109,56 +128,71 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     )
 
 
-def _write_stages(
+def _write_folder(
+    folder: Path,
+    plan: StagePlan,
+    request: ExportRequest,
+    reporter: Reporter,
+) -> Manifest:
+    """The data files, tokenizer and report of a folder whose graphs are written."""
+    journal = Journal(folder, plan.identity())
+    remove_others(folder, {*plan.layout.graphs, *journal.finished(), JOURNAL_NAME})
+    plans = plan.layout.plans
+    reporter.begin("writing weights", len(plans))
+    written = {}
+    writer = DataWriter(folder, plan.checkpoint, journal)
+    for data in plans:
+        written[data.file] = writer.write(data)
+        reporter.step(Path(data.file).stem)
+    matrices = [matrix for file in written.values() for matrix in file.matrices]
+    tokenizer, tokenizer_files = _write_tokenizer(folder, plan.checkpoint)
+    files = plan.layout.graphs | {name: file.record for name, file in written.items()}
+    files |= tokenizer_files | write_quantisation_report(folder, matrices)
+    return plan.manifest(tokenizer, dict(sorted(files.items())))
+
+
+def plan_stages(
     folder: Path,
     request: ExportRequest,
     checkpoint: Checkpoint,
     dialect: Dialect,
     precision: Precision,
-    reporter: Reporter,
-) -> Manifest:
+) -> StagePlan:
+    """Writes the graphs of all stages; no weight is read, but all are known to be there.
+
+    Raises:
+        UnsupportedError, CheckpointError: the checkpoint is not what its configuration says.
+    """
     config = checkpoint.config
-    architecture = find_architecture(config.model_type)
     max_seq_len = _max_seq_len(request.max_seq_len, config)
-    decoder = build_decoder(config, architecture, max_seq_len, checkpoint.shape)
-    heads = decoder.layer_heads
-    checkpoint = ViewedCheckpoint(
-        checkpoint, decoder.views, architecture.aliases, architecture.others
-    )
-    require_same_tensors(decoder.model.graph, checkpoint)
-    dialect.lower_decoder(decoder.model, windows=sliding_windows(config, max_seq_len))
-    num_layers = len(heads)
-    groups = layer_groups(num_layers, request.layers_per_engine or 1)
-    writer = StageWriter(folder, checkpoint)
-    reporter.begin("exporting layers", num_layers)
-    specs = []
+    prepared = prepare_decoder(checkpoint, max_seq_len, dialect, precision)
+    model, heads = prepared.decoder.model, prepared.decoder.layer_heads
+    dialect, precision = prepared.dialect, prepared.precision
+    dialect.lower_decoder(model, windows=sliding_windows(config, max_seq_len))
+    request.storage.check(len(heads))
+    groups = layer_groups(len(heads), request.layers_per_engine or 1)
     project_kv = dialect.kv_fill.project if dialect.kv_fill else None
-    for stage in split_decoder(decoder.model, groups, project_kv):
-        specs.append(_write_stage(stage, writer, dialect, precision, checkpoint.tied_head))
-        if stage.kind == "layers":
-            for layer in range(stage.first_layer, stage.last_layer + 1):
-                reporter.step(f"layer {layer}/{num_layers}")
-    files = writer.close()
-    tokenizer, tokenizer_files = _write_tokenizer(folder, checkpoint)
-    return Manifest(
-        schema_version=SCHEMA_VERSION,
+    layout = StageLayout(folder)
+    specs = [
+        _add_stage(stage, layout, dialect, precision, checkpoint.tied_head)
+        for stage in split_decoder(model, groups, project_kv)
+    ]
+    return StagePlan(
+        stages=tuple(specs),
+        layout=layout,
+        checkpoint=prepared.checkpoint,
         exporter=_versions(),
-        source=checkpoint.source,
         model=_model_spec(checkpoint, heads),
         target=request.target,
-        precision=precision.name,
-        quantisation=_quantisation(precision),
+        precision=precision,
         layers_per_engine=request.layers_per_engine,
         max_seq_len=max_seq_len,
         kv=_kv_geometry(heads, max_seq_len),
-        stages=tuple(specs),
-        tokenizer=tokenizer,
-        files=files | tokenizer_files,
     )
 
 
-def _write_stage(
-    stage: StageGraph, writer: StageWriter, dialect: Dialect, precision: Precision, tied: bool
+def _add_stage(
+    stage: StageGraph, layout: StageLayout, dialect: Dialect, precision: Precision, tied: bool
 ) -> StageSpec:
     graph = stage.model.graph
     if stage.kind == "embed":
@@ -172,10 +206,10 @@ def _write_stage(
     else:
         weights = dialect.lower_layers(graph, precision)
         dialect.check_layers(graph, stage.last_layer - stage.first_layer + 1, precision)
-    file = writer.write(stage.model, weights)
+    file = layout.add(stage.model, weights)
     wide_file = None
     if stage.kind == "layers" and dialect.widen(graph, precision):
-        wide_file = writer.write_variant(stage.model, "wide")
+        wide_file = layout.add_variant(stage.model, "wide")
     return StageSpec(
         name=stage.name,
         kind=stage.kind,
@@ -241,17 +275,6 @@ def _kv_geometry(layers: Sequence[LayerHeads], max_seq_len: int) -> KvGeometry:
     )
 
 
-def _quantisation(precision: Precision) -> Quantisation | None:
-    if precision.bits is None:
-        return None
-    return Quantisation(
-        bits=precision.bits,
-        block_size=precision.block_size,
-        accuracy_level=precision.accuracy_level,
-        wide_rows=precision.wide_rows,
-    )
-
-
 def _versions() -> dict[str, str]:
     from adainfer_runtime import __version__
 
@@ -265,6 +288,11 @@ def _versions() -> dict[str, str]:
 
 
 def _warnings(manifest: Manifest, request: ExportRequest) -> Iterator[str]:
+    if manifest.precision == "keep" and manifest.source.kind != "onnx":
+        yield (
+            "kept blocks are computed in float32, exactly: a decoded token takes about four times "
+            "as long in them as with --precision int4"
+        )
     if manifest.tokenizer is None:
         yield (
             "the checkpoint has no tokenizer: this engine takes token ids only, "

@@ -16,8 +16,11 @@ import psutil
 from adainfer_runtime.engine_folder import MANIFEST_NAME
 
 from .errors import OutputError
+from .journal import JOURNAL_NAME
 
-__all__ = ["check_output", "new_folder", "save_hashed"]
+__all__ = ["check_output", "new_folder", "remove_others", "save_hashed", "scratch_folder"]
+
+_STOPPED = "stopped"  # in the place of a process id: nobody is at work there
 
 
 def check_output(out: Path, *, force: bool) -> None:
@@ -42,29 +45,55 @@ def check_output(out: Path, *, force: bool) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, and vanishes otherwise.
+def new_folder(out: Path, *, resume: bool = False) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well.
+
+    Otherwise it vanishes; with `resume` it stays, if it has a journal, and the next call with
+    `resume` goes on in it.
 
     Raises:
         OutputError: the disk is full or cannot be written.
     """
     out = out.absolute()
     temporary: Path | None = None
+    kept = "what is finished was kept for --resume" if resume else "nothing was kept"
+    finished = False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _clear_remains(out)
-        prefix = f".{out.name}.partial-{os.getpid()}-"
-        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
-        temporary.chmod(0o755)
+        temporary = _new_temporary(out, _claim_remains(out) if resume else None)
         yield temporary
+        (temporary / JOURNAL_NAME).unlink(missing_ok=True)
         _sync(temporary)
         _swap(temporary, out)
+        finished = True
     except OSError as error:
         reason = error.strerror or str(error)
-        raise OutputError(f"{out} cannot be written: {reason}; nothing was kept") from error
+        raise OutputError(f"{out} cannot be written: {reason}; {kept}") from error
     finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None and temporary.is_dir():
+            if resume and not finished and (temporary / JOURNAL_NAME).is_file():
+                _disown(temporary, out)
+            else:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def scratch_folder(out: Path) -> Iterator[Path]:
+    """A temporary folder on the disk of `out`, an engine folder that is there."""
+    prefix = f".{out.absolute().name}.partial-{os.getpid()}-"
+    try:
+        with tempfile.TemporaryDirectory(prefix=prefix, dir=out.absolute().parent) as name:
+            yield Path(name)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{out.parent} cannot be written: {reason}") from error
+
+
+def remove_others(folder: Path, keep: set[str]) -> None:
+    """Removes every file but those named by relative path."""
+    for path in folder.rglob("*"):
+        if path.is_file() and path.relative_to(folder).as_posix() not in keep:
+            path.unlink()
 
 
 def save_hashed(folder: Path, name: str, content: bytes) -> str:
@@ -81,12 +110,40 @@ def save_hashed(folder: Path, name: str, content: bytes) -> str:
     return relative
 
 
+def _new_temporary(out: Path, remains: Path | None) -> Path:
+    """An empty folder beside `out`, or the remains under this process's name."""
+    prefix = f".{out.name}.partial-{os.getpid()}-"
+    if remains is None:
+        _clear_remains(out)
+        temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
+        temporary.chmod(0o755)
+        return temporary
+    temporary = out.parent / f"{prefix}{remains.name.rpartition('-')[2]}"
+    return remains.rename(temporary)
+
+
+def _claim_remains(out: Path) -> Path | None:
+    """What a killed export to the same place left behind, the newest with a journal."""
+    found = [path for path in _remains(out) if (path / JOURNAL_NAME).is_file()]
+    return max(found, key=lambda path: (path / JOURNAL_NAME).stat().st_mtime, default=None)
+
+
 def _clear_remains(out: Path) -> None:
     """Removes what killed exports to the same place left behind."""
+    for remains in _remains(out):
+        shutil.rmtree(remains, ignore_errors=True)
+
+
+def _remains(out: Path) -> Iterator[Path]:
     for remains in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
         owner = remains.name.rpartition(".partial-")[2].split("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(remains, ignore_errors=True)
+        if owner == _STOPPED or (owner.isdigit() and not psutil.pid_exists(int(owner))):
+            yield remains
+
+
+def _disown(temporary: Path, out: Path) -> None:
+    unique = temporary.name.rpartition("-")[2]
+    temporary.rename(out.parent / f".{out.name}.partial-{_STOPPED}-{unique}")
 
 
 def _swap(temporary: Path, out: Path) -> None:

@@ -1,21 +1,36 @@
 """What an initialiser of a stage is made of: expressions over checkpoint tensors.
 
 Graphs are lowered before any weight is read. Lowering only notes, per initialiser, the expression
-that will give its value; the writer evaluates them one at a time and writes equal ones once.
+that will give its value; the writer streams them by rows and writes equal ones once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from .quantise import quantise_blocks
+from .quantise import Blocks, pack, quantise_blocks
 from .sources.checkpoint import Checkpoint
 
-__all__ = ["Dense", "Quantised", "Rows", "Stored", "WeightExpr", "evaluate"]
+__all__ = [
+    "FIELDS",
+    "AsIs",
+    "Blocked",
+    "Dense",
+    "ErrorSum",
+    "Rows",
+    "Stored",
+    "WeightExpr",
+    "stream",
+]
+
+_VALUES_AT_ONCE = 1 << 22  # 16 MB in float32
+FIELDS = ("packed", "low", "scales", "shifts")
+_Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -27,45 +42,138 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Quantised:
-    """One of the two tensors of a block-quantised matrix `[out, in]` (see `quantise`)."""
+class Blocked:
+    """One of the tensors of a matrix `[out, in]` in blocks (see `quantise`).
+
+    `packed` are the codes and `scales` theirs. Of kept blocks with 8 bits `packed` holds the high
+    halves and `low` the low ones; `shifts` what is added to a block.
+    """
 
     parts: tuple[str, ...]
-    bits: Literal[4, 8]
-    block_size: int
-    field: Literal["packed", "scales"]
+    blocks: Blocks
+    field: Literal["packed", "low", "scales", "shifts"]
+
+
+@dataclass(frozen=True)
+class AsIs:
+    """One tensor of a source that is ONNX already, in the type that it has there."""
+
+    parts: tuple[str]
+
+
+Stored = Dense | Blocked | AsIs
 
 
 @dataclass(frozen=True)
 class Rows:
     """Rows `start … end-1` of `total` of what is stored already: a reference into it."""
 
-    whole: Dense | Quantised
+    whole: Dense | Blocked
     start: int
     end: int
     total: int
 
 
-Stored = Dense | Quantised
 WeightExpr = Stored | Rows
 
 
-def evaluate(
-    checkpoint: Checkpoint, exprs: tuple[Stored, ...]
-) -> dict[Stored, npt.NDArray[np.generic]]:
-    """Values of expressions over the same parts, each part read once.
+@dataclass
+class ErrorSum:
+    """Squares over the values of a matrix: of what quantisation changed, and of the values."""
+
+    error: float = 0.0
+    values: float = 0.0
+
+    @property
+    def relative(self) -> float:
+        """Relative root-mean-square error."""
+        return (self.error / self.values) ** 0.5 if self.values else 0.0
+
+
+def stream(
+    checkpoint: Checkpoint, exprs: Sequence[Stored], errors: ErrorSum
+) -> Iterator[tuple[Stored, _Array]]:
+    """Values of expressions over the same parts, in their order, each in consecutive pieces.
+
+    Args:
+        exprs: one dense, or fields of one matrix in the order of `FIELDS`, `packed` first.
+        errors: takes up what quantisation changes.
 
     Raises:
         CheckpointError: a tensor is missing, damaged or not finite.
     """
-    tensors = [checkpoint.read(name) for name in exprs[0].parts]
-    dense = tensors[0] if len(tensors) == 1 else np.concatenate(tensors, axis=0)
-    values: dict[Stored, npt.NDArray[np.generic]] = {}
-    for expr in exprs:
-        if isinstance(expr, Dense):
-            values[expr] = np.ascontiguousarray(dense.T) if expr.transpose else dense
-        elif expr not in values:
-            packed, scales = quantise_blocks(dense, expr.bits, expr.block_size)
-            values[Quantised(expr.parts, expr.bits, expr.block_size, "packed")] = packed
-            values[Quantised(expr.parts, expr.bits, expr.block_size, "scales")] = scales
-    return {expr: values[expr] for expr in exprs}
+    first = exprs[0]
+    pieces = list(_pieces(checkpoint, first.parts))
+    if isinstance(first, AsIs):
+        yield from ((first, checkpoint.read(name, rows)) for name, rows in pieces)
+        return
+    if isinstance(first, Dense):
+        yield from ((first, array) for array in _dense(checkpoint, first, pieces))
+        return
+
+    # Gathered in place: pieces kept one by one between larger ones that go fragment the heap.
+    later: dict[Stored, _Array] = {}
+    total, at = sum(rows.stop - rows.start for _, rows in pieces), 0
+    for name, part in pieces:
+        rows = _rows(checkpoint, first.blocks, name, part)
+        errors.error += rows.error.error
+        errors.values += rows.error.values
+        packed = rows.fields["packed"]
+        yield first, packed
+        for expr in exprs[1:]:
+            assert isinstance(expr, Blocked)  # fields of one matrix
+            array = rows.fields[expr.field]
+            if expr not in later:
+                later[expr] = np.empty((total, *array.shape[1:]), array.dtype)
+            later[expr][at : at + len(array)] = array
+        at += len(packed)
+    yield from later.items()
+
+
+@dataclass(frozen=True)
+class _Rows:
+    fields: dict[str, _Array]
+    error: ErrorSum
+
+
+def _rows(checkpoint: Checkpoint, blocks: Blocks, name: str, rows: slice) -> _Rows:
+    if not blocks.kept:
+        made = quantise_blocks(checkpoint.read(name, rows), blocks.bits, blocks.block_size)
+        error = ErrorSum(made.squared_error, made.squared)
+        return _Rows({"packed": made.packed, "scales": made.scales}, error)
+    kept = checkpoint.read_blocks(name, rows)
+    shifts = np.zeros_like(kept.scales) if kept.shifts is None else kept.shifts
+    if blocks.bits == 4:
+        fields = {"packed": pack(kept.codes, 4)}
+    else:
+        fields = {
+            "packed": pack(kept.codes >> np.uint8(4), 4),
+            "low": pack(kept.codes & np.uint8(15), 4),
+        }
+        # 16 (high - 8) + (low - 8) is the code less 136, not less 128.
+        shifts = shifts + 8 * kept.scales
+    return _Rows({**fields, "scales": kept.scales, "shifts": shifts}, ErrorSum())
+
+
+def _dense(
+    checkpoint: Checkpoint, expr: Dense, pieces: list[tuple[str, slice]]
+) -> Iterator[_Array]:
+    if not expr.transpose:
+        yield from (checkpoint.read(name, rows) for name, rows in pieces)
+        return
+    total = sum(rows.stop - rows.start for _, rows in pieces)
+    transposed = np.empty((checkpoint.shape(expr.parts[0])[1], total), np.float32)
+    at = 0
+    for name, rows in pieces:
+        count = rows.stop - rows.start
+        transposed[:, at : at + count] = checkpoint.read(name, rows).T
+        at += count
+    yield transposed
+
+
+def _pieces(checkpoint: Checkpoint, parts: tuple[str, ...]) -> Iterator[tuple[str, slice]]:
+    for name in parts:
+        rows, *rest = checkpoint.shape(name)
+        step = max(8, _VALUES_AT_ONCE // max(1, int(np.prod(rest))) // 8 * 8)
+        for start in range(0, rows, step):
+            yield name, slice(start, min(start + step, rows))

@@ -1,151 +1,102 @@
-"""Writes stages: graphs as ONNX, weights into data files, one tensor in memory at a time."""
+"""Carries out the plans of data files: weights streamed by rows, a few at a time in memory."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
-from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.manifest import FileRecord
 
-from .errors import LoweringError
+from .errors import CheckpointError
+from .journal import Journal, Written
+from .layout import ALIGNMENT, DataPlan
+from .quantisation_report import StoredMatrix
 from .sources.checkpoint import Checkpoint
-from .weights import Dense, Rows, WeightExpr, evaluate
+from .weights import Blocked, ErrorSum, stream
 
-__all__ = ["StageWriter"]
-
-_ALIGNMENT = 4096  # page size: ONNX Runtime maps external data
-_INLINE_BYTES = 1024
-_SHARED = "shared.data"
+__all__ = ["DataWriter"]
 
 
 @dataclass(frozen=True)
-class _Place:
-    file: str
-    offset: int
-    length: int
+class DataWriter:
+    """Writes the data files of one engine folder.
 
-
-class StageWriter:
-    """Writes the stages of one engine folder.
-
-    Every weight stands in one file: an expression that was written before (the tied embedding, a
-    rotary table) is referred to by file, offset and length instead of written again.
+    Attributes:
+        journal: where finished files are noted, and found by a resumed export.
     """
 
-    def __init__(self, root: Path, checkpoint: Checkpoint) -> None:
-        self._root = root
-        self._folder = root / "stages"
-        self._folder.mkdir(parents=True)
-        self._checkpoint = checkpoint
-        self._places: dict[Any, _Place] = {}
-        self._data: dict[str, _DataFile] = {}
-        self._records: dict[str, FileRecord] = {}
+    root: Path
+    checkpoint: Checkpoint
+    journal: Journal
 
-    def write(self, model: ir.Model, weights: dict[str, WeightExpr]) -> str:
-        """Writes one stage and its weights; returns its path relative to the engine folder."""
-        name = model.graph.name
-        initializers = model.graph.initializers
-        for key in sorted(initializers):  # one order, whatever order the split found them in
-            value = initializers.pop(key)
-            initializers[key] = value
-            if value.const_value is None:
-                self._place_weight(f"{name}.data", value, weights)
-            elif value.const_value.nbytes > _INLINE_BYTES:
-                self._place_table(value)
-        return self._save(model, str(name))
+    def write(self, plan: DataPlan) -> Written:
+        """The file as the plan says, on disk when this returns; kept where it is there already.
 
-    def write_variant(self, model: ir.Model, variant: str) -> str:
-        """Writes a changed graph of a stage that was written, on the same weights."""
-        return self._save(model, f"{model.graph.name}.{variant}")
+        Raises:
+            CheckpointError: a tensor is damaged, or another than its shape said.
+        """
+        done = self.journal.find(plan.file, self.root)
+        if done is not None:
+            return done
+        with _DataFile(self.root / plan.file) as file:
+            for array in plan.tables:
+                file.align()
+                file.append(array)
+            matrices = tuple(m for group in plan.groups for m in self._write_group(file, group))
+            if file.size != plan.bytes:
+                raise CheckpointError(
+                    f"{plan.file}: {file.size} bytes were written, {plan.bytes} planned: "
+                    "the checkpoint changed during the export"
+                )
+            record = file.finish()
+        written = Written(record, matrices)
+        self.journal.note(plan.file, written)
+        return written
 
-    def close(self) -> dict[str, FileRecord]:
-        """Closes the data files; size and sha256 of everything written, by relative path."""
-        for name, file in self._data.items():
-            self._records[f"stages/{name}"] = file.close()
-        return dict(sorted(self._records.items()))
-
-    def _save(self, model: ir.Model, name: str) -> str:
-        path = self._folder / f"{name}.onnx"
-        ir.save(model, path)
-        relative = f"stages/{name}.onnx"
-        self._records[relative] = record_file(path)
-        return relative
-
-    def _place_weight(self, file: str, value: ir.Value, weights: dict[str, WeightExpr]) -> None:
-        assert value.name is not None  # initialisers are keyed by name
-        expr = weights.get(value.name, Dense((value.name,)))
-        if isinstance(expr, Rows):
-            value.const_value = self._reference(value, self._place_of_rows(expr))
-            return
-        if expr not in self._places:
-            # Both tensors of a quantised matrix come from one read of it.
-            stored = (e for e in weights.values() if not isinstance(e, Rows))
-            siblings = tuple(e for e in stored if e.parts == expr.parts)
-            wanted = tuple(e for e in (expr, *siblings) if e not in self._places)
-            for key, array in evaluate(self._checkpoint, tuple(dict.fromkeys(wanted))).items():
-                self._places[key] = self._append(file, array)
-        value.const_value = self._reference(value, self._places[expr])
-
-    def _place_of_rows(self, expr: Rows) -> _Place:
-        whole = self._places.get(expr.whole)
-        if whole is None:
-            raise LoweringError(f"rows of {'+'.join(expr.whole.parts)}, which no stage holds")
-        row = whole.length // expr.total
-        offset = whole.offset + expr.start * row
-        return _Place(whole.file, offset, (expr.end - expr.start) * row)
-
-    def _place_table(self, value: ir.Value) -> None:
-        tensor = value.const_value
-        assert tensor is not None
-        array = tensor.numpy()
-        key = (value.name, array.shape)
-        if key not in self._places:
-            self._places[key] = self._append(_SHARED, array)
-        value.const_value = self._reference(value, self._places[key])
-
-    def _append(self, file: str, array: npt.NDArray[np.generic]) -> _Place:
-        if file not in self._data:
-            self._data[file] = _DataFile(self._folder / file)
-        return self._data[file].append(array)
-
-    def _reference(self, value: ir.Value, place: _Place) -> ir.ExternalTensor:
-        assert value.shape is not None and value.dtype is not None and value.name is not None
-        return ir.ExternalTensor(
-            place.file,
-            place.offset,
-            place.length,
-            value.dtype,
-            shape=value.shape,
-            name=value.name,
-            base_dir=str(self._folder),
-        )
+    def _write_group(self, file: _DataFile, group: tuple[Any, ...]) -> Iterator[StoredMatrix]:
+        errors, current = ErrorSum(), None
+        for expr, array in stream(self.checkpoint, group, errors):
+            if expr is not current:
+                file.align()
+                current = expr
+            file.append(array)
+        first = group[0]
+        if isinstance(first, Blocked):
+            yield StoredMatrix.of(first, errors)
 
 
 class _DataFile:
     def __init__(self, path: Path) -> None:
-        self._path = path
         self._stream = path.open("wb")
         self._digest = hashlib.sha256()
+        self.size = 0
 
-    def append(self, array: npt.NDArray[np.generic]) -> _Place:
-        self._write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
-        offset = self._stream.tell()
-        content = np.ascontiguousarray(array).data.cast("B")
-        self._write(content)
-        return _Place(self._path.name, offset, content.nbytes)
+    def __enter__(self) -> _DataFile:
+        return self
 
-    def close(self) -> FileRecord:
-        size = self._stream.tell()
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
-        return FileRecord(bytes=size, sha256=self._digest.hexdigest())
+
+    def align(self) -> None:
+        self._write(b"\0" * (-self.size % ALIGNMENT))
+
+    def append(self, array: npt.NDArray[Any]) -> None:
+        self._write(np.ascontiguousarray(array).data.cast("B"))
+
+    def finish(self) -> FileRecord:
+        """Once this returns, the content survives a power cut."""
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        return FileRecord(bytes=self.size, sha256=self._digest.hexdigest())
 
     def _write(self, content: bytes | memoryview) -> None:
         self._stream.write(content)
         self._digest.update(content)
+        self.size += len(content)

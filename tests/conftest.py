@@ -81,6 +81,14 @@ def smollm2_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def smollm2_kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M with its file's own blocks (Q4_1, the embedding Q8_0)."""
+    out = tmp_path_factory.mktemp("smollm2") / "keep"
+    export(ExportRequest("smollm2-135m", out, precision="keep"))
+    return out
+
+
+@pytest.fixture(scope="session")
 def smollm2_int4(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M in int4, exported through its alias."""
     out = tmp_path_factory.mktemp("smollm2") / "int4"

@@ -47,10 +47,12 @@ def dequantised_reference(made: Any, precision: str) -> Any:
                 positions = isinstance(module, torch.nn.Embedding) and parameter is not tokens
                 if parameter.dim() != 2 or positions:
                     continue
-                bits = record.bits if parameter is not tokens else record.embedding_bits(tied=tied)
+                blocks = record.storage("")
+                if parameter is tokens:
+                    blocks = record.embedding("", tied=tied)
                 conv1d = type(module).__name__ == "Conv1D"  # stored as [in, out]
                 weight = parameter.numpy().T if conv1d else parameter.numpy()
-                packed, scales = quantise_blocks(weight, bits, record.block_size)
-                value = dequantise_blocks(packed, scales, bits)
+                stored = quantise_blocks(weight, blocks.bits, blocks.block_size)
+                value = dequantise_blocks(stored.packed, stored.scales, blocks.bits)
                 parameter.copy_(torch.from_numpy(value.T.copy() if conv1d else value))
     return model

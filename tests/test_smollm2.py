@@ -70,6 +70,14 @@ def test_greedy_text_equals_transformers_on_30_prompts(engine, reference):
     check_greedy(engine, reference, 30)
 
 
+@pytest.mark.parametrize(
+    "count", [1, pytest.param(30, marks=pytest.mark.slow)], ids="{}-prompts".format
+)
+def test_kept_blocks_give_the_greedy_text_of_dequantised_weights(smollm2_kept, reference, count):
+    """llama.cpp's blocks as they are, against transformers on what they stand for."""
+    check_greedy(Engine.load(smollm2_kept), reference, count)
+
+
 def test_weights_equal_transformers_own_reading_of_the_file(smollm2_gguf, reference):
     """Our dequantisation and row order against the loader of transformers."""
     from transformers import AutoModelForCausalLM

@@ -101,7 +101,9 @@ def recertify(
 
 
 def _unseen(folder: Path, manifest: Manifest, examples: Sequence[TaskExample]) -> list[TaskExample]:
-    report = next((name for name in manifest.files if name.startswith("reports/")), None)
+    report = next(
+        (name for name in manifest.files if name.startswith("reports/calibration.")), None
+    )
     if report is None:
         return list(examples)
     seen = set(json.loads((folder / report).read_text(encoding="utf-8")).get("fitted_on", ()))

@@ -177,12 +177,12 @@ def lower_shortlist(low_rank: LowRankHead, head: Head, precision: Precision, row
 def _product(graph: GraphBuilder, inner: ir.Value, up: Float32, precision: Precision) -> ir.Value:
     if precision.bits is None:
         return graph.op("MatMul", inner, graph.const("up", np.ascontiguousarray(up.T)))
-    packed, scales = quantise_blocks(up, precision.bits, precision.block_size)
+    stored = quantise_blocks(up, precision.bits, precision.block_size)
     return graph.contrib(
         "MatMulNBits",
         inner,
-        graph.codes("up_packed", packed),
-        graph.const("up_scales", scales),
+        graph.codes("up_packed", stored.packed),
+        graph.const("up_scales", stored.scales),
         K=up.shape[1],
         N=up.shape[0],
         bits=precision.bits,

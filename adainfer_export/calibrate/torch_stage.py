@@ -103,6 +103,8 @@ def read_torch_stage(path: Path) -> TorchStage | None:
     known = {*_OPERATORS, "GroupQueryAttention", "Constant"}
     if any(node.op_type not in known for node in graph):
         return None
+    if any(len(node.inputs) > 3 for node in graph if node.op_type == "MatMulNBits"):
+        return None  # zero points, which only graphs have that were split as they are
     return TorchStage(graph)
 
 

@@ -19,6 +19,8 @@ __all__ = ["SCOPES_KEY", "Decoder", "DecoderBuilder", "LayerHeads", "Rotation"]
 # The frontend's library marks the module that a node belongs to in this way.
 SCOPES_KEY = "pkg.onnxscript.name_scopes"
 _OPSET, _IR_VERSION = 24, 11
+# The attribute with an attention's query heads, and the input with its past keys.
+_ATTENTIONS = {"Attention": ("q_num_heads", 4), "GroupQueryAttention": ("num_heads", 3)}
 _Attribute = float | str | list[int]
 _ACTIVATIONS: dict[str, tuple[str, dict[str, str]]] = {
     "relu": ("Relu", {}),
@@ -51,14 +53,15 @@ class Decoder:
 
     @property
     def layer_heads(self) -> tuple[LayerHeads, ...]:
-        """Of each layer's attention, in order; read off the standard graph, before lowering."""
+        """Of each layer's attention, in order."""
         found = []
         for node in self.model.graph:
-            if node.op_type != "Attention":
+            if node.op_type not in _ATTENTIONS:
                 continue
-            past = node.inputs[4]
+            key, cache = _ATTENTIONS[node.op_type]
+            past = node.inputs[cache]
             assert past is not None and past.shape is not None  # it has a cache
-            query, kv = (node.attributes[f"{part}_num_heads"].as_int() for part in ("q", "kv"))
+            query, kv = (node.attributes[name].as_int() for name in (key, "kv_num_heads"))
             found.append(LayerHeads(query, kv, int(past.shape[3])))  # type: ignore[arg-type]
         return tuple(found)
 

@@ -7,6 +7,7 @@ names plain tensors all the same, and says by a `View` what each is made of; eve
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,21 +50,39 @@ class View:
     @property
     def result(self) -> tuple[int, ...]:
         """The shape of the graph's tensor."""
-        first, *rest = self.shape[::-1] if self.transposed else self.shape
+        length, *rest = self.shape[::-1] if self.transposed else self.shape
         if self.rows is not None:
-            first = self.rows[1] - self.rows[0]
+            length = self.rows[1] - self.rows[0]
         if self.heads is not None:
-            first //= self.heads.parts
-        return (first, *rest)
+            length //= self.heads.parts
+        return (length, *rest)
 
-    def of(self, stored: Float32) -> Float32:
-        """The graph's tensor, from the stored one."""
+    @property
+    def keeps_values(self) -> bool:
+        """Whether it merely chooses rows."""
+        return not self.transposed and not self.add
+
+    def ranges(self, rows: slice) -> list[slice]:
+        """Rows of what is stored (columns if `transposed`) that make rows of the graph's tensor."""
+        if self.heads is None:
+            first = 0 if self.rows is None else self.rows[0]
+            return [slice(first + rows.start, first + rows.stop)]
+        width = self.result[0] // self.heads.count
+        found = []
+        for head in range(rows.start // width, -(-rows.stop // width)):
+            start, stop = max(rows.start, head * width), min(rows.stop, (head + 1) * width)
+            # So many rows of other parts and heads stand before it.
+            skipped = (head * (self.heads.parts - 1) + self.heads.part) * width
+            found.append(slice(skipped + start, skipped + stop))
+        return found
+
+    def join(self, pieces: Sequence[Float32]) -> Float32:
+        """The graph's rows, from what `ranges` named."""
+        value = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=0)
+        return np.ascontiguousarray(value + np.float32(self.add) if self.add else value)
+
+    def of(self, stored: Float32, rows: slice | None = None) -> Float32:
+        """The graph's tensor or rows of it, from all that is stored."""
         value = stored.T if self.transposed else stored
-        if self.rows is not None:
-            value = value[slice(*self.rows)]
-        if self.heads is not None:
-            split = value.reshape(self.heads.count, self.heads.parts, -1, *value.shape[1:])
-            value = split[:, self.heads.part].reshape(-1, *value.shape[1:])
-        if self.add:
-            value = value + np.float32(self.add)
-        return np.ascontiguousarray(value)
+        ranges = self.ranges(rows or slice(0, self.result[0]))
+        return self.join([value[part] for part in ranges])

@@ -16,6 +16,7 @@ __all__ = [
     "count_ops",
     "find_linears",
     "insert_before",
+    "ints",
     "only_user",
     "remove_dead_nodes",
 ]
@@ -100,6 +101,14 @@ def add_initializer(graph: ir.Graph, name: str, dtype: ir.DataType, shape: list[
         return graph.initializers[name]
     value = ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
     graph.initializers[name] = value
+    return value
+
+
+def ints(graph: ir.Graph, kind: str, values: list[int]) -> ir.Value:
+    """An int64 initialiser with a value; equal ones are the same."""
+    name = "_".join([kind, *(str(value).replace("-", "m") for value in values)])
+    value = add_initializer(graph, name, ir.DataType.INT64, [len(values)])
+    value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
     return value
 
 

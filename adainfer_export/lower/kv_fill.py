@@ -9,8 +9,18 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from ..errors import LoweringError
-from ..weights import Dense, Quantised, Rows, WeightExpr
-from .graph import CONTRIB, Linear, add_initializer, find_linears, insert_before, remove_dead_nodes
+from ..weights import Dense, WeightExpr
+from .blocks import add_rows, blocked_product
+from .graph import (
+    CONTRIB,
+    Linear,
+    add_initializer,
+    find_linears,
+    insert_before,
+    ints,
+    remove_dead_nodes,
+)
+from .ort import linears_by_input
 from .precision import Precision
 
 __all__ = ["START", "lower_kv_fill", "project_kv"]
@@ -78,25 +88,17 @@ def _before_rotary(value: ir.Value) -> ir.Value:
 def lower_kv_fill(graph: ir.Graph, precision: Precision) -> dict[str, WeightExpr]:
     """Lowers what was cut out of the decoder by `project_kv`; its first output, the query, goes."""
     graph.opset_imports[CONTRIB] = 1
-    packed = _packed_together(graph)
+    products = linears_by_input(graph, precision)  # those of the layer's own stage
     graph.outputs.pop(0)
     remove_dead_nodes(graph)
     for name, value in zip(("key", "value"), graph.outputs, strict=True):
         value.name = name
     kept = {linear.matmul for linear in find_linears(graph)}
     weights: dict[str, WeightExpr] = {}
-    for linears in packed:
+    for linears in products:
         _replace(graph, linears, kept, precision, weights)
     remove_dead_nodes(graph)
     return weights
-
-
-def _packed_together(graph: ir.Graph) -> list[tuple[Linear, ...]]:
-    """Linear layers that are one product in the layer's own stage: those of the same input."""
-    groups: dict[tuple[ir.Value, bool], list[Linear]] = {}
-    for linear in find_linears(graph):
-        groups.setdefault((linear.input, linear.bias is None), []).append(linear)
-    return [tuple(linears) for linears in groups.values()]
 
 
 def _replace(
@@ -121,17 +123,22 @@ def _replace(
     nodes = _product(graph, wanted[0].input, names, shape, (start, end), precision, weights)
     biases = tuple(_name(linear.bias) for linear in linears if linear.bias is not None)
     if biases:
-        bias = _rows_of(graph, "+".join(biases), Dense(biases), (start, end, total), [], weights)
+        of = (start, end, total)
+        bias = add_rows(graph, "+".join(biases), Dense(biases), of, [total], weights)
         nodes.append(ir.Node("", "Add", [nodes[-1].outputs[0], bias]))
+    insert_before(wanted[0].matmul, nodes)
+    if len(wanted) == 1:
+        ir.convenience.replace_all_uses_with(wanted[0].output, nodes[-1].outputs[0])
+        return
     sizes = [linear.out_features for linear in wanted]
     split = ir.Node(
         "",
         "Split",
-        [nodes[-1].outputs[0], _ints(graph, "split", sizes)],
+        [nodes[-1].outputs[0], ints(graph, "split", sizes)],
         [ir.AttrInt64("axis", -1)],
         num_outputs=len(sizes),
     )
-    insert_before(wanted[0].matmul, [*nodes, split])
+    insert_before(wanted[0].matmul, [split])
     for linear, part in zip(wanted, split.outputs, strict=True):
         ir.convenience.replace_all_uses_with(linear.output, part)
 
@@ -145,68 +152,18 @@ def _product(
     precision: Precision,
     weights: dict[str, WeightExpr],
 ) -> list[ir.Node]:
-    (total, columns), (start, end), name = shape, rows, "+".join(names)
-    if precision.bits is None:
-        # Stored as columns: no range of them lies in one piece. Constant folding cuts it on load.
-        stored = f"{name}.T"
-        weights[stored] = Dense(names, transpose=True)
-        whole = add_initializer(graph, stored, ir.DataType.FLOAT, [columns, total])
-        bounds = [_ints(graph, "at", [number]) for number in (start, end, 1)]
-        part = ir.Node("", "Slice", [whole, *bounds])
-        part.outputs[0].type = whole.type
-        part.outputs[0].shape = ir.Shape([columns, end - start])
-        return [part, ir.Node("", "MatMul", [value, part.outputs[0]])]
-    block = precision.block_size
-    blocks, block_bytes = columns // block, block * precision.bits // 8
-    of = (start, end, total)
-    packed = _rows_of(
-        graph,
-        f"{name}.packed",
-        Quantised(names, precision.bits, block, "packed"),
-        of,
-        [blocks, block_bytes],
-        weights,
-        ir.DataType.UINT8,
-    )
-    scales = _rows_of(
-        graph,
-        f"{name}.scales",
-        Quantised(names, precision.bits, block, "scales"),
-        of,
-        [blocks],
-        weights,
-    )
-    attributes = [
-        ir.AttrInt64("K", columns),
-        ir.AttrInt64("N", end - start),
-        ir.AttrInt64("bits", precision.bits),
-        ir.AttrInt64("block_size", block),
-        ir.AttrInt64("accuracy_level", precision.accuracy_level),
-    ]
-    return [ir.Node(CONTRIB, "MatMulNBits", [value, packed, scales], attributes)]
-
-
-def _rows_of(
-    graph: ir.Graph,
-    name: str,
-    whole: Dense | Quantised,
-    of: tuple[int, int, int],
-    row_shape: list[int],
-    weights: dict[str, WeightExpr],
-    dtype: ir.DataType = ir.DataType.FLOAT,
-) -> ir.Value:
-    """An initialiser: rows (start, end) of a stored tensor with so many rows."""
-    start, end, total = of
-    part = f"{name}.rows_{start}_{end}"
-    weights[part] = Rows(whole, start, end, total)
-    return add_initializer(graph, part, dtype, [end - start, *row_shape])
-
-
-def _ints(graph: ir.Graph, kind: str, values: list[int]) -> ir.Value:
-    name = "_".join([kind, *map(str, values)])
-    value = add_initializer(graph, name, ir.DataType.INT64, [len(values)])
-    value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
-    return value
+    blocks = precision.storage(names[0])
+    if blocks is not None:
+        level = precision.accuracy_level
+        return blocked_product(graph, value, names, shape, blocks, level, weights, rows)
+    # Stored as columns: no range of them lies in one piece. Constant folding cuts it on load.
+    (total, columns), (start, end), stored = shape, rows, "+".join(names) + ".T"
+    weights[stored] = Dense(names, transpose=True)
+    whole = add_initializer(graph, stored, ir.DataType.FLOAT, [columns, total])
+    part = ir.Node("", "Slice", [whole, *(ints(graph, "at", [at]) for at in (start, end, 1))])
+    part.outputs[0].type = whole.type
+    part.outputs[0].shape = ir.Shape([columns, end - start])
+    return [part, ir.Node("", "MatMul", [value, part.outputs[0]])]
 
 
 def _name(value: ir.Value) -> str:

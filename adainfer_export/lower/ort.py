@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from ..errors import LoweringError, UnsupportedError
-from ..weights import Dense, Quantised, WeightExpr
+from ..errors import LoweringError
+from ..quantise import Blocks
+from ..weights import Dense, WeightExpr
+from .blocks import blocked_product, gather_rows
 from .graph import (
     CONTRIB,
     Linear,
@@ -18,6 +20,7 @@ from .graph import (
     count_ops,
     find_linears,
     insert_before,
+    ints,
     only_user,
     remove_dead_nodes,
 )
@@ -26,6 +29,7 @@ from .precision import Precision
 __all__ = [
     "check_layers",
     "fuse_skip_norms",
+    "linears_by_input",
     "lower_candidates",
     "lower_embedding",
     "lower_layers",
@@ -47,10 +51,11 @@ def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
     fuse_skip_norms(graph)
     _fuse_silu(graph)
     weights: Weights = {}
-    for linears in _attention_inputs(graph):
+    for linears in _attention_inputs(graph, precision):
         _lower_attention_inputs(graph, linears, precision, weights)
-    for siblings in _siblings(graph):
-        _lower_siblings(graph, siblings, precision, weights)
+    for siblings in linears_by_input(graph, precision):
+        if len(siblings) > 1:  # an MLP's gate and up
+            _lower_siblings(graph, siblings, precision, weights)
     for linear in list(find_linears(graph)):
         _replace_linear(graph, (linear,), precision, weights)
     remove_dead_nodes(graph)
@@ -66,23 +71,25 @@ def lower_embedding(graph: ir.Graph, precision: Precision, *, tied: bool) -> Wei
     weights: Weights = {}
     for linear in list(find_linears(graph)):
         _replace_linear(graph, (linear,), precision, weights)
-    bits = precision.embedding_bits(tied=tied)
-    if bits is not None:
-        _quantise_tokens(graph, bits, precision.block_size, weights)
+    _gather_tokens(graph, precision, weights, tied=tied)
     remove_dead_nodes(graph)
     return weights
 
 
-def _quantise_tokens(graph: ir.Graph, bits: int, block_size: int, weights: Weights) -> None:
+def _gather_tokens(graph: ir.Graph, precision: Precision, weights: Weights, *, tied: bool) -> None:
     ids = graph.inputs[0]
     gather = next((use.node for use in ids.uses() if use.node.op_type == "Gather"), None)
     if gather is None or gather.inputs[0] is None:
         raise LoweringError("the embedding stage gathers no tokens")
     table = gather.inputs[0]
     assert table.shape is not None and table.name is not None
+    blocks = precision.embedding(table.name, tied=tied)
+    if blocks is None:
+        return
     rows, width = int(table.shape[0]), int(table.shape[1])  # type: ignore[arg-type]
-    node = _gather_rows(graph, table.name, (rows, width), ids, bits, block_size, weights)
-    _replace(gather, node, gather.outputs[0])
+    nodes = gather_rows(graph, table.name, (rows, width), ids, blocks, weights)
+    insert_before(gather, nodes)
+    _take_over(gather.outputs[0], nodes[-1].outputs[0])
 
 
 def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
@@ -96,21 +103,15 @@ def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
         name="candidates", type=ir.TensorType(ir.DataType.INT64), shape=ir.Shape(["n"])
     )
     graph.inputs.append(candidates)
-    if precision.bits is None:
-        rows = ir.Node("", "Gather", [linear.weight, candidates], [ir.AttrInt64("axis", 0)])
+    name = _name(linear.weight)
+    blocks = precision.storage(name)
+    if blocks is None:
+        rows = [ir.Node("", "Gather", [linear.weight, candidates], [ir.AttrInt64("axis", 0)])]
     else:
         shape = (linear.out_features, linear.in_features)
-        rows = _gather_rows(
-            graph,
-            _name(linear.weight),
-            shape,
-            candidates,
-            precision.bits,
-            precision.block_size,
-            weights,
-        )
-    columns = ir.Node("", "Transpose", [rows.outputs[0]], [ir.AttrInt64s("perm", [1, 0])])
-    nodes = [rows, columns, ir.Node("", "MatMul", [linear.input, columns.outputs[0]])]
+        rows = gather_rows(graph, name, shape, candidates, blocks, weights)
+    columns = ir.Node("", "Transpose", [rows[-1].outputs[0]], [ir.AttrInt64s("perm", [1, 0])])
+    nodes = [*rows, columns, ir.Node("", "MatMul", [linear.input, columns.outputs[0]])]
     if linear.bias is not None:
         bias = ir.Node("", "Gather", [linear.bias, candidates], [ir.AttrInt64("axis", 0)])
         nodes += [bias, ir.Node("", "Add", [nodes[-1].outputs[0], bias.outputs[0]])]
@@ -123,37 +124,12 @@ def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
     return weights
 
 
-def _gather_rows(
-    graph: ir.Graph,
-    name: str,
-    shape: tuple[int, int],
-    indices: ir.Value,
-    bits: int,
-    block_size: int,
-    weights: Weights,
-) -> ir.Node:
-    rows, width = shape
-    packed, scales = _quantised_pair(graph, (name,), shape, bits, block_size, weights)
-    packed.shape = ir.Shape([rows, width * bits // 8])
-    return ir.Node(
-        CONTRIB,
-        "GatherBlockQuantized",
-        [packed, indices, scales],
-        [
-            ir.AttrInt64("bits", bits),
-            ir.AttrInt64("block_size", block_size),
-            ir.AttrInt64("gather_axis", 0),
-            ir.AttrInt64("quantize_axis", 1),
-        ],
-    )
-
-
 def lower_probe(graph: ir.Graph, precision: Precision) -> Weights:
     """Lowers final norm and LM head. In fp32 the head reads the embedding's rows as they lie."""
     graph.opset_imports[CONTRIB] = 1
     weights: Weights = {}
     for linear in list(find_linears(graph)):
-        if precision.bits is None:
+        if precision.storage(_name(linear.weight)) is None:
             _head_by_rows(graph, linear)
         else:
             _replace_linear(graph, (linear,), precision, weights)
@@ -179,13 +155,14 @@ def check_layers(graph: ir.Graph, layers: int, precision: Precision) -> None:
 
 
 def widen(graph: ir.Graph, precision: Precision) -> bool:
-    """Sets every MatMulNBits to float32 arithmetic; False where that is no faster."""
+    """Sets 4-bit products to float32 arithmetic; False where that is no faster."""
     if precision.wide_rows is None:
         return False
-    for node in graph:
-        if node.op_type == "MatMulNBits":
-            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-    return True
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    narrow = [node for node in products if node.attributes["bits"].as_int() == 4]
+    for node in narrow:
+        node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
+    return bool(narrow)
 
 
 def fuse_skip_norms(graph: ir.Graph) -> None:
@@ -221,8 +198,8 @@ def _fuse_silu(graph: ir.Graph) -> None:
     remove_dead_nodes(graph)
 
 
-def _attention_inputs(graph: ir.Graph) -> list[tuple[Linear, Linear, Linear]]:
-    """Q, K, V whose results go to the attention as they are (no norm in between)."""
+def _attention_inputs(graph: ir.Graph, precision: Precision) -> list[tuple[Linear, Linear, Linear]]:
+    """Q, K, V, stored alike, whose results go to the attention as they are (no norm between)."""
     by_output = {linear.output: linear for linear in find_linears(graph)}
     packed = []
     for node in graph:
@@ -232,7 +209,8 @@ def _attention_inputs(graph: ir.Graph) -> list[tuple[Linear, Linear, Linear]]:
         linears = [linear for linear in found if linear is not None]
         same = {linear.input for linear in linears}
         biases = {linear.bias is None for linear in linears}
-        if len(linears) == 3 and len(same) == 1 and len(biases) == 1:
+        stored = {precision.storage(_name(linear.weight)) for linear in linears}
+        if len(linears) == 3 and len(same) == len(biases) == len(stored) == 1:
             packed.append((linears[0], linears[1], linears[2]))
     return packed
 
@@ -250,12 +228,13 @@ def _lower_attention_inputs(
         attention.replace_input_with(index, value)
 
 
-def _siblings(graph: ir.Graph) -> list[tuple[Linear, ...]]:
-    """Linear layers that read the same input (an MLP's gate and up), where there are several."""
-    by_input: dict[tuple[ir.Value, bool], list[Linear]] = {}
+def linears_by_input(graph: ir.Graph, precision: Precision) -> list[tuple[Linear, ...]]:
+    """Linear layers that read the same input and are stored alike: they are one product."""
+    by_input: dict[tuple[ir.Value, bool, Blocks | None], list[Linear]] = {}
     for linear in find_linears(graph):
-        by_input.setdefault((linear.input, linear.bias is None), []).append(linear)
-    return [tuple(linears) for linears in by_input.values() if len(linears) > 1]
+        stored = precision.storage(_name(linear.weight))
+        by_input.setdefault((linear.input, linear.bias is None, stored), []).append(linear)
+    return [tuple(linears) for linears in by_input.values()]
 
 
 def _lower_siblings(
@@ -267,7 +246,7 @@ def _lower_siblings(
     split = ir.Node(
         "",
         "Split",
-        [output, _ints(graph, "split", sizes)],
+        [output, ints(graph, "split", sizes)],
         [ir.AttrInt64("axis", -1)],
         num_outputs=len(sizes),
     )
@@ -306,66 +285,26 @@ def _product(
     weights: Weights,
 ) -> list[ir.Node]:
     rows, columns = shape
-    if precision.bits is None:
+    blocks = precision.storage(names[0])
+    if blocks is None:
         name = "+".join(names) + ".T"
         weights[name] = Dense(names, transpose=True)
         weight = add_initializer(graph, name, ir.DataType.FLOAT, [columns, rows])
         return [ir.Node("", "MatMul", [value, weight])]
-    packed, scales = _quantised_pair(
-        graph, names, shape, precision.bits, precision.block_size, weights
-    )
-    attributes = [
-        ir.AttrInt64("K", columns),
-        ir.AttrInt64("N", rows),
-        ir.AttrInt64("bits", precision.bits),
-        ir.AttrInt64("block_size", precision.block_size),
-        ir.AttrInt64("accuracy_level", precision.accuracy_level),
-    ]
-    return [ir.Node(CONTRIB, "MatMulNBits", [value, packed, scales], attributes)]
-
-
-def _quantised_pair(
-    graph: ir.Graph,
-    names: tuple[str, ...],
-    shape: tuple[int, int],
-    bits: int,
-    block_size: int,
-    weights: Weights,
-) -> tuple[ir.Value, ir.Value]:
-    rows, columns = shape
-    if columns % block_size:
-        raise UnsupportedError(
-            f"{names[0]}: width {columns} is not divisible by the block of {block_size}; "
-            "export with --precision fp32"
-        )
-    name, blocks = "+".join(names), columns // block_size
-    weights[f"{name}.packed"] = Quantised(names, bits, block_size, "packed")  # type: ignore[arg-type]
-    weights[f"{name}.scales"] = Quantised(names, bits, block_size, "scales")  # type: ignore[arg-type]
-    packed = add_initializer(
-        graph, f"{name}.packed", ir.DataType.UINT8, [rows, blocks, block_size * bits // 8]
-    )
-    scales = add_initializer(graph, f"{name}.scales", ir.DataType.FLOAT, [rows, blocks])
-    return packed, scales
+    return blocked_product(graph, value, names, shape, blocks, precision.accuracy_level, weights)
 
 
 def _head_by_rows(graph: ir.Graph, linear: Linear) -> None:
     # Gemm takes the head as [vocabulary, hidden], the embedding's own layout: stored once.
-    flat = ir.Node("", "Reshape", [linear.input, _ints(graph, "shape", [-1, linear.in_features])])
+    flat = ir.Node("", "Reshape", [linear.input, ints(graph, "shape", [-1, linear.in_features])])
     gemm = ir.Node("", "Gemm", [flat.outputs[0], linear.weight], [ir.AttrInt64("transB", 1)])
-    shape = _ints(graph, "shape", [1, -1, linear.out_features])
+    shape = ints(graph, "shape", [1, -1, linear.out_features])
     back = ir.Node("", "Reshape", [gemm.outputs[0], shape])
     nodes = [flat, gemm, back]
     if linear.bias is not None:
         nodes.append(ir.Node("", "Add", [back.outputs[0], linear.bias]))
     insert_before(linear.matmul, nodes)
     _take_over(linear.output, nodes[-1].outputs[0])
-
-
-def _ints(graph: ir.Graph, kind: str, values: list[int]) -> ir.Value:
-    name = "_".join([kind, *(str(value).replace("-", "m") for value in values)])
-    value = add_initializer(graph, name, ir.DataType.INT64, [len(values)])
-    value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
-    return value
 
 
 def _replace(anchor: ir.Node, node: ir.Node, old: ir.Value) -> None:

@@ -1,11 +1,17 @@
-"""How weights are stored: one record per precision."""
+"""How weights are stored: one record per precision, and the one place that decides per tensor."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["PRECISIONS", "Precision"]
+from ..quantise import Blocks
+
+__all__ = ["PRECISIONS", "Precision", "layer_of_tensor"]
+
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -13,26 +19,49 @@ class Precision:
     """Weight storage of a precision.
 
     Attributes:
-        bits: of the linear layers and the LM head; None keeps float32.
-        accuracy_level: MatMulNBits' least accuracy of activations; 4 is int8.
+        bits: of the linear layers and the LM head; None keeps float32, or what is kept.
+        accuracy_level: MatMulNBits' least accuracy of activations; 4 is int8, 0 float32.
         wide_rows: positions from which on float32 arithmetic (unpacking weights once for all of
             them) beats int8's. On AVX-512, int4: 0.94 of its time at 32, 0.74 at 64, 0.68 at 128;
             with 8-bit weights never (1.5 at 128).
+        int8_layers: sensitive layers (1-based) that have 8 bits whatever `bits` says.
+        int8_head: the same for the LM head, and the embedding where it is the head.
+        kept: tensors of the checkpoint whose own blocks are stored, of precision `keep`.
     """
 
-    name: Literal["fp32", "int8", "int4"]
+    name: Literal["fp32", "int8", "int4", "keep"]
     bits: Literal[4, 8] | None
     block_size: int = 32
     accuracy_level: int = 4
     wide_rows: int | None = None
+    int8_layers: frozenset[int] = frozenset()
+    int8_head: bool = False
+    kept: Mapping[str, Blocks] = field(default_factory=dict, hash=False)
 
-    def embedding_bits(self, *, tied: bool) -> Literal[4, 8] | None:
-        """Bits of the token embedding. A tied head reads the same copy; else 8 lose nothing."""
-        return self.bits if tied or self.bits is None else 8
+    def storage(self, name: str) -> Blocks | None:
+        """Blocks of the linear layer or head with this weight; None where it is float32."""
+        if self.bits is None:
+            return self.kept.get(name)
+        layer = layer_of_tensor(name)
+        high = self.int8_head if layer is None else layer in self.int8_layers
+        return Blocks(8 if high else self.bits, self.block_size)
+
+    def embedding(self, name: str, *, tied: bool) -> Blocks | None:
+        """Of the token embedding. A tied head reads the same copy; else 8 bits lose nothing."""
+        if tied or self.bits is None:
+            return self.storage(name)
+        return Blocks(8, self.block_size)
+
+
+def layer_of_tensor(name: str) -> int | None:
+    """1-based decoder layer of a checkpoint tensor; None outside layers."""
+    found = _LAYER.search(name)
+    return int(found.group(1)) + 1 if found else None
 
 
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision("fp32", None),
     "int8": Precision("int8", 8),
     "int4": Precision("int4", 4, wide_rows=48),
+    "keep": Precision("keep", None, accuracy_level=0),
 }

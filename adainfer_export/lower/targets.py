@@ -10,10 +10,10 @@ import onnx_ir as ir
 
 from ..errors import UnsupportedError
 from ..weights import WeightExpr
-from . import attention, kv_fill, ort
+from . import as_is, attention, kv_fill, ort
 from .precision import PRECISIONS, Precision
 
-__all__ = ["TARGETS", "Dialect", "Target", "find_target"]
+__all__ = ["AS_IS", "TARGETS", "Dialect", "Target", "find_target"]
 
 Weights = dict[str, WeightExpr]
 
@@ -73,8 +73,20 @@ _ORT_CPU = Dialect(
     kv_fill=KvFill(kv_fill.project_kv, kv_fill.lower_kv_fill),
 )
 
+# Of sources that are ONNX for this target already.
+AS_IS = Dialect(
+    lower_decoder=lambda decoder, *, windows: None,
+    lower_embedding=as_is.keep_embedding,
+    lower_layers=as_is.keep_layers,
+    lower_probe=as_is.keep_stage,
+    lower_candidates=as_is.keep_candidates,
+    check_layers=as_is.check_layers,
+    widen=ort.widen,
+    fuse_joined=ort.fuse_skip_norms,
+)
+
 TARGETS: tuple[Target, ...] = (
-    Target("ort-cpu", "ONNX Runtime on CPUs", ("fp32", "int8", "int4"), _ORT_CPU),
+    Target("ort-cpu", "ONNX Runtime on CPUs", ("fp32", "int8", "int4", "keep"), _ORT_CPU),
     Target("ort-cuda", "ONNX Runtime on NVIDIA GPUs", ("fp16", "bf16", "int4")),
     Target("tensorrt", "TensorRT on NVIDIA GPUs and Jetson", ("fp16", "bf16", "int4")),
     Target("onnx-std", "standard ONNX operators only", ("fp32",)),

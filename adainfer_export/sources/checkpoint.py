@@ -11,6 +11,7 @@ import numpy.typing as npt
 from adainfer_runtime.manifest import SourceSpec
 
 from ..errors import NonFiniteWeightError
+from ..quantise import BlockRows, Blocks
 
 __all__ = ["Checkpoint", "require_finite"]
 
@@ -38,18 +39,36 @@ class Checkpoint(Protocol):
     def tied_head(self) -> bool:
         """True where the LM head is the token embedding."""
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a tensor under its Hugging Face name; nothing is read but headers.
+    def decoder(self) -> Any | None:
+        """The decoder's graph (`onnx_ir.Model`) where the source holds one: it is split as it is.
 
         Raises:
-            CheckpointError: missing.
+            UnsupportedError: it holds one of another form than can be split.
         """
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Tensors that belong to the model, but are not among those that were read."""
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
-        """One tensor under its Hugging Face name, as float32.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor under its Hugging Face name; nothing is read but headers.
+
+        Raises:
+            CheckpointError: missing, or not as long as its header says.
+            UnsupportedError: stored in a type that cannot be read.
+        """
+
+    def read(self, name: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
+        """A tensor, or rows `start … stop` of it, as float32.
+
+        Raises:
+            CheckpointError: missing, damaged or not finite.
+        """
+
+    def blocks(self, name: str) -> Blocks | None:
+        """How the tensor can be kept as it is stored; None where it is no such matrix."""
+
+    def read_blocks(self, name: str, rows: slice) -> BlockRows:
+        """Rows `start … stop` of a matrix that has `blocks`.
 
         Raises:
             CheckpointError: missing, damaged or not finite.

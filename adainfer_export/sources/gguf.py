@@ -16,11 +16,14 @@ from adainfer_runtime.manifest import SourceFile, SourceSpec
 
 from ..architectures import ARCHITECTURES, Architecture
 from ..errors import CheckpointError, SourceError, UnsupportedError
+from ..quantise import BlockRows, Blocks
 from .checkpoint import require_finite
+from .gguf_blocks import KEPT_TYPES, read_rows
 from .gguf_tokenizer import build_tokenizer, special_tokens
 
 __all__ = ["GgufFile"]
 
+READABLE_TYPES = ("F32", "F16", "BF16", *KEPT_TYPES, "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K")
 _QUERY_OR_KEY = re.compile(r"[qk]_proj\.(weight|bias)$")
 
 
@@ -87,33 +90,67 @@ class GgufFile:
         """A file without an output matrix uses the token embedding."""
         return "output.weight" not in self._tensors
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """From the file's header."""
-        tensor = self._tensor(self._mapped(name))
-        return tuple(int(size) for size in reversed(tensor.shape))
+    def decoder(self) -> None:
+        """None: the source holds weights."""
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Under their GGUF names; llama.cpp's own rotary tables are left out."""
         left = self._tensors.keys() - {self._mapped(name) for name in read}
         return tuple(sorted(name for name in left if not name.startswith("rope_")))
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the file's tensor table."""
+        mapped = self._mapped(name)
+        tensor = self._tensor(mapped)
+        if tensor.tensor_type.name not in READABLE_TYPES:
+            raise UnsupportedError(
+                f"{self._path}: tensor {mapped} has type {tensor.tensor_type.name}, which is not "
+                f"supported (supported: {', '.join(READABLE_TYPES)})"
+            )
+        return tuple(int(size) for size in reversed(tensor.shape))
+
+    def read(self, name: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
         """One tensor under its Hugging Face name, dequantised to float32."""
         from gguf.quants import dequantize
 
-        mapped = self._mapped(name)
-        tensor = self._tensor(mapped)
-        try:
-            array = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
-        except (NotImplementedError, ValueError) as error:
-            raise UnsupportedError(
-                f"{self._path}: tensor {mapped} of type {tensor.tensor_type.name} "
-                f"cannot be read: {error}"
-            ) from error
-        array = array.reshape([int(size) for size in reversed(tensor.shape)])
-        if self._architecture.gguf_permuted_rope and _QUERY_OR_KEY.search(name):
-            array = self._undo_interleaving(array, "k_proj." in name)
+        shape = self.shape(name)
+        rows = rows or slice(0, shape[0])
+        kind = self._tensor(self._mapped(name)).tensor_type
+        array = np.asarray(dequantize(self._raw_rows(name, rows), kind), np.float32)
+        array = array.reshape(rows.stop - rows.start, *shape[1:])
         return require_finite(name, array, str(self._path))
+
+    def blocks(self, name: str) -> Blocks | None:
+        """By the tensor's type."""
+        if len(self.shape(name)) != 2:
+            return None
+        kept = KEPT_TYPES.get(self._tensor(self._mapped(name)).tensor_type.name)
+        return kept[0] if kept else None
+
+    def read_blocks(self, name: str, rows: slice) -> BlockRows:
+        """The file's own codes and scales."""
+        kind = self._tensor(self._mapped(name)).tensor_type.name
+        found = read_rows(kind, self._raw_rows(name, rows))
+        require_finite(name, found.scales, str(self._path))
+        if found.shifts is not None:
+            require_finite(name, found.shifts, str(self._path))
+        return found
+
+    def _raw_rows(self, name: str, rows: slice) -> npt.NDArray[np.uint8]:
+        """`[rows, bytes]`, in Hugging Face's order. Read, not mapped: what is mapped and was
+        touched counts as this process's memory.
+        """
+        tensor, count = self._tensor(self._mapped(name)), self.shape(name)[0]
+        order = np.arange(count)
+        if self._architecture.gguf_permuted_rope and _QUERY_OR_KEY.search(name):
+            order = self._interleaving(count, "k_proj." in name)
+        wanted = order[rows]
+        first, last = int(wanted.min()), int(wanted.max()) + 1
+        width = int(tensor.n_bytes) // count
+        with self._path.open("rb") as stream:
+            stream.seek(int(tensor.data_offset) + first * width)
+            raw = np.fromfile(stream, np.uint8, (last - first) * width)
+        return raw.reshape(last - first, width)[wanted - first]
 
     def write_tokenizer(self, folder: Path) -> bool:
         """Builds tokenizer.json from the file's vocabulary and merges."""
@@ -133,12 +170,11 @@ class GgufFile:
         (folder / "special_tokens_map.json").write_text(names, encoding="utf-8")
         return True
 
-    def _undo_interleaving(
-        self, array: npt.NDArray[np.float32], is_key: bool
-    ) -> npt.NDArray[np.float32]:
+    def _interleaving(self, rows: int, is_key: bool) -> npt.NDArray[np.int64]:
+        """Where the file has each row: its converter put the halves of a head alternately."""
         heads = self.config.num_key_value_heads if is_key else self.config.num_attention_heads
-        pairs = array.reshape(heads, array.shape[0] // heads // 2, 2, -1)
-        return np.ascontiguousarray(pairs.swapaxes(1, 2).reshape(array.shape))
+        pairs = np.arange(rows).reshape(heads, rows // heads // 2, 2)
+        return pairs.swapaxes(1, 2).reshape(rows)
 
     def _mapped(self, name: str) -> str:
         stem, dot, suffix = name.rpartition(".")

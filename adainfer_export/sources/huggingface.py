@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from functools import cached_property
@@ -14,8 +15,11 @@ import numpy.typing as npt
 from adainfer_runtime.engine_folder import file_sha256
 from adainfer_runtime.manifest import SourceFile, SourceSpec
 
-from ..errors import CheckpointError, SourceError
+from ..errors import CheckpointError, SourceError, UnsupportedError
+from ..quantise import BlockRows, Blocks
 from .checkpoint import require_finite
+from .packed import PackedLinears
+from .tensor_files import TensorFiles
 
 __all__ = ["HuggingFaceFolder"]
 
@@ -36,8 +40,7 @@ _BUFFERS = (
     ".attention.bias",
     ".attention.masked_bias",
 )
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
+_FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class HuggingFaceFolder:
@@ -45,13 +48,20 @@ class HuggingFaceFolder:
 
     def __init__(self, folder: Path, *, id: str | None = None, revision: str | None = None) -> None:
         self._folder = folder
+        self._files = TensorFiles(folder)
         self._id = id
         self._revision = revision
-        self._headers: dict[str, dict[str, tuple[int, ...]]] = {}
 
     @cached_property
     def config(self) -> Any:
-        """The `transformers.PretrainedConfig` of config.json."""
+        """The `transformers.PretrainedConfig` of config.json, as if nothing were quantised."""
+        config = copy.deepcopy(self._full_config)
+        if self._packed:  # refuses what cannot be read
+            del config.quantization_config
+        return config
+
+    @cached_property
+    def _full_config(self) -> Any:
         from transformers import AutoConfig
 
         path = self._folder / "config.json"
@@ -72,14 +82,19 @@ class HuggingFaceFolder:
         architecture = find_architecture(model_type)
         try:
             config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
-            return config.get_text_config() if model_type == architecture.wrapped_in else config
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} is no valid configuration: {error}") from error
+        if model_type != architecture.wrapped_in:
+            return config
+        text = config.get_text_config()
+        if (packed := getattr(config, "quantization_config", None)) is not None:
+            text.quantization_config = packed  # said of the whole model
+        return text
 
     @cached_property
     def source(self) -> SourceSpec:
         """Identity with the sha256 of config and weight files."""
-        names = ["config.json", *sorted(set(self._shards.values()))]
+        names = ["config.json", *self._files.files]
         files = tuple(
             SourceFile(
                 name=name,
@@ -118,48 +133,64 @@ class HuggingFaceFolder:
         """As the configuration says."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        """From the shard's header."""
-        from safetensors import SafetensorError, safe_open
-
-        shard = self._shard(name)
-        if shard not in self._headers:
-            try:
-                with safe_open(self._folder / shard, framework="pt") as handle:
-                    shapes = {key: handle.get_slice(key).get_shape() for key in handle.keys()}  # noqa: SIM118 - no mapping
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(
-                    f"{self._folder / shard} cannot be read ({error}); the file is truncated or "
-                    "damaged: download it again"
-                ) from error
-            self._headers[shard] = {key: tuple(shape) for key, shape in shapes.items()}
-        try:
-            return self._headers[shard][name]
-        except KeyError:
-            raise self._missing(name) from None
+    def decoder(self) -> None:
+        """None: the source holds weights."""
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Of every shard, leaving out buffers and a second copy of a tied head."""
         tied = {"lm_head.weight"} if self.tied_head else set()
-        left = self._shards.keys() - read - tied
-        return tuple(sorted(name for name in left if not name.endswith(_BUFFERS)))
+        used = {stored for name in read for stored in self._stored(name)}
+        left = self._files.table.keys() - used - tied
+        return tuple(
+            sorted(n for n in left if not n.endswith(_BUFFERS) and not self._is_empty_bias(n))
+        )
 
-    def read(self, name: str) -> npt.NDArray[np.float32]:
-        """One tensor as float32, memory-mapped from its shard."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """From the headers."""
+        if self._packed and self._packed.holds(name):
+            return self._packed.shape(name)
+        info = self._files.info(name)
+        if info.dtype not in _FLOATS:
+            raise UnsupportedError(
+                f"{self._folder / info.file}: tensor {name} has dtype {info.dtype}, which is no "
+                f"weight that can be read (supported: {', '.join(_FLOATS)}, GPTQ and AWQ)"
+            )
+        return info.shape
+
+    def read(self, name: str, rows: slice | None = None) -> npt.NDArray[np.float32]:
+        """One tensor or rows of it as float32; packed ones are dequantised."""
         import torch
-        from safetensors import SafetensorError, safe_open
 
-        shard = self._shard(name)
-        try:
-            with safe_open(self._folder / shard, framework="pt") as handle:
-                tensor = handle.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{self._folder / shard}: tensor {name} cannot be read ({error}); the file is "
-                "truncated or damaged: download it again"
-            ) from error
-        array: npt.NDArray[np.float32] = tensor.to(torch.float32).numpy()
-        return require_finite(name, array, str(self._folder / shard))
+        rows = rows or slice(0, self.shape(name)[0])
+        if self._packed and self._packed.holds(name):
+            array = self._packed.read(name, rows)
+        else:
+            array = self._files.read(name, rows).to(torch.float32).numpy()
+        return require_finite(name, array, str(self._folder / self._file_of(name)))
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Of packed layers.
+
+        Raises:
+            UnsupportedError: a packed layer whose blocks cannot be kept.
+        """
+        if not self._packed or not self._packed.holds(name):
+            return None
+        found = self._packed.blocks(name)
+        if found is None:
+            raise UnsupportedError(
+                f"{self._folder}: {name} has its columns in an order of its own (act-order), or "
+                "groups that are no multiple of 16: its blocks cannot be kept; export with "
+                "--precision int4, int8 or fp32"
+            )
+        return found
+
+    def read_blocks(self, name: str, rows: slice) -> BlockRows:
+        """Of packed layers."""
+        assert self._packed is not None  # only they have blocks
+        found = self._packed.read_blocks(name, rows)
+        require_finite(name, found.scales, str(self._folder / self._file_of(name)))
+        return found
 
     def write_tokenizer(self, folder: Path) -> bool:
         """Copies the tokenizer, converting a slow one where that is all there is."""
@@ -177,18 +208,6 @@ class HuggingFaceFolder:
                 shutil.copyfile(self._folder / name, folder / name)
         return True
 
-    def _shard(self, name: str) -> str:
-        try:
-            return self._shards[name]
-        except KeyError:
-            raise self._missing(name) from None
-
-    def _missing(self, name: str) -> CheckpointError:
-        return CheckpointError(
-            f"{self._folder}: tensor {name} is missing from the weights; "
-            "the checkpoint does not match its config.json"
-        )
-
     def _convert_slow_tokenizer(self, folder: Path) -> None:
         from transformers import AutoTokenizer
 
@@ -202,35 +221,24 @@ class HuggingFaceFolder:
             ) from error
 
     @cached_property
-    def _shards(self) -> dict[str, str]:
-        """Tensor name to file name."""
-        from safetensors import SafetensorError, safe_open
+    def _packed(self) -> PackedLinears | None:
+        settings = getattr(self._full_config, "quantization_config", None)
+        if settings is None:
+            return None
+        settings = settings if isinstance(settings, dict) else settings.to_dict()
+        return PackedLinears(self._files, settings)
 
-        index = self._folder / _INDEX
-        if index.is_file():
-            try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                shards = {str(key): str(value) for key, value in weight_map.items()}
-            except (OSError, ValueError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{index} is no weight index: {error}") from error
-            for shard in set(shards.values()):
-                # A name in the index is data from the checkpoint: it may not leave the folder.
-                if Path(shard).name != shard or not shard.endswith(".safetensors"):
-                    raise CheckpointError(f"{index}: {shard!r} is no safetensors file name")
-                if not (self._folder / shard).is_file():
-                    raise CheckpointError(f"{self._folder / shard} is missing")
-            return shards
-        single = self._folder / _SINGLE
-        if not single.is_file():
-            raise SourceError(
-                f"{self._folder} holds no {_SINGLE} or {_INDEX}; pickled weights (.bin) are not "
-                "read: convert them to safetensors"
-            )
-        try:
-            with safe_open(single, framework="pt") as handle:
-                return dict.fromkeys(handle.keys(), _SINGLE)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(
-                f"{single} cannot be read ({error}); the file is truncated or damaged: "
-                "download it again"
-            ) from error
+    def _stored(self, name: str) -> tuple[str, ...]:
+        if self._packed and self._packed.holds(name):
+            return self._packed.tensors(name)
+        return (name,)
+
+    def _file_of(self, name: str) -> str:
+        return self._files.info(self._stored(name)[0]).file
+
+    def _is_empty_bias(self, name: str) -> bool:
+        """AutoGPTQ stores biases of zeros for layers that have none."""
+        stem = name.removesuffix(".bias")
+        if not self._packed or stem == name or not self._packed.holds(f"{stem}.weight"):
+            return False
+        return not self.read(name).any()

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from adainfer_models import Recipe, Source, list_recipes, load_recipe
 
-from ..errors import GatedSourceError, SourceError, UnknownModelError
+from ..errors import GatedSourceError, SourceError, UnknownModelError, UnsupportedError
 from .checkpoint import Checkpoint
 from .gguf import GgufFile
 from .hub import download_snapshot
 from .huggingface import HuggingFaceFolder
+from .onnx_folder import GENAI_CONFIG, OnnxFolder
 from .package import fetch_from_package
 
 __all__ = ["resolve", "unknown_alias"]
@@ -36,7 +37,7 @@ def resolve(model: str, *, revision: str | None = None, weights: Path | None = N
         return _from_weights(model, weights)
     path = Path(model).expanduser()
     if path.is_dir():
-        return HuggingFaceFolder(path)
+        return _from_folder(path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise SourceError(f"{path} does not exist")
@@ -46,6 +47,17 @@ def resolve(model: str, *, revision: str | None = None, weights: Path | None = N
     if _HUB_ID.match(model):
         return _from_hub_id(model, revision or "main")
     raise UnknownModelError(unknown_alias(model))
+
+
+def _from_folder(folder: Path) -> Checkpoint:
+    if (folder / GENAI_CONFIG).is_file():
+        return OnnxFolder(folder)
+    if any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors")):
+        raise UnsupportedError(
+            f"{folder} holds an ONNX model without {GENAI_CONFIG}; only folders that "
+            "onnxruntime-genai's builder wrote are split: export from the checkpoint instead"
+        )
+    return HuggingFaceFolder(folder)
 
 
 def _from_recipe(recipe: Recipe) -> Checkpoint:

@@ -13,6 +13,7 @@ from adainfer_runtime.manifest import SourceSpec
 
 from ..decoders.views import View
 from ..errors import CheckpointError
+from ..quantise import BlockRows, Blocks
 from .checkpoint import Checkpoint
 
 __all__ = ["ViewedCheckpoint"]
@@ -23,7 +24,8 @@ Float32 = npt.NDArray[np.float32]
 class ViewedCheckpoint:
     """A checkpoint under the names that a decoder's graph uses; see `sources.Checkpoint`.
 
-    The stored tensor that was read last is kept: fused ones are read part by part.
+    Rows are read as they are asked for. Of tensors that are stored transposed, which are read in
+    one piece, the last one is kept: fused ones are read part by part.
 
     Args:
         aliases: (prefix, other prefix) pairs: a tensor that is not there under its name is looked
@@ -69,6 +71,9 @@ class ViewedCheckpoint:
         """What messages call the checkpoint."""
         return self._checkpoint.source_name
 
+    def decoder(self) -> None:
+        """None: views belong to graphs that are built."""
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Of one of the graph's tensors."""
         view = self._views.get(name)
@@ -99,19 +104,37 @@ class ViewedCheckpoint:
         view = self._views.get(name)
         return shape if view is None else view.shape
 
-    def read(self, name: str) -> Float32:
-        """One tensor under the graph's name."""
-        view = self._views.get(name)
-        stored = self.stored_name(name)
+    def read(self, name: str, rows: slice | None = None) -> Float32:
+        """A tensor under the graph's name, or rows of it."""
+        view, stored = self._views.get(name), self.stored_name(name)
         if view is None:
-            return self._checkpoint.read(stored)
-        if self._last is None or self._last[0] != stored:
-            self._last = (stored, self._checkpoint.read(stored))
-        return view.of(self._last[1])
+            return self._checkpoint.read(stored, rows)
+        if view.transposed:
+            return view.of(self._whole(stored), rows)
+        ranges = view.ranges(rows or slice(0, view.result[0]))
+        return view.join([self._checkpoint.read(stored, part) for part in ranges])
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Those of the stored matrix, where the graph's is rows of it."""
+        view = self._views.get(name)
+        if view is not None and not view.keeps_values:
+            return None
+        return self._checkpoint.blocks(self.stored_name(name))
+
+    def read_blocks(self, name: str, rows: slice) -> BlockRows:
+        """Rows of a matrix that has `blocks`."""
+        view, stored = self._views.get(name), self.stored_name(name)
+        ranges = [rows] if view is None else view.ranges(rows)
+        return BlockRows.join([self._checkpoint.read_blocks(stored, part) for part in ranges])
 
     def write_tokenizer(self, folder: Path) -> bool:
         """The checkpoint's own."""
         return self._checkpoint.write_tokenizer(folder)
+
+    def _whole(self, stored: str) -> Float32:
+        if self._last is None or self._last[0] != stored:
+            self._last = (stored, self._checkpoint.read(stored))
+        return self._last[1]
 
     def _has(self, stored: str) -> bool:
         try:

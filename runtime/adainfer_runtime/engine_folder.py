@@ -13,6 +13,7 @@ from .manifest import SCHEMA_VERSION, FileRecord, Manifest
 
 __all__ = [
     "MANIFEST_NAME",
+    "QUANTISATION_REPORT",
     "file_sha256",
     "load_manifest",
     "record_file",
@@ -21,6 +22,7 @@ __all__ = [
 ]
 
 MANIFEST_NAME = "manifest.json"
+QUANTISATION_REPORT = "reports/quantisation.json"
 
 
 def load_manifest(folder: Path) -> Manifest:

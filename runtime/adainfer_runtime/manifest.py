@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 4
-_EXIT_FOLDERS = ("adapters", "exit", "reports")
+_EXIT_FILES = ("adapters/", "exit/", "reports/calibration.")
 
 
 class _Record(BaseModel):
@@ -49,7 +49,7 @@ class SourceFile(_Record):
 class SourceSpec(_Record):
     """Where the weights came from."""
 
-    kind: Literal["huggingface", "folder", "gguf"]
+    kind: Literal["huggingface", "folder", "gguf", "onnx"]
     id: str
     revision: str | None = None
     files: tuple[SourceFile, ...] = ()
@@ -97,13 +97,15 @@ class Quantisation(_Record):
     """Block-wise symmetric weight quantisation of the linear operators.
 
     From `wide_rows` positions in one pass on, a stage's wide graph is the faster one; None where
-    stages have none.
+    stages have none. `int8_layers` (1-based) and the head, if `int8_head`, have 8 bits instead.
     """
 
     bits: Literal[4, 8]
     block_size: int
     accuracy_level: int
     wide_rows: int | None = None
+    int8_layers: tuple[int, ...] = ()
+    int8_head: bool = False
 
 
 class FileRecord(_Record):
@@ -308,7 +310,7 @@ class Manifest(_Record):
     source: SourceSpec
     model: ModelSpec
     target: str
-    precision: Literal["fp32", "int8", "int4"]
+    precision: Literal["fp32", "int8", "int4", "keep"]
     quantisation: Quantisation | None = None
     max_seq_len: int
     layers_per_engine: int | None = None
@@ -382,7 +384,7 @@ class Manifest(_Record):
         files = {
             name: record
             for name, record in self.files.items()
-            if name not in gone and name.split("/")[0] not in _EXIT_FOLDERS
+            if name not in gone and not name.startswith(_EXIT_FILES)
         }
         return bare.model_copy(update={"files": files})
 

@@ -195,10 +195,10 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):
 def test_interrupt_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     from adainfer_export import writer
 
-    def interrupted(self, model, weights):
+    def interrupted(self, plan):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer.StageWriter, "write", interrupted)
+    monkeypatch.setattr(writer.DataWriter, "write", interrupted)
     before = set(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, tmp_path / "out")
@@ -216,11 +216,11 @@ def test_killed_export_leaves_nothing_that_loads(checkpoint, tmp_path):
         "from pathlib import Path\n"
         "from adainfer_export import ExportRequest, export, export as _\n"
         "from adainfer_export import writer\n"
-        "write = writer.StageWriter.write\n"
-        "def killed(self, model, weights):\n"
-        "    if model.graph.name == 'probe': os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    return write(self, model, weights)\n"
-        "writer.StageWriter.write = killed\n"
+        "write = writer.DataWriter.write\n"
+        "def killed(self, plan):\n"
+        "    if 'probe' in plan.file: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return write(self, plan)\n"
+        "writer.DataWriter.write = killed\n"
         "export(ExportRequest(sys.argv[1], Path(sys.argv[2]), precision='fp32'))\n"
     )
     out = tmp_path / "out"
@@ -333,8 +333,8 @@ def test_weights_of_another_width(checkpoint, tmp_path):
         CheckpointError,
         checkpoint,
         tmp_path,
-        r"layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], config.json asks for "
-        r"\[128, 64\]; the weights belong to another configuration",
+        r"layers\.0\.mlp\.gate_proj\.weight has shape \[96, 64\], its configuration asks "
+        r"for \[128, 64\]; configuration and weights belong to different models",
     )
 
 
@@ -347,11 +347,12 @@ def test_one_tensor_of_another_shape(checkpoint, tmp_path):
 
 
 def test_nothing_is_written_before_shapes_are_compared(checkpoint, tmp_path, monkeypatch):
-    from adainfer_export import writer
+    from adainfer_export import layout
 
     edit_config(checkpoint, vocab_size=321)
-    monkeypatch.setattr(writer.StageWriter, "write", lambda *_: pytest.fail("written"))
-    fails(CheckpointError, checkpoint, tmp_path, r"\[320, 64\], config.json asks for \[321, 64\]")
+    monkeypatch.setattr(layout.StageLayout, "add", lambda *_: pytest.fail("written"))
+    match = r"\[320, 64\], its configuration asks for \[321, 64\]"
+    fails(CheckpointError, checkpoint, tmp_path, match)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "su"])
@@ -383,3 +384,33 @@ def test_copying_a_checkpoint_keeps_its_fingerprint(checkpoint, tmp_path):
     second = run(tmp_path / "copy", tmp_path / "b").manifest
     assert first.files == second.files
     assert [f.sha256 for f in first.source.files] == [f.sha256 for f in second.source.files]
+
+
+def test_shards_of_different_checkpoints(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", shard="100KB")
+    path = tmp_path / "checkpoint" / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    names = sorted(index["weight_map"])
+    files = sorted(set(index["weight_map"].values()))
+    other = next(file for file in files if file != index["weight_map"][names[0]])
+    index["weight_map"][names[0]] = other
+    path.write_text(json.dumps(index))
+    match = f"{other} does not hold tensor {names[0]}, which .*index.json names"
+    fails(CheckpointError, tmp_path / "checkpoint", tmp_path, match)
+
+
+def test_truncated_shard_that_only_the_last_layer_needs(tmp_path):
+    make_checkpoint(tmp_path / "checkpoint", shard="100KB")
+    path = sorted((tmp_path / "checkpoint").glob("model-*.safetensors"))[-1]
+    path.write_bytes(path.read_bytes()[:-10])
+    match = f"{path.name} cannot be read .*truncated or damaged: download it again"
+    fails(CheckpointError, tmp_path / "checkpoint", tmp_path, match)
+
+
+def test_weights_that_are_no_floats(checkpoint, tmp_path):
+    path = checkpoint / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(torch.int8)
+    save_file(tensors, path)
+    fails(UnsupportedError, checkpoint, tmp_path, f"{name} has dtype I8, .*supported: F32, F16")

@@ -7,10 +7,15 @@ import onnx
 import pytest
 
 from adainfer_export.errors import LoweringError
+from adainfer_export.layout import StageLayout
+from adainfer_export.storage import StorageRequest
 from adainfer_export.weights import Dense, Rows
-from adainfer_export.writer import StageWriter
 
 PROMPT = [5, 17, 200, 43, 9, 120, 77]
+VARIANTS = (
+    *("llama-tied", "llama-mha", "llama3-rope", "llama-bias", "llama-pruned", "qwen2", "qwen3"),
+    *("opt", "opt-350m", "gemma2", "gemma3", "phi3", "gpt2", "gpt_neox", "gpt_neox-serial"),
+)
 
 
 def inputs_of_layers(engine):
@@ -26,9 +31,7 @@ def inputs_of_layers(engine):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
-@pytest.mark.parametrize(
-    "variant", ["llama-tied", "llama-mha", "llama3-rope", "llama-bias", "qwen2", "qwen3"]
-)
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_of_its_own_input_a_layer_makes_its_own_keys_and_values(tiny, variant, precision):
     engine = tiny(variant, precision=precision).engine
     assert set(engine.manifest.kv_fills) == {1, 2, 3, 4}
@@ -40,6 +43,16 @@ def test_of_its_own_input_a_layer_makes_its_own_keys_and_values(tiny, variant, p
             made = engine.backend.kv_fill(layer, hidden[start:], start)
             for mine, own in zip(made, session.kv(layer), strict=True):
                 np.testing.assert_allclose(mine, own[:, start:], atol=loose * np.abs(own).max())
+
+
+def test_sensitive_layers_have_theirs_in_8_bits(tiny):
+    storage = StorageRequest(int8_layers=frozenset({2}))
+    engine = tiny("llama", precision="int4", storage=storage).engine
+    before, session = inputs_of_layers(engine)
+    for layer in (1, 2):
+        made = engine.backend.kv_fill(layer, before[layer], 0)
+        for mine, own in zip(made, session.kv(layer), strict=True):
+            np.testing.assert_allclose(mine, own, atol=2e-2 * np.abs(own).max())
 
 
 def test_layers_within_an_engine_have_theirs_too(tiny):
@@ -83,6 +96,6 @@ def test_they_hold_no_weights_of_their_own(tiny, variant, precision):
 
 
 def test_rows_of_what_nobody_stored_are_refused(tmp_path):
-    writer = StageWriter(tmp_path, checkpoint=None)
+    layout = StageLayout(tmp_path)
     with pytest.raises(LoweringError, match=r"rows of a\+b, which no stage holds"):
-        writer._place_of_rows(Rows(Dense(("a", "b")), 0, 1, 2))
+        layout._place_of_rows(Rows(Dense(("a", "b")), 0, 1, 2))

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from adainfer_export import ExportRequest, export
 from adainfer_export.decoders.views import Heads, View
 from adainfer_export.errors import CheckpointError
+from adainfer_export.quantise import BlockRows, Blocks
 from adainfer_export.sources.huggingface import HuggingFaceFolder
 from adainfer_export.sources.viewed import ViewedCheckpoint
 from adainfer_runtime import Engine
@@ -50,6 +51,60 @@ def test_parts_of_heads_are_those_that_a_model_chunks(count, parts, head_dim):
         assert view.result == (count * head_dim, 3)
     bias = View("b", (len(stored),), heads=Heads(count, parts, 0)).of(stored[:, 0])
     assert bias.shape == (count * head_dim,)
+
+
+class Stored:
+    """A checkpoint of one matrix, which counts the values that are read."""
+
+    def __init__(self, matrix):
+        self.matrix, self.values = matrix, 0
+
+    def shape(self, name):
+        return self.matrix.shape
+
+    def read(self, name, rows=None):
+        found = self.matrix[rows or slice(None)]
+        self.values += found.size
+        return found
+
+    def blocks(self, name):
+        return Blocks(4, 16, kept=True, shifted=True)
+
+    def read_blocks(self, name, rows):
+        scales = self.matrix[rows, :2]
+        codes = np.repeat(scales[..., None], 16, axis=2).astype(np.uint8)
+        return BlockRows(codes, scales, -scales)
+
+
+@given(
+    kind=st.sampled_from(["rows", "heads", "transposed", "added"]),
+    bounds=st.tuples(st.integers(0, 11), st.integers(1, 12)).filter(lambda b: b[0] < b[1]),
+)
+def test_rows_of_a_view_are_rows_of_what_it_gives(kind, bounds):
+    matrix = np.arange(36 * 12, dtype=np.float32).reshape(36, 12)
+    view = {
+        "rows": View("w", (36, 12), rows=(7, 19)),
+        "heads": View("w", (36, 12), heads=Heads(3, 3, 1)),
+        "transposed": View("w", (36, 12), transposed=True),
+        "added": View("w", (36, 12), rows=(0, 12), add=1.0),
+    }[kind]
+    stored, rows = Stored(matrix), slice(*bounds)
+    seen = ViewedCheckpoint(stored, {"v": view})
+    assert seen.shape("v")[0] == 12
+    np.testing.assert_array_equal(seen.read("v", rows), view.of(matrix)[rows])
+    if kind == "transposed":
+        seen.read("v", rows)
+        assert stored.values == matrix.size  # read in one piece, once
+    else:
+        assert stored.values == (rows.stop - rows.start) * 12
+    if kind in ("rows", "heads"):
+        assert seen.blocks("v") == stored.blocks("w")
+        blocks = seen.read_blocks("v", rows)
+        np.testing.assert_array_equal(blocks.scales, view.of(matrix)[rows, :2])
+        np.testing.assert_array_equal(blocks.shifts, -blocks.scales)
+        np.testing.assert_array_equal(blocks.codes[..., 3], blocks.scales.astype(np.uint8))
+    else:
+        assert seen.blocks("v") is None
 
 
 def test_what_is_added_is_added_once():

@@ -137,8 +137,8 @@ class OrtCpuBackend:
         self.manifest = manifest
         self.embed = open_stage(manifest.embed.file)
         self._stages = [open_stage(stage.file) for stage in manifest.layer_stages]
-        wide = [stage.wide_file for stage in manifest.layer_stages if stage.wide_file]
-        self._wide = [] if low_memory else [open_stage(file) for file in wide]
+        wide = {i: stage.wide_file for i, stage in enumerate(manifest.layer_stages)}
+        self._wide = {i: open_stage(file) for i, file in wide.items() if file and not low_memory}
         quantisation = manifest.quantisation
         self._wide_rows = (quantisation.wide_rows if quantisation else None) or 0
         self._probe = open_stage(manifest.probe.file)
@@ -166,8 +166,8 @@ class OrtCpuBackend:
 
     def stage(self, index: int, rows: int) -> Any:
         """The session that runs layer stage `index` over so many positions."""
-        wide = bool(self._wide) and rows >= self._wide_rows
-        return (self._wide if wide else self._stages)[index]
+        wide = self._wide.get(index) if rows >= self._wide_rows else None
+        return wide or self._stages[index]
 
     def open_sequence(self) -> _OrtSequence:
         """Memory and bindings for one sequence."""

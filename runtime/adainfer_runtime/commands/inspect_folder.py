@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ..engine_folder import load_manifest, verify_files
+from ..engine_folder import QUANTISATION_REPORT, load_manifest, verify_files
+from ..errors import ManifestError
 from ..manifest import Certificate, CombinedExitSpec, ExitSpec, Manifest
 
 __all__ = ["certificate_tables", "describe_exit", "register"]
@@ -43,6 +45,8 @@ def inspect(
     for name, value in _rows(manifest):
         table.add_row(name, value)
     Console().print(table)
+    if QUANTISATION_REPORT in manifest.files:
+        Console().print(_quantisation_table(folder / QUANTISATION_REPORT))
     for table in certificate_tables(manifest):
         Console().print(table)
 
@@ -68,6 +72,20 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("context exit", describe_exit(manifest.context_exit)),
         ("combined exits", describe_combined(manifest.combined_exit)),
     ]
+
+
+def _quantisation_table(path: Path) -> Table:
+    """What quantisation changed, per layer."""
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))["summary"]
+        table = Table("weights of", "bits", "relative error", title="quantisation")
+        for entry in summary:
+            bits = ", ".join(map(str, entry["bits"]))
+            error = "none: kept" if entry["kept"] else f"{entry['relative_error']:.4f}"
+            table.add_row(entry["place"], bits, error)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ManifestError(f"{path} is damaged: {error}; export the model again") from error
+    return table
 
 
 def describe_exit(spec: ExitSpec | None) -> str:

@@ -1,0 +1,77 @@
+"""Writes the data files of some layers of a finished engine folder again (`--layers 12-15`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from adainfer_runtime.engine_folder import load_manifest
+from adainfer_runtime.manifest import Manifest
+
+from .errors import OutputError, UnsupportedError
+from .journal import Journal
+from .layout import DataPlan
+from .progress import Reporter
+from .stage_plan import StagePlan
+from .writer import DataWriter
+
+__all__ = ["restore_layers"]
+
+
+def restore_layers(
+    out: Path, plan: StagePlan, layers: tuple[int, int], reporter: Reporter
+) -> Manifest:
+    """Replaces the layers' data files, each all at once, by what the manifest records of them.
+
+    Args:
+        plan: the same export, planned in a scratch folder.
+        layers: (first, last), 1-based.
+
+    Raises:
+        OutputError: the folder is another export: other settings, source or versions.
+        UnsupportedError: the model has no such layers.
+    """
+    manifest = load_manifest(out)
+    _require_same_export(out, manifest, plan)
+    scratch = plan.layout.root
+    plans = list(_chosen(plan, layers))
+    reporter.begin("writing weights", len(plans))
+    writer = DataWriter(scratch, plan.checkpoint, Journal(scratch, {}))
+    for data in plans:
+        record = writer.write(data).record
+        if record != manifest.files[data.file]:
+            raise OutputError(
+                f"{out}: {data.file} would be {record.sha256[:12]}…, the manifest records "
+                f"{manifest.files[data.file].sha256[:12]}…; export the model again"
+            )
+        (scratch / data.file).replace(out / data.file)
+        reporter.step(Path(data.file).stem)
+    return manifest
+
+
+def _chosen(plan: StagePlan, layers: tuple[int, int]) -> Iterator[DataPlan]:
+    if layers[1] > plan.model.num_layers:
+        raise UnsupportedError(
+            f"--layers {layers[0]}-{layers[1]}: this model has {plan.model.num_layers}"
+        )
+    names = {
+        f"stages/{stage.name}.data"
+        for stage in plan.stages
+        if stage.first_layer and stage.first_layer <= layers[1] and layers[0] <= stage.last_layer
+    }
+    return (data for data in plan.layout.plans if data.file in names)
+
+
+def _require_same_export(out: Path, manifest: Manifest, plan: StagePlan) -> None:
+    source, recorded = plan.checkpoint.source, manifest.model_dump(mode="json")
+    for key, value in plan.settings().items():
+        if recorded[key] != value:
+            raise OutputError(f"{out} has {key} {recorded[key]}, not {value}; give its settings")
+    if manifest.source.files != source.files:
+        raise OutputError(f"{out} was exported from other files than {source.id} holds now")
+    for name, record in plan.layout.graphs.items():
+        if manifest.files.get(name) != record:
+            raise OutputError(
+                f"{out}: {name} was written by other versions of the exporter or its libraries; "
+                "export the model again"
+            )

@@ -1,0 +1,95 @@
+"""An export that is planned to the last byte: graphs written, weights still to come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adainfer_runtime.manifest import (
+    SCHEMA_VERSION,
+    FileRecord,
+    KvGeometry,
+    Manifest,
+    ModelSpec,
+    Quantisation,
+    StageSpec,
+    TokenizerSpec,
+)
+
+from .layout import StageLayout
+from .lower import Precision
+from .sources import Checkpoint
+
+__all__ = ["StagePlan"]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """All stages of a folder, and where every weight will stand.
+
+    Attributes:
+        checkpoint: the weights, under the names that the layout's expressions use.
+    """
+
+    stages: tuple[StageSpec, ...]
+    layout: StageLayout
+    checkpoint: Checkpoint
+    exporter: dict[str, str]
+    model: ModelSpec
+    target: str
+    precision: Precision
+    layers_per_engine: int | None
+    max_seq_len: int
+    kv: KvGeometry
+
+    def settings(self) -> dict[str, Any]:
+        """What the user chose, as the manifest says it."""
+        quantisation = _quantisation(self.precision)
+        return {
+            "target": self.target,
+            "precision": self.precision.name,
+            "quantisation": None if quantisation is None else quantisation.model_dump(mode="json"),
+            "layers_per_engine": self.layers_per_engine,
+            "max_seq_len": self.max_seq_len,
+        }
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal for two exports to write the same bytes."""
+        files = [file.model_dump() for file in self.checkpoint.source.files]
+        return {**self.settings(), "source": files, "exporter": self.exporter}
+
+    def manifest(
+        self,
+        tokenizer: TokenizerSpec | None,
+        files: Mapping[str, FileRecord],
+    ) -> Manifest:
+        """The manifest, once everything is written."""
+        return Manifest(
+            schema_version=SCHEMA_VERSION,
+            exporter=self.exporter,
+            source=self.checkpoint.source,
+            model=self.model,
+            target=self.target,
+            precision=self.precision.name,
+            quantisation=_quantisation(self.precision),
+            layers_per_engine=self.layers_per_engine,
+            max_seq_len=self.max_seq_len,
+            kv=self.kv,
+            stages=self.stages,
+            tokenizer=tokenizer,
+            files=dict(files),
+        )
+
+
+def _quantisation(precision: Precision) -> Quantisation | None:
+    if precision.bits is None:
+        return None
+    return Quantisation(
+        bits=precision.bits,
+        block_size=precision.block_size,
+        accuracy_level=precision.accuracy_level,
+        wide_rows=precision.wide_rows,
+        int8_layers=tuple(sorted(precision.int8_layers)),
+        int8_head=precision.int8_head,
+    )

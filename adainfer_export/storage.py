@@ -1,0 +1,127 @@
+"""What the user and the checkpoint add to a precision, checked before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from .errors import UnsupportedError
+from .lower import Precision
+from .lower.targets import AS_IS, Dialect
+from .preflight import weight_shapes
+from .quantise import Blocks
+from .sources import Checkpoint
+
+__all__ = [
+    "StorageRequest",
+    "keep_blocks",
+    "keep_decoder",
+    "parse_int8_layers",
+    "parse_range",
+]
+
+_BLOCK_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class StorageRequest:
+    """How quantisation departs from what the precision alone says.
+
+    Attributes:
+        block_size: values that share a scale; None leaves the precision's own, 32.
+        int8_layers: sensitive layers (1-based) that are stored in 8 bits.
+        int8_head: the LM head too, and with it a tied embedding.
+    """
+
+    block_size: int | None = None
+    int8_layers: frozenset[int] = frozenset()
+    int8_head: bool = False
+
+    def refine(self, precision: Precision) -> Precision:
+        """The precision with these departures.
+
+        Raises:
+            UnsupportedError: they mean nothing in this precision, or the size is none of those
+                that kernels take.
+        """
+        asked = self.block_size is not None or self.int8_layers or self.int8_head
+        if asked and precision.bits is None:
+            raise UnsupportedError(
+                f"--block-size and --int8-layers are for int4 and int8, not {precision.name}"
+            )
+        if self.block_size is not None and self.block_size not in _BLOCK_SIZES:
+            sizes = ", ".join(map(str, _BLOCK_SIZES))
+            raise UnsupportedError(f"--block-size {self.block_size}: it must be one of {sizes}")
+        return replace(
+            precision,
+            block_size=self.block_size or precision.block_size,
+            int8_layers=self.int8_layers,
+            int8_head=self.int8_head,
+        )
+
+    def check(self, num_layers: int) -> None:
+        """Refuses layers that the model does not have."""
+        if self.int8_layers and max(self.int8_layers) > num_layers:
+            raise UnsupportedError(
+                f"--int8-layers names layer {max(self.int8_layers)}: this model has {num_layers}"
+            )
+
+
+def parse_int8_layers(text: str) -> tuple[frozenset[int], bool]:
+    """`1-2,29-30,head` as layers, and whether the head is among them.
+
+    Raises:
+        UnsupportedError: not of this form.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    ranges = [parse_range(part, "--int8-layers") for part in parts if part != "head"]
+    layers = frozenset(layer for first, last in ranges for layer in range(first, last + 1))
+    return layers, "head" in parts
+
+
+def parse_range(text: str, option: str) -> tuple[int, int]:
+    """`12-15` or `12` as (first, last), 1-based and inclusive."""
+    first, dash, last = text.strip().partition("-")
+    last = last if dash else first
+    if not first.isdigit() or not last.isdigit():
+        raise UnsupportedError(f"{option} {text!r}: expected layers such as 3 or 12-15")
+    found = int(first), int(last)
+    if not 1 <= found[0] <= found[1]:
+        raise UnsupportedError(f"{option} {text!r}: layers count from 1, the first one first")
+    return found
+
+
+def keep_blocks(precision: Precision, graph: ir.Graph, checkpoint: Checkpoint) -> Precision:
+    """Of precision `keep`: knowing which matrices are kept as the checkpoint stores them.
+
+    Raises:
+        UnsupportedError: the checkpoint has none.
+    """
+    if precision.name != "keep":
+        return precision
+    kept: dict[str, Blocks] = {}
+    for name in weight_shapes(graph):
+        blocks = checkpoint.blocks(name)
+        if blocks is not None:
+            kept[name] = blocks
+    if not kept:
+        raise UnsupportedError(
+            f"{checkpoint.source_name}: --precision keep is for quantised checkpoints (GGUF, GPTQ, "
+            "AWQ), and this one holds floats; export with fp32, int8 or int4"
+        )
+    return replace(precision, kept=kept)
+
+
+def keep_decoder(checkpoint: Checkpoint, precision: Precision) -> Dialect:
+    """The dialect of a source that is ONNX already.
+
+    Raises:
+        UnsupportedError: another precision than its own is asked for.
+    """
+    if precision.name != "keep":
+        raise UnsupportedError(
+            f"{checkpoint.source_name} is an ONNX model, which is split as it is: export with "
+            f"--precision keep, or from the checkpoint with {precision.name}"
+        )
+    return AS_IS

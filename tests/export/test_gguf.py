@@ -1,0 +1,145 @@
+"""GGUF files: every type, read and kept."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
+
+from adainfer_export import ExportRequest, export
+from adainfer_export.errors import UnsupportedError
+from adainfer_export.sources import resolve
+from adainfer_export.sources.gguf_blocks import KEPT_TYPES, read_rows
+from adainfer_export.validate import reference_model, validate_folder
+from adainfer_runtime import Engine
+
+from .. import checkpoints
+from ..checkpoints import make_checkpoint
+from ..gguf_files import quantised, write_gguf
+from ..reference import reference_greedy, reference_logits
+
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32,
+        "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
+PROMPT = [5, 99, 17, 250, 3, 3, 42, 180]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two models whose widths 256-value blocks divide, with and without a tied head."""
+    made = {}
+    for tied in (False, True):
+        checkpoints.VARIANTS["wide"] = ("llama", {**WIDE, "tie_word_embeddings": tied})
+        folder = tmp_path_factory.mktemp("wide")
+        made[tied] = make_checkpoint(folder / "checkpoint", "wide", tokenizer=False)
+        del checkpoints.VARIANTS["wide"]
+    return made
+
+
+@pytest.mark.parametrize("name", KEPT_TYPES)
+def test_blocks_taken_apart_are_what_gguf_dequantises(name):
+    kind = Type[name]
+    values = np.random.default_rng(0).normal(size=(6, 512)).astype(np.float32)
+    raw = quantised(values, kind)
+    rows = read_rows(name, raw)
+    blocks = KEPT_TYPES[name][0]
+    assert rows.codes.shape == (6, 512 // blocks.block_size, blocks.block_size)
+    assert (rows.shifts is not None) == blocks.shifted
+    codes = rows.codes.astype(np.float32) - 2 ** (blocks.bits - 1)
+    restored = codes * rows.scales[..., None]
+    if rows.shifts is not None:
+        restored += rows.shifts[..., None]
+    expected = quants.dequantize(raw, kind)
+    tolerance = 1e-6 * np.abs(expected).max() if blocks.shifted else 0.0
+    np.testing.assert_allclose(restored.reshape(6, 512), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0", "Q5_0"])
+def test_every_tensor_is_read_in_hugging_face_order(models, tmp_path, name):
+    model = models[False]
+    write_gguf(tmp_path / "m.gguf", model, {}, Type[name])
+    checkpoint = resolve(str(tmp_path / "m.gguf"))
+    bound = {"F32": 0.0, "F16": 1e-3, "BF16": 1e-2, "Q8_0": 1e-2}.get(name, 0.15)
+    for key, tensor in model.state_dict().items():
+        array = tensor.numpy()
+        found = checkpoint.read(key)
+        assert found.shape == checkpoint.shape(key) == array.shape
+        assert np.abs(found - array).max() <= bound * np.abs(array).max()
+        some = slice(array.shape[0] // 8 + 1, array.shape[0] // 2 + 3)
+        np.testing.assert_array_equal(checkpoint.read(key, some), found[some])
+
+
+def check_kept(path, folder):
+    """The kept engine is the model of the dequantised weights."""
+    result = export(ExportRequest(str(path), folder, precision="keep"))
+    assert "four times as long" in result.warnings[0]
+    for stage in (folder / "stages").glob("*.onnx"):
+        onnx.checker.check_model(str(stage))
+    reference = reference_model(resolve(str(path)))
+    engine = Engine.load(folder, verify=True)
+    session = engine.session()
+    session.extend(PROMPT)
+    session.complete()
+    logits = engine.backend.probe_logits(session.hidden())
+    expected = reference_logits(reference, PROMPT)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=3e-5 * np.abs(expected).max())
+    result = engine.generate(PROMPT, max_new_tokens=12, ignore_eos=True)
+    assert list(result.tokens) == reference_greedy(reference, PROMPT, 12)
+    labels = [7, 300, 12]
+    chosen = engine.backend.probe_candidates(session.hidden()[-1], np.array(labels))
+    np.testing.assert_allclose(chosen.logits, logits[-1, labels], atol=3e-5 * np.abs(logits).max())
+    embedded = engine.session()
+    embedded.extend(PROMPT)
+    first = engine.backend.kv_fill(1, embedded.hidden(), 0)
+    for made, own in zip(first, session.kv(1), strict=True):
+        np.testing.assert_allclose(made, own, rtol=0, atol=1e-5 * np.abs(own).max())
+    return engine
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", KEPT_TYPES)
+def test_kept_blocks_equal_the_dequantised_model(models, tmp_path, name, tied):
+    write_gguf(tmp_path / "m.gguf", models[tied], {}, Type[name])
+    check_kept(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_mixed_types_fall_apart_into_products_of_their_own(models, tmp_path):
+    """As in Q4_K_M files: V and down in another type, the embedding in a third."""
+    types = {"v_proj": Type.Q6_K, "down_proj": Type.Q6_K, "embed": Type.Q8_0, "o_proj": Type.F16,
+             "up_proj": Type.Q5_K}  # fmt: skip
+    write_gguf(tmp_path / "m.gguf", models[True], types, Type.Q4_K)
+    engine = check_kept(tmp_path / "m.gguf", tmp_path / "out")
+    assert engine.manifest.precision == "keep"
+    assert engine.manifest.quantisation is None
+    report = json.loads((tmp_path / "out" / "reports" / "quantisation.json").read_text())
+    found = {tuple(m["tensors"]): (m["bits"], m["block_size"]) for m in report["matrices"]}
+    assert found["model.layers.0.self_attn.v_proj.weight",] == (8, 16)
+    assert found["model.embed_tokens.weight",] == (8, 32)
+    assert all(m["kept"] and m["relative_error"] == 0 for m in report["matrices"])
+    assert not any("o_proj" in name or "up_proj" in name for names in found for name in names)
+    assert validate_folder(tmp_path / "out", reference=str(tmp_path / "m.gguf")).passed
+
+
+def test_the_same_file_is_requantised_as_asked(models, tmp_path):
+    write_gguf(tmp_path / "m.gguf", models[False], {}, Type.Q8_0)
+    export(ExportRequest(str(tmp_path / "m.gguf"), tmp_path / "out", precision="int4"))
+    assert Engine.load(tmp_path / "out").manifest.quantisation.bits == 4
+
+
+def test_keep_needs_blocks(checkpoint, models, tmp_path):
+    write_gguf(tmp_path / "m.gguf", models[False], {}, Type.F16)
+    for path in (checkpoint, tmp_path / "m.gguf"):
+        with pytest.raises(UnsupportedError, match="keep is for quantised checkpoints"):
+            export(ExportRequest(str(path), tmp_path / "out", precision="keep"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_type_that_cannot_be_read_is_named_before_anything_is_written(models, tmp_path):
+    write_gguf(tmp_path / "m.gguf", models[False], {"layers.1.mlp.up_proj": Type.TQ1_0}, Type.F16)
+    match = r"blk\.1\.ffn_up\.weight has type TQ1_0, which is not supported \(supported: F32, F16"
+    with pytest.raises(UnsupportedError, match=match):
+        export(ExportRequest(str(tmp_path / "m.gguf"), tmp_path / "out"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]

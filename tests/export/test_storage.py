@@ -1,0 +1,136 @@
+"""How weights are stored, beyond the precision: block sizes, sensitive layers, the report."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+from typer.testing import CliRunner
+
+from adainfer_export import ExportRequest, export
+from adainfer_export.errors import UnsupportedError
+from adainfer_export.lower import PRECISIONS
+from adainfer_export.lower.precision import layer_of_tensor
+from adainfer_export.quantise import dequantise_blocks, quantise_blocks
+from adainfer_export.storage import StorageRequest, parse_int8_layers, parse_range
+from adainfer_runtime.commands.app import build_app
+from adainfer_runtime.engine_folder import QUANTISATION_REPORT
+from adainfer_runtime.manifest import Quantisation
+
+
+def products(folder, stage):
+    """(bits, block size) of a stage's products."""
+    graph = onnx.load(folder / "stages" / f"{stage}.onnx", load_external_data=False).graph
+    return {
+        tuple(next(a.i for a in node.attribute if a.name == key) for key in ("bits", "block_size"))
+        for node in graph.node
+        if node.op_type == "MatMulNBits"
+    }
+
+
+def report(folder):
+    return json.loads((folder / QUANTISATION_REPORT).read_text())
+
+
+def test_sensitive_layers_and_the_head_have_8_bits(tiny):
+    storage = StorageRequest(int8_layers=frozenset({1, 4}), int8_head=True)
+    made = tiny("llama-tied", precision="int4", storage=storage)
+    found = {name: products(made.folder, name) for name in
+             ("layer_001", "layer_002", "layer_003", "layer_004", "probe")}  # fmt: skip
+    eight, four = {(8, 32)}, {(4, 32)}
+    assert list(found.values()) == [eight, four, four, eight, eight]
+    assert not (made.folder / "stages" / "layer_001.wide.onnx").exists()
+    assert (made.folder / "stages" / "layer_002.wide.onnx").exists()
+    assert made.engine.manifest.quantisation == Quantisation(
+        bits=4, block_size=32, accuracy_level=4, wide_rows=48, int8_layers=(1, 4), int8_head=True
+    )
+    errors = {entry["place"]: entry["relative_error"] for entry in report(made.folder)["summary"]}
+    assert max(errors["layer 1"], errors["layer 4"]) < 0.01 < errors["layer 2"] < 0.2
+    prompt = [5, 6, 7] * 20  # both forms of an engine with mixed layers
+    assert len(made.engine.generate(prompt, max_new_tokens=4, ignore_eos=True).tokens) == 4
+
+
+def test_mixed_layers_in_one_engine(tiny):
+    storage = StorageRequest(int8_layers=frozenset({2}))
+    made = tiny("llama", precision="int4", storage=storage, layers_per_engine=4)
+    assert products(made.folder, "layers_001_004") == {(4, 32), (8, 32)}
+    prompt = [5, 6, 7] * 20
+    assert len(made.engine.generate(prompt, max_new_tokens=4, ignore_eos=True).tokens) == 4
+
+
+def test_block_size(tiny):
+    coarse = tiny("qwen3", precision="int4", storage=StorageRequest(block_size=32))
+    fine = tiny("qwen3", precision="int4", storage=StorageRequest(block_size=16))
+    assert products(fine.folder, "layer_001") == {(4, 16)}
+    errors = [report(made.folder)["summary"][1]["relative_error"] for made in (coarse, fine)]
+    assert errors[1] < errors[0]
+
+
+def test_the_report_is_the_error_of_the_weights(tiny):
+    made = tiny("llama", precision="int4")
+    entry = next(m for m in report(made.folder)["matrices"] if "layers.2.mlp.down" in str(m))
+    weight = made.reference.state_dict()["model.layers.2.mlp.down_proj.weight"].numpy()
+    stored = quantise_blocks(weight, 4, 32)
+    error = dequantise_blocks(stored.packed, stored.scales, 4) - weight
+    expected = np.sqrt(np.square(error).sum() / np.square(weight).sum())
+    assert entry == {
+        "tensors": ["model.layers.2.mlp.down_proj.weight"],
+        "bits": 4,
+        "block_size": 32,
+        "kept": False,
+        "layer": 3,
+        "relative_error": pytest.approx(expected, rel=1e-3),
+    }
+
+
+def test_fp32_has_no_report(tiny):
+    assert not (tiny("llama").folder / "reports").exists()
+
+
+def test_inspect_shows_the_error_of_every_layer(tiny):
+    shown = CliRunner().invoke(
+        build_app(), ["inspect", str(tiny("llama", precision="int4").folder)]
+    )
+    assert shown.exit_code == 0
+    for place in ("layer 1", "layer 4", "lm_head.weight", "relative error"):
+        assert place in shown.output
+
+
+def test_calibrating_again_keeps_the_report(tiny):
+    manifest = tiny("llama", precision="int4").engine.manifest
+    assert QUANTISATION_REPORT in manifest.uncalibrated().files
+
+
+@pytest.mark.parametrize(
+    ("storage", "precision", "message"),
+    [
+        (StorageRequest(block_size=24), "int4", "--block-size 24: it must be one of 16, 32, 64"),
+        (StorageRequest(block_size=32), "fp32", "are for int4 and int8, not fp32"),
+        (StorageRequest(int8_head=True), "keep", "are for int4 and int8, not keep"),
+        (StorageRequest(int8_layers=frozenset({9})), "int4", "names layer 9: this model has 4"),
+        (StorageRequest(block_size=128), "int4", "width 64 is not divisible by the block of 128"),
+    ],
+)
+def test_what_cannot_be_stored_so(checkpoint, tmp_path, storage, precision, message):
+    request = ExportRequest(str(checkpoint), tmp_path / "out", storage=storage, precision=precision)
+    with pytest.raises(UnsupportedError, match=message):
+        export(request)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_layers_as_text():
+    assert parse_int8_layers("1-2,29-30") == (frozenset({1, 2, 29, 30}), False)
+    assert parse_int8_layers("head, 7") == (frozenset({7}), True)
+    assert parse_range("12", "--layers") == (12, 12)
+    for wrong in ("0-2", "5-3", "a", "", "1-", "-1"):
+        with pytest.raises(UnsupportedError, match="--layers"):
+            parse_range(wrong, "--layers")
+
+
+def test_layer_of_a_tensor():
+    assert layer_of_tensor("model.layers.0.mlp.up_proj.weight") == 1
+    assert layer_of_tensor("transformer.h.11.attn.c_attn.weight") == 12
+    assert layer_of_tensor("model.embed_tokens.weight") is None
+    assert PRECISIONS["int8"].storage("lm_head.weight").bits == 8

@@ -1,0 +1,77 @@
+"""Tiny GGUF files of a checkpoint's weights, written with the gguf package's own writer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
+
+# gguf quantises no K types: their blocks are drawn at random, with scales of a usual size.
+_HALVES = {Type.Q4_K: (0, 2), Type.Q6_K: (208,), Type.Q5_K: (0, 2)}
+
+
+def quantised(values: np.ndarray, kind: Type) -> np.ndarray:
+    """Bytes `[rows, …]` in a type."""
+    if kind not in _HALVES:
+        return quants.quantize(values.astype(np.float32), kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    random = np.random.default_rng(values.size)
+    raw = random.integers(0, 256, (values.size // block, size), np.uint8)
+    for at in _HALVES[kind]:
+        scale = random.uniform(0.2, 1.0, len(raw)).astype(np.float32) * 0.2 / (16 * 32)
+        raw[:, at : at + 2] = scale.astype(np.float16).view(np.uint8).reshape(-1, 2)
+    return raw.reshape(values.shape[0], -1)
+
+
+def interleaved(weight: np.ndarray, heads: int) -> np.ndarray:
+    """llama.cpp's `permute` of convert_hf_to_gguf.py."""
+    shape = weight.shape
+    return (
+        weight.reshape(heads, 2, shape[0] // heads // 2, *shape[1:]).swapaxes(1, 2).reshape(shape)
+    )
+
+
+def write_gguf(path: Path, model: Any, types: dict[str, Type], default: Type) -> None:
+    """A llama file of a transformers model.
+
+    Args:
+        types: by a part of the Hugging Face name; the first that matches; else `default`.
+    """
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        values = tensor.float().numpy()
+        if "q_proj" in name:
+            values = interleaved(values, config.num_attention_heads)
+        if "k_proj" in name:
+            values = interleaved(values, config.num_key_value_heads)
+        kind = next((kind for part, kind in types.items() if part in name), default)
+        if values.ndim == 1:
+            kind = Type.F32
+        stem, _, suffix = name.rpartition(".")
+        mapped = f"{names.get_name(stem)}.{suffix}"
+        if kind == Type.F32:
+            writer.add_tensor(mapped, np.ascontiguousarray(values))
+        else:
+            writer.add_tensor(mapped, quantised(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
