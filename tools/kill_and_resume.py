@@ -37,7 +37,7 @@ def main() -> None:
     print(f"undisturbed: {seconds:.1f} s of writing")
     moments = random.Random(args.seed)
     for number in range(args.kills):
-        done = kill_once(args.model, killed, moments.uniform(0, 1.5 * seconds / args.kills))
+        done = kill_once(args.model, killed, moments.uniform(0, seconds / args.kills))
         print(f"kill {number + 1}: {done} files were finished")
     finish(start(args.model, killed))
     manifest = load_manifest(killed)
@@ -69,14 +69,22 @@ def writing_time(model: str, out: Path) -> float:
 
 
 def kill_once(model: str, out: Path, delay: float) -> int:
-    """Kills an export some seconds after it began to write; files finished by then."""
+    """Kills an export some seconds after its first new file; files finished by then."""
+    before = finished(out)
     export = start(model, out)
     wait_for_writing(export, out)
+    while finished(out) <= before and export.poll() is None:  # every round gets further
+        time.sleep(0.02)
     time.sleep(delay)
     export.kill()
     export.wait()
     if out.exists():
         sys.exit("the export was faster than the kill: give more layers or fewer kills")
+    return finished(out)
+
+
+def finished(out: Path) -> int:
+    """Data files that the journal of an unfinished export names."""
     return sum(journal.read_text().count("\n") - 1 for journal in journals(out))
 
 
