@@ -22,6 +22,9 @@ def _of_node(node: ir.Node) -> int:
     if node.op_type not in ("MatMul", "Gemm"):
         return 0
     weight = node.inputs[1]
+    producer = weight.producer() if weight is not None else None
+    if producer is not None and producer.op_type == "DequantizeLinear":
+        weight = producer.inputs[0]
     if weight is None or weight.const_value is None or len(weight.const_value.shape) != 2:
         return 0
     return math.prod(weight.const_value.shape.numpy())

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from adainfer_runtime.backends.layout import kv_geometry
 from adainfer_runtime.engine_folder import record_file, write_manifest
 from adainfer_runtime.manifest import (
     SCHEMA_VERSION,
@@ -32,6 +33,7 @@ from .errors import CheckpointError, UnsupportedError
 from .folder import check_output, new_folder
 from .frontend import build_decoder
 from .lower import Precision, find_target
+from .lower.decoder import DecoderRequest
 from .lower.targets import Dialect
 from .progress import Reporter, SilentReporter, peak_memory_bytes
 from .sources import Checkpoint, resolve
@@ -119,13 +121,19 @@ def _write_stages(
     architecture = find_architecture(config.model_type)
     max_seq_len = _max_seq_len(request.max_seq_len, config)
     decoder = build_decoder(config, architecture)
-    dialect.lower_decoder(decoder, window=sliding_window(config, max_seq_len))
+    kv = _kv_geometry(config, max_seq_len, dialect, precision)
+    window = sliding_window(config, max_seq_len)
+    lowering = DecoderRequest(window, max_seq_len, precision, kv.row_elements)
+    shared = dialect.lower_decoder(decoder, lowering)
     _crop_tables(decoder.graph, config.max_position_embeddings, max_seq_len)
     num_layers = int(config.num_hidden_layers)
     groups = layer_groups(num_layers, request.layers_per_engine or 1)
     writer = StageWriter(folder, checkpoint)
     reporter.begin("exporting layers", num_layers)
     specs = []
+    if shared is not None:
+        stage = StageGraph("positions", "positions", shared.model)
+        specs.append(_write_stage(stage, writer, dialect, precision, checkpoint.tied_head))
     for stage in split_decoder(decoder, groups):
         specs.append(_write_stage(stage, writer, dialect, precision, checkpoint.tied_head))
         for layer in range(stage.first_layer, stage.last_layer + 1 if stage.last_layer else 0):
@@ -143,8 +151,9 @@ def _write_stages(
         quantisation=_quantisation(precision),
         layers_per_engine=request.layers_per_engine,
         max_seq_len=max_seq_len,
-        kv=_kv_geometry(config, max_seq_len),
+        kv=kv,
         stages=tuple(specs),
+        pass_tensors=shared.tensors if shared is not None else (),
         tokenizer=tokenizer,
         files=files | tokenizer_files,
     )
@@ -170,9 +179,12 @@ def _write_stage(
         weights = dialect.lower_probe(graph, precision)
     elif stage.kind == "candidates":
         weights = dialect.lower_candidates(graph, precision)
+    elif stage.kind == "positions":
+        weights = {}
     else:
         weights = dialect.lower_layers(graph, precision)
         dialect.check_layers(graph, stage.last_layer - stage.first_layer + 1, precision)
+    graph.opset_imports[""], stage.model.ir_version = dialect.opset, dialect.ir_version
     file = writer.write(stage.model, weights)
     wide_file = None
     if stage.kind == "layers" and dialect.widen(graph, precision):
@@ -241,12 +253,16 @@ def _model_spec(checkpoint: Checkpoint, num_layers: int) -> ModelSpec:
     )
 
 
-def _kv_geometry(config: Any, max_seq_len: int) -> KvGeometry:
+def _kv_geometry(
+    config: Any, max_seq_len: int, dialect: Dialect, precision: Precision
+) -> KvGeometry:
     heads = config.num_attention_heads
-    return KvGeometry(
-        num_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        max_length=max_seq_len,
+    return kv_geometry(
+        dialect.kv_layout,
+        precision.activations,
+        getattr(config, "num_key_value_heads", None) or heads,
+        getattr(config, "head_dim", None) or config.hidden_size // heads,
+        max_seq_len,
     )
 
 
@@ -256,7 +272,7 @@ def _quantisation(precision: Precision) -> Quantisation | None:
     return Quantisation(
         bits=precision.bits,
         block_size=precision.block_size,
-        accuracy_level=precision.accuracy_level,
+        accuracy_level=precision.accuracy_level if precision.activations == "float32" else None,
         wide_rows=precision.wide_rows,
     )
 

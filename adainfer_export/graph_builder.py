@@ -9,7 +9,8 @@ from onnx_ir.tape import Tape
 
 __all__ = ["GraphBuilder", "graph_input", "serialise"]
 
-_OPSET, _IR_VERSION = 24, 11
+# What TensorRT 10.3 reads; newer readers take it as well.
+_OPSET, _IR_VERSION = 21, 10
 
 
 class GraphBuilder:

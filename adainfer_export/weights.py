@@ -9,21 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from .errors import UnsupportedError
+from .int4 import quantise_int4
 from .quantise import quantise_blocks
 from .sources.checkpoint import Checkpoint
 
-__all__ = ["Dense", "Quantised", "WeightExpr", "evaluate"]
+__all__ = ["Dense", "ElementName", "Int4Blocks", "Quantised", "WeightExpr", "evaluate"]
+
+ElementName = Literal["float32", "float16", "bfloat16"]
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Float32: checkpoint tensors concatenated along axis 0, then transposed if asked."""
+    """Checkpoint tensors concatenated along axis 0, then transposed if asked, as `dtype`."""
 
     parts: tuple[str, ...]
     transpose: bool = False
+    dtype: ElementName = "float32"
 
 
 @dataclass(frozen=True)
@@ -36,7 +43,17 @@ class Quantised:
     field: Literal["packed", "scales"]
 
 
-WeightExpr = Dense | Quantised
+@dataclass(frozen=True)
+class Int4Blocks:
+    """One of the two tensors of an int4 matrix (see `int4`); `dtype` is the scales'."""
+
+    parts: tuple[str, ...]
+    block_size: int
+    field: Literal["packed", "scales"]
+    dtype: ElementName = "float32"
+
+
+WeightExpr = Dense | Quantised | Int4Blocks
 
 
 def evaluate(
@@ -52,9 +69,22 @@ def evaluate(
     values: dict[WeightExpr, npt.NDArray[np.generic]] = {}
     for expr in exprs:
         if isinstance(expr, Dense):
-            values[expr] = np.ascontiguousarray(dense.T) if expr.transpose else dense
+            values[expr] = _as_type(dense.T if expr.transpose else dense, expr.dtype)
+        elif isinstance(expr, Int4Blocks):
+            packed4, scales4 = quantise_int4(dense, expr.block_size, _DTYPES[expr.dtype])
+            values[expr] = packed4 if expr.field == "packed" else scales4
         elif expr not in values:
             packed, scales = quantise_blocks(dense, expr.bits, expr.block_size)
             values[Quantised(expr.parts, expr.bits, expr.block_size, "packed")] = packed
             values[Quantised(expr.parts, expr.bits, expr.block_size, "scales")] = scales
     return {expr: values[expr] for expr in exprs}
+
+
+def _as_type(dense: npt.NDArray[np.float32], dtype: ElementName) -> npt.NDArray[np.generic]:
+    with np.errstate(over="ignore"):
+        converted = np.ascontiguousarray(dense).astype(_DTYPES[dtype], copy=False)
+    if dtype == "float16" and not np.isfinite(converted).all():
+        raise UnsupportedError(
+            "a weight leaves the range of float16: export with --precision bf16 or fp32"
+        )
+    return converted

@@ -15,7 +15,7 @@ from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.manifest import FileRecord
 
 from .sources.checkpoint import Checkpoint
-from .weights import Dense, Quantised, WeightExpr, evaluate
+from .weights import Dense, WeightExpr, evaluate
 
 __all__ = ["StageWriter"]
 
@@ -67,7 +67,7 @@ class StageWriter:
     @property
     def read(self) -> frozenset[str]:
         """Checkpoint tensors that went into what was written."""
-        exprs = (key for key in self._places if isinstance(key, Dense | Quantised))
+        exprs = (key for key in self._places if isinstance(key, WeightExpr))
         return frozenset(part for expr in exprs for part in expr.parts)
 
     def close(self) -> dict[str, FileRecord]:
@@ -130,7 +130,7 @@ class _DataFile:
     def append(self, array: npt.NDArray[np.generic]) -> _Place:
         self._write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
         offset = self._stream.tell()
-        content = np.ascontiguousarray(array).data.cast("B")
+        content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         self._write(content)
         return _Place(self._path.name, offset, content.nbytes)
 

@@ -81,7 +81,7 @@ def read_head(folder: Path, manifest: Manifest) -> Head | None:
 
 def _through_reshapes(value: ir.Value | None) -> ir.Node | None:
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type == "Reshape":
+    while node is not None and node.op_type in ("Reshape", "Unsqueeze", "Cast"):
         source = node.inputs[0]
         node = source.producer() if source is not None else None
     return node

@@ -67,6 +67,8 @@ class Translator:
 
 def read_rotary(folder: Path, manifest: Manifest) -> Rotary | None:
     """None where layers differ in their tables, rotate a part of each head, or interleave it."""
+    if manifest.positions is not None:
+        return _read_shared_rotary(folder, manifest)
     found: list[tuple[ir.Value, ir.Value]] = []
     for stage in manifest.cut:
         for node in ir.load(folder / stage.file).graph:
@@ -84,6 +86,34 @@ def read_rotary(folder: Path, manifest: Manifest) -> Rotary | None:
     if any(v.const_value is None or v.const_value.shape[1] != half for v in (cos, sin)):
         return None
     return Rotary(cos, sin)
+
+
+def _read_shared_rotary(folder: Path, manifest: Manifest) -> Rotary | None:
+    """The tables of the stage `positions`, of which layers see one pair."""
+    assert manifest.positions is not None  # the caller looked
+    graph = ir.load(folder / manifest.positions.file).graph
+    tables = [node.inputs[0] for node in graph if node.op_type == "Gather"]
+    if len(tables) != 2 or _interleaves(folder, manifest):
+        return None
+    by_kind = {kind: t for t in tables for kind in ("cos", "sin") if t and kind in str(t.name)}
+    half = manifest.kv.head_dim // 2
+    if set(by_kind) != {"cos", "sin"} or any(
+        table.const_value is None or table.const_value.shape[1] != half
+        for table in by_kind.values()
+    ):
+        return None
+    return Rotary(by_kind["cos"], by_kind["sin"])
+
+
+def _interleaves(folder: Path, manifest: Manifest) -> bool:
+    """Whether heads are rotated in neighbouring pairs (in plain operators: by slices of step 2)."""
+    for node in ir.load(folder / manifest.cut[0].file).graph:
+        if node.op_type == "RotaryEmbedding" and node.attributes["interleaved"].as_int():
+            return True
+        step = node.inputs[4] if node.op_type == "Slice" and len(node.inputs) > 4 else None
+        if step is not None and step.const_value is not None and step.const_value.numpy()[0] != 1:
+            return True
+    return False
 
 
 def fit_translators(

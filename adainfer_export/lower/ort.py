@@ -20,6 +20,7 @@ from .graph import (
     insert_before,
     only_user,
     remove_dead_nodes,
+    take_over,
 )
 from .precision import Precision
 
@@ -103,7 +104,7 @@ def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
         nodes += [bias, ir.Node("", "Add", [nodes[-1].outputs[0], bias.outputs[0]])]
     insert_before(linear.matmul, nodes)
     linear.output.shape = ir.Shape(["batch", "tokens", "n"])
-    _take_over(linear.output, nodes[-1].outputs[0])
+    take_over(linear.output, nodes[-1].outputs[0])
     remove_dead_nodes(graph)
     return weights
 
@@ -188,8 +189,8 @@ def fuse_skip_norms(graph: ir.Graph) -> None:
             num_outputs=4,
         )
         insert_before(add, [fused])
-        _take_over(norm.outputs[0], fused.outputs[0])
-        _take_over(add.outputs[0], fused.outputs[3])
+        take_over(norm.outputs[0], fused.outputs[0])
+        take_over(add.outputs[0], fused.outputs[3])
         for empty in fused.outputs[1:3]:
             empty.name = ""
         remove_dead_nodes(graph)
@@ -257,7 +258,7 @@ def _lower_siblings(
     )
     insert_before(linears[0].matmul, [split])
     for linear, part in zip(linears, split.outputs, strict=True):
-        _take_over(linear.output, part)
+        take_over(linear.output, part)
 
 
 def _replace_linear(
@@ -277,7 +278,7 @@ def _replace_linear(
     insert_before(first.matmul, nodes)
     output = nodes[-1].outputs[0]
     if len(linears) == 1:
-        _take_over(first.output, output)
+        take_over(first.output, output)
     return output
 
 
@@ -342,7 +343,7 @@ def _head_by_rows(graph: ir.Graph, linear: Linear) -> None:
     if linear.bias is not None:
         nodes.append(ir.Node("", "Add", [back.outputs[0], linear.bias]))
     insert_before(linear.matmul, nodes)
-    _take_over(linear.output, nodes[-1].outputs[0])
+    take_over(linear.output, nodes[-1].outputs[0])
 
 
 def _ints(graph: ir.Graph, kind: str, values: list[int]) -> ir.Value:
@@ -354,15 +355,7 @@ def _ints(graph: ir.Graph, kind: str, values: list[int]) -> ir.Value:
 
 def _replace(anchor: ir.Node, node: ir.Node, old: ir.Value) -> None:
     insert_before(anchor, [node])
-    _take_over(old, node.outputs[0])
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """The new value takes the old one's place, name and all, also as a graph output."""
-    new.type, new.shape, name = old.type, old.shape, old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    if name:
-        old.name, new.name = f"{name}.replaced", name
+    take_over(old, node.outputs[0])
 
 
 def _name(value: ir.Value) -> str:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import onnx_ir as ir
 
 from ..errors import UnsupportedError
 from ..weights import WeightExpr
-from . import attention, ort
-from .precision import PRECISIONS, Precision
+from . import decoder, ort, standard
+from .attention_standard import PassStage
+from .decoder import DecoderRequest
+from .precision import PRECISIONS, Precision, with_half_activations
 
 __all__ = ["TARGETS", "Dialect", "Target", "find_target"]
 
@@ -22,11 +25,14 @@ Weights = dict[str, WeightExpr]
 class Dialect:
     """The passes of a target, in the order they are applied.
 
+    `lower_decoder` rewrites every attention and returns the stage `positions`, where layers share
+    more than lengths; `kv_layout` is the cache's geometry; `precision` says what the target makes
+    of a precision; `opset` and `ir_version` are what stages are stamped with.
     `widen` turns a lowered stage into its form for many positions and says whether there is one;
     `fuse_joined` mends the seams of lowered stages that were put into one graph.
     """
 
-    lower_decoder: Callable[..., None]
+    lower_decoder: Callable[[ir.Model, DecoderRequest], PassStage | None]
     lower_embedding: Callable[..., Weights]
     lower_layers: Callable[[ir.Graph, Precision], Weights]
     lower_probe: Callable[[ir.Graph, Precision], Weights]
@@ -34,6 +40,10 @@ class Dialect:
     check_layers: Callable[[ir.Graph, int, Precision], None]
     widen: Callable[[ir.Graph, Precision], bool]
     fuse_joined: Callable[[ir.Graph], None]
+    kv_layout: Literal["bnsh", "prefix"] = "bnsh"
+    precision: Callable[[Precision], Precision] = lambda precision: precision
+    opset: int = 24
+    ir_version: int = 11
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class Target:
 
 
 _ORT_CPU = Dialect(
-    lower_decoder=attention.fuse_attention,
+    lower_decoder=decoder.contrib,
     lower_embedding=ort.lower_embedding,
     lower_layers=ort.lower_layers,
     lower_probe=ort.lower_probe,
@@ -62,11 +72,44 @@ _ORT_CPU = Dialect(
     fuse_joined=ort.fuse_skip_norms,
 )
 
+_STANDARD = Dialect(
+    lower_decoder=decoder.fused,
+    lower_embedding=standard.lower_embedding,
+    lower_layers=standard.lower_layers,
+    lower_probe=standard.lower_probe,
+    lower_candidates=standard.lower_candidates,
+    check_layers=standard.check_layers,
+    widen=standard.no_wide_form,
+    fuse_joined=standard.keep_as_joined,
+    precision=with_half_activations,
+)
+
+_PLAIN = replace(
+    _STANDARD,
+    lower_decoder=decoder.plain,
+    lower_layers=standard.lower_plain_layers,
+    lower_probe=standard.lower_plain_probe,
+    lower_candidates=standard.lower_plain_candidates,
+    check_layers=standard.check_plain_layers,
+    kv_layout="prefix",
+    opset=21,
+    ir_version=10,
+)
+
 TARGETS: tuple[Target, ...] = (
     Target("ort-cpu", "ONNX Runtime on CPUs", ("fp32", "int8", "int4"), _ORT_CPU),
     Target("ort-cuda", "ONNX Runtime on NVIDIA GPUs", ("fp16", "bf16", "int4")),
-    Target("tensorrt", "TensorRT on NVIDIA GPUs and Jetson", ("fp16", "bf16", "int4")),
-    Target("onnx-std", "standard ONNX operators only", ("fp32",)),
+    Target(
+        "tensorrt", "TensorRT 10.15 and later, TensorRT-RTX", ("fp16", "bf16", "int4"), _STANDARD
+    ),
+    Target(
+        "tensorrt-basic",
+        "TensorRT 10.3 and later (JetPack 6.2), TensorRT-RTX",
+        ("fp32", "fp16", "bf16", "int4"),
+        _PLAIN,
+    ),
+    # The graphs of target tensorrt in float32, for which TensorRT has no fused attention.
+    Target("onnx-std", "standard ONNX operators, opset 24", ("fp32",), _STANDARD),
 )
 
 
@@ -90,4 +133,4 @@ def find_target(name: str, precision: str) -> tuple[Target, Dialect, Precision]:
             f"target {name} does not take precision {precision!r}; it takes: "
             f"{', '.join(target.precisions)}"
         )
-    return target, target.dialect, PRECISIONS[precision]
+    return target, target.dialect, target.dialect.precision(PRECISIONS[precision])

@@ -20,7 +20,16 @@ class _Entry:
     module: str
 
 
-_ENTRIES = (_Entry("ort-cpu", "cpu", "adainfer_runtime.backends.ort_cpu"),)
+_ORT_CPU = "adainfer_runtime.backends.ort_cpu"
+
+# Every dialect's graphs run on ONNX Runtime's CPU provider as well: a reference without the device.
+_ENTRIES = (
+    _Entry("ort-cpu", "cpu", _ORT_CPU),
+    _Entry("onnx-std", "cpu", _ORT_CPU),
+    _Entry("tensorrt", "cpu", _ORT_CPU),
+    _Entry("tensorrt-basic", "cpu", _ORT_CPU),
+    _Entry("ort-cuda", "cpu", _ORT_CPU),
+)
 
 
 def load_backend(

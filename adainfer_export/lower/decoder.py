@@ -1,0 +1,58 @@
+"""How dialects lower the whole decoder before it is cut: attention, and what layers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from .attention import fuse_attention
+from .attention_standard import PassStage, standardise_attention
+from .precision import Precision
+
+__all__ = ["DecoderRequest", "contrib", "fused", "plain"]
+
+
+@dataclass(frozen=True)
+class DecoderRequest:
+    """What the lowering needs to know.
+
+    Attributes:
+        window: tokens that each position attends to, or None for all before it.
+        max_seq_len: positions of the cache.
+        row_elements: of a row of the cache, in the layout `prefix`.
+    """
+
+    window: int | None
+    max_seq_len: int
+    precision: Precision
+    row_elements: int | None = None
+
+
+def contrib(model: ir.Model, request: DecoderRequest) -> PassStage | None:
+    """com.microsoft.GroupQueryAttention: layers share two lengths, which the host knows."""
+    fuse_attention(model, window=request.window)
+    return None
+
+
+def fused(model: ir.Model, request: DecoderRequest) -> PassStage | None:
+    """TensorScatter and a 4-D Attention."""
+    return standardise_attention(
+        model,
+        window=request.window,
+        max_seq_len=request.max_seq_len,
+        precision=request.precision,
+        form="fused",
+    )
+
+
+def plain(model: ir.Model, request: DecoderRequest) -> PassStage | None:
+    """MatMul and Softmax over a contiguous prefix."""
+    return standardise_attention(
+        model,
+        window=request.window,
+        max_seq_len=request.max_seq_len,
+        precision=request.precision,
+        form="plain",
+        row_elements=request.row_elements,
+    )
