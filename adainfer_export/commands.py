@@ -241,8 +241,7 @@ def run_list(json_output: JsonOption = False) -> None:
             "aliases": [asdict(recipe) for recipe in recipes],
             "architectures": [entry.model_type for entry in ARCHITECTURES],
             "targets": [
-                {"name": t.name, "built": t.dialect is not None, "precisions": t.precisions}
-                for t in TARGETS
+                {"name": t.name, "runs_on": t.summary, "precisions": t.precisions} for t in TARGETS
             ],
         }
         print(json.dumps(data))
@@ -256,10 +255,9 @@ def run_list(json_output: JsonOption = False) -> None:
         )
     console.print(table)
     console.print("architectures:", ", ".join(entry.model_type for entry in ARCHITECTURES))
-    table = Table("target", "runs on", "precisions", "", title="targets")
+    table = Table("target", "runs on", "precisions", title="targets")
     for target in TARGETS:
-        state = "" if target.dialect else "not built yet"
-        table.add_row(target.name, target.summary, ", ".join(target.precisions), state)
+        table.add_row(target.name, target.summary, ", ".join(target.precisions))
     console.print(table)
 
 

@@ -6,8 +6,8 @@ that will give its value; the writer evaluates them one at a time and writes equ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import ml_dtypes
 import numpy as np
@@ -35,12 +35,16 @@ class Dense:
 
 @dataclass(frozen=True)
 class Quantised:
-    """One of the two tensors of a block-quantised matrix `[out, in]` (see `quantise`)."""
+    """One of the two tensors of a block-quantised matrix `[out, in]` (see `quantise`).
+
+    `dtype` is the scales'.
+    """
 
     parts: tuple[str, ...]
     bits: Literal[4, 8]
     block_size: int
     field: Literal["packed", "scales"]
+    dtype: ElementName = "float32"
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,10 @@ def evaluate(
             values[expr] = packed4 if expr.field == "packed" else scales4
         elif expr not in values:
             packed, scales = quantise_blocks(dense, expr.bits, expr.block_size)
-            values[Quantised(expr.parts, expr.bits, expr.block_size, "packed")] = packed
-            values[Quantised(expr.parts, expr.bits, expr.block_size, "scales")] = scales
+            values[replace(expr, field="packed")] = packed
+            for dtype in get_args(ElementName):
+                key = replace(expr, field="scales", dtype=dtype)
+                values[key] = _as_type(scales, dtype)
     return {expr: values[expr] for expr in exprs}
 
 

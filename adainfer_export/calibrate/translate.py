@@ -174,7 +174,7 @@ def lower_translator(translator: Translator, rotary: Rotary, manifest: Manifest)
     first = graph.op("Squeeze", start)
     positions = graph.op("Range", first, graph.op("Add", first, rows), graph.scalar(1))
     cos, sin = (
-        graph.op("Gather", graph.shared(stored), positions, axis=0)
+        graph.cast(graph.op("Gather", graph.shared(stored), positions, axis=0))
         for stored in (rotary.cos, rotary.sin)
     )
     half = width // 2

@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from ..weights import Dense, ElementName, Int4Blocks, WeightExpr
+from ..weights import Dense, ElementName, WeightExpr
 from .graph import insert_before
 
-__all__ = ["NORMS", "set_activation_type"]
+__all__ = ["narrow_initializer", "set_activation_type"]
 
-NORMS = ("RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization")
+_NORMS = ("RMSNormalization", "LayerNormalization", "SimplifiedLayerNormalization")
 _FLOAT = ir.DataType.FLOAT
 _NAMES: dict[ir.DataType, ElementName] = {
     ir.DataType.FLOAT16: "float16",
@@ -44,7 +44,7 @@ def set_activation_type(
                 continue
             if value.is_initializer():
                 if wanted == dtype:
-                    _narrow(value, dtype, weights)
+                    narrow_initializer(value, dtype, weights)
                 continue
             found = _FLOAT if value in wide_values else value.dtype
             if value.producer() is None and found != _FLOAT:
@@ -67,12 +67,12 @@ def _residual_nodes(graph: ir.Graph, wide: set[ir.Value]) -> set[ir.Node]:
         if node.op_type == "Add" and any(value in wide for value in inputs):
             if any(value.is_initializer() for value in inputs):
                 continue
-        elif not (node.op_type in NORMS and inputs[0] in wide):
+        elif not (node.op_type in _NORMS and inputs[0] in wide):
             continue
         nodes.add(node)
         if node.op_type == "Add":
             wide.add(node.outputs[0])
-    norms = [node for node in nodes if node.op_type in NORMS]
+    norms = [node for node in nodes if node.op_type in _NORMS]
     wide.update(node.outputs[0] for node in norms)
     return nodes
 
@@ -93,7 +93,8 @@ def _cast(
     return casts[key]
 
 
-def _narrow(value: ir.Value, dtype: ir.DataType, weights: dict[str, WeightExpr]) -> None:
+def narrow_initializer(value: ir.Value, dtype: ir.DataType, weights: dict[str, WeightExpr]) -> None:
+    """Gives a float32 initialiser, with a value or without one yet, another type."""
     if value.dtype != _FLOAT:
         return
     assert value.name is not None  # initialisers are keyed by name
@@ -103,7 +104,6 @@ def _narrow(value: ir.Value, dtype: ir.DataType, weights: dict[str, WeightExpr])
         value.const_value = ir.tensor(array, dtype=dtype, name=value.name)
         return
     expr = weights.get(value.name, Dense((value.name,)))
-    assert isinstance(expr, Dense | Int4Blocks)  # dialects with 16-bit activations make no others
     weights[value.name] = replace(expr, dtype=_NAMES[dtype])
 
 

@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 Weights = dict[str, WeightExpr]
+_NORMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 
 
 def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
@@ -175,7 +176,7 @@ def widen(graph: ir.Graph, precision: Precision) -> bool:
 
 def fuse_skip_norms(graph: ir.Graph) -> None:
     """Residual addition and the norm behind it become SkipSimplifiedLayerNormalization."""
-    for norm in [node for node in graph if node.op_type == "RMSNormalization"]:
+    for norm in [node for node in graph if node.op_type in _NORMS]:
         add = norm.inputs[0].producer() if norm.inputs[0] is not None else None
         if add is None or add.op_type != "Add" or add.outputs[0].is_graph_output():
             continue

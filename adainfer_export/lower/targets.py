@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from ..errors import UnsupportedError
 from ..weights import WeightExpr
-from . import decoder, ort, standard
+from . import cuda, decoder, ort, standard
 from .attention_standard import PassStage
 from .decoder import DecoderRequest
 from .precision import PRECISIONS, Precision, with_half_activations
@@ -52,13 +52,12 @@ class Target:
 
     Attributes:
         precisions: names of the precisions that it takes.
-        dialect: None where the target is planned but not built.
     """
 
     name: str
     summary: str
     precisions: tuple[str, ...]
-    dialect: Dialect | None = None
+    dialect: Dialect
 
 
 _ORT_CPU = Dialect(
@@ -70,6 +69,17 @@ _ORT_CPU = Dialect(
     check_layers=ort.check_layers,
     widen=ort.widen,
     fuse_joined=ort.fuse_skip_norms,
+)
+
+_ORT_CUDA = replace(
+    _ORT_CPU,
+    lower_embedding=standard.lower_embedding,
+    lower_layers=cuda.lower_layers,
+    lower_probe=cuda.lower_probe,
+    lower_candidates=cuda.lower_candidates,
+    widen=standard.no_wide_form,
+    fuse_joined=cuda.fuse_joined,
+    precision=with_half_activations,
 )
 
 _STANDARD = Dialect(
@@ -98,7 +108,7 @@ _PLAIN = replace(
 
 TARGETS: tuple[Target, ...] = (
     Target("ort-cpu", "ONNX Runtime on CPUs", ("fp32", "int8", "int4"), _ORT_CPU),
-    Target("ort-cuda", "ONNX Runtime on NVIDIA GPUs", ("fp16", "bf16", "int4")),
+    Target("ort-cuda", "ONNX Runtime on NVIDIA GPUs", ("fp16", "bf16", "int4"), _ORT_CUDA),
     Target(
         "tensorrt", "TensorRT 10.15 and later, TensorRT-RTX", ("fp16", "bf16", "int4"), _STANDARD
     ),
@@ -114,10 +124,10 @@ TARGETS: tuple[Target, ...] = (
 
 
 def find_target(name: str, precision: str) -> tuple[Target, Dialect, Precision]:
-    """The record of a target that is built and takes the precision.
+    """The record of a target that takes the precision.
 
     Raises:
-        UnsupportedError: unknown, not built yet, or not with this precision.
+        UnsupportedError: unknown, or not with this precision.
     """
     target = next((entry for entry in TARGETS if entry.name == name), None)
     if target is None:
@@ -125,9 +135,6 @@ def find_target(name: str, precision: str) -> tuple[Target, Dialect, Precision]:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"targets: {', '.join(names)}"
         raise UnsupportedError(f"target {name!r} is unknown; {hint}")
-    if target.dialect is None:
-        built = ", ".join(entry.name for entry in TARGETS if entry.dialect)
-        raise UnsupportedError(f"target {name} is not built yet; built: {built}")
     if precision not in target.precisions:
         raise UnsupportedError(
             f"target {name} does not take precision {precision!r}; it takes: "

@@ -52,10 +52,6 @@ def test_unknown_target(checkpoint, tmp_path):
     fails(UnsupportedError, checkpoint, tmp_path, "did you mean ort-cpu", target="ort-cpv")
 
 
-def test_target_that_is_not_built(checkpoint, tmp_path):
-    fails(UnsupportedError, checkpoint, tmp_path, "tensorrt is not built yet", target="tensorrt")
-
-
 def test_precision_that_the_target_does_not_take(checkpoint, tmp_path):
     fails(
         UnsupportedError, checkpoint, tmp_path, "does not take precision 'fp16'", precision="fp16"
