@@ -172,7 +172,9 @@ def lower_translator(translator: Translator, rotary: Rotary, manifest: Manifest)
     key, value = (graph.op("Gather", table, graph.scalar(part), axis=0) for part in (0, 1))
     rows = graph.op("Gather", graph.op("Shape", hidden), graph.scalar(0), axis=0)
     first = graph.op("Squeeze", start)
-    positions = graph.op("Range", first, graph.op("Add", first, rows), graph.scalar(1))
+    # The range depends on shapes alone, as TensorRT wants it.
+    steps = graph.op("Range", graph.scalar(0), rows, graph.scalar(1))
+    positions = graph.op("Add", steps, first)
     cos, sin = (
         graph.cast(graph.op("Gather", graph.shared(stored), positions, axis=0))
         for stored in (rotary.cos, rotary.sin)

@@ -49,6 +49,7 @@ def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
         _lower_linear(graph, linear, precision, weights)
     set_activation_type(graph, precision.activation_type, weights)
     remove_dead_nodes(graph)
+    _fix_batch(graph)
     return weights
 
 
@@ -70,6 +71,7 @@ def lower_embedding(graph: ir.Graph, precision: Precision, *, tied: bool) -> Wei
             take_over(rows, cast.outputs[0])
             cast.replace_input_with(0, rows)
         rows.type = ir.TensorType(ir.DataType.FLOAT16)
+    _fix_batch(graph)
     return weights
 
 
@@ -80,6 +82,7 @@ def lower_probe(graph: ir.Graph, precision: Precision) -> Weights:
         _set_table(linear.weight, precision, weights)
         _head(graph, linear, linear.weight, precision, weights)
     remove_dead_nodes(graph)
+    _fix_batch(graph)
     return weights
 
 
@@ -97,6 +100,7 @@ def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
     linear.output.shape = ir.Shape(["batch", "tokens", "n"])
     _head(graph, linear, rows.outputs[0], precision, weights, candidates)
     remove_dead_nodes(graph)
+    _fix_batch(graph)
     return weights
 
 
@@ -277,6 +281,13 @@ def _decompose_norms(graph: ir.Graph) -> None:
         insert_before(node, nodes)
         take_over(node.outputs[0], result)
     remove_dead_nodes(graph)
+
+
+def _fix_batch(graph: ir.Graph) -> None:
+    """One sequence: TensorRT wants caches, rotary rows and activations of one known batch size."""
+    for value in [*graph.inputs, *graph.outputs]:
+        if value.shape is not None and value.shape.rank() > 1 and not value.shape.frozen:
+            value.shape = ir.Shape([1, *value.shape[1:]])
 
 
 def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:
