@@ -212,11 +212,14 @@ class _Rewrite:
             new.name = old.name
             if new is result:
                 new.type, new.shape = old.type, old.shape
+        places = [(value, value.type, value.shape) for value in (new_k, new_v)]
         for new_node in self._tape.nodes:
             new_node.metadata_props.update(node.metadata_props)  # the layer it belongs to
         ir.convenience.replace_nodes_and_values(
             graph, node, [node], list(self._tape.nodes), list(node.outputs), [result, new_k, new_v]
         )
+        for value, kind, shape in places:  # the replaced outputs' shapes are another layout's
+            value.type, value.shape = kind, shape
 
     def _scatter(
         self, past_key: ir.Value, past_value: ir.Value, key: ir.Value, value: ir.Value

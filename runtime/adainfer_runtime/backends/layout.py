@@ -19,6 +19,7 @@ from ..manifest import KvGeometry, Manifest, StageSpec, TensorSpec
 
 __all__ = [
     "ITEM_BYTES",
+    "PROBED_ROWS",
     "BufferSpec",
     "Region",
     "SequenceLayout",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
+PROBED_ROWS = 32  # positions whose logits a device computes at once
 _SINKS = 1  # rows of a prefix cache before the first position
 
 

@@ -244,6 +244,7 @@ class _OrtSequence:
         self._memory = {
             name: np.zeros(spec.shape, spec.dtype) for name, spec in self._layout.buffers().items()
         }
+        self.pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
         self._caches = {
             layer: (self._cache(f"key.{layer}"), self._cache(f"value.{layer}"))
             for layer in range(1, manifest.model.num_layers + 1)

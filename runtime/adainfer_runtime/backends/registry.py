@@ -29,6 +29,9 @@ _ENTRIES = (
     _Entry("tensorrt", "cpu", _ORT_CPU),
     _Entry("tensorrt-basic", "cpu", _ORT_CPU),
     _Entry("ort-cuda", "cpu", _ORT_CPU),
+    _Entry("ort-cuda", "cuda", "adainfer_runtime.backends.ort_cuda"),
+    _Entry("tensorrt", "cuda", "adainfer_runtime.backends.tensorrt"),
+    _Entry("tensorrt-basic", "cuda", "adainfer_runtime.backends.tensorrt"),
 )
 
 
