@@ -35,6 +35,7 @@ from .frontend import build_decoder
 from .lower import Precision, find_target
 from .lower.decoder import DecoderRequest
 from .lower.targets import Dialect
+from .presets import DevicePreset, fitting_length
 from .progress import Reporter, SilentReporter, peak_memory_bytes
 from .sources import Checkpoint, resolve
 from .split import StageGraph, layer_groups, split_decoder
@@ -55,6 +56,7 @@ class ExportRequest:
         layers_per_engine: layers that share one graph; exits lie between graphs. None cuts after
             every layer and, once calibrated, joins what has no exit point in between.
         max_seq_len: positions of the KV cache; default: 2048, or the model's own limit if less.
+        preset: the board whose memory bounds `max_seq_len`, where that is not given.
         calibration: how the exit graph is fitted; None leaves the folder without one.
     """
 
@@ -64,6 +66,7 @@ class ExportRequest:
     precision: str = "int4"
     layers_per_engine: int | None = None
     max_seq_len: int | None = None
+    preset: DevicePreset | None = None
     calibration: CalibrationRequest | None = None
     revision: str | None = None
     force: bool = False
@@ -119,7 +122,7 @@ def _write_stages(
 ) -> Manifest:
     config = checkpoint.config
     architecture = find_architecture(config.model_type)
-    max_seq_len = _max_seq_len(request.max_seq_len, config)
+    max_seq_len = _max_seq_len(request, config)
     decoder = build_decoder(config, architecture)
     kv = _kv_geometry(config, max_seq_len, dialect, precision)
     window = sliding_window(config, max_seq_len)
@@ -202,8 +205,10 @@ def _write_stage(
     )
 
 
-def _max_seq_len(asked: int | None, config: Any) -> int:
-    limit = int(config.max_position_embeddings)
+def _max_seq_len(request: ExportRequest, config: Any) -> int:
+    limit, asked = int(config.max_position_embeddings), request.max_seq_len
+    if asked is None and request.preset is not None:
+        return min(limit, fitting_length(request.preset, config, request.precision))
     if asked is None:
         return min(_DEFAULT_MAX_SEQ_LEN, limit)
     if not 1 <= asked <= limit:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from ..manifest import Manifest
 from .device_memory import DeviceDriver, DeviceRows, Float32, Tensor, from_storage, to_storage
-from .layout import SequenceLayout, StageRun, hidden_buffer
+from .layout import HOST_BUFFERS, SequenceLayout, StageRun, hidden_buffer
 
 __all__ = ["BoundRun", "DeviceSequence", "LoadedStage", "Stages"]
 
@@ -23,6 +23,7 @@ class BoundRun:
     """A run of a stage with every tensor's place.
 
     Attributes:
+        host: inputs in host memory.
         aliases: pairs (input, output) that the stage must update in place.
         repeatable: the very same run comes again (decoding): worth a CUDA graph.
     """
@@ -31,6 +32,7 @@ class BoundRun:
     outputs: Mapping[str, Tensor]
     aliases: tuple[tuple[str, str], ...] = ()
     repeatable: bool = False
+    host: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
 
 class LoadedStage(Protocol):
@@ -62,7 +64,16 @@ class DeviceSequence:
         self._driver = driver
         self._layout = SequenceLayout(manifest, max_rows)
         self._specs = self._layout.buffers()
-        self._base = {name: driver.allocate(spec.bytes) for name, spec in self._specs.items()}
+        self._host = {
+            name: np.zeros(spec.shape, spec.dtype)
+            for name, spec in self._specs.items()
+            if name in HOST_BUFFERS
+        }
+        self._base = {
+            name: driver.allocate(spec.bytes)
+            for name, spec in self._specs.items()
+            if name not in HOST_BUFFERS
+        }
         width = manifest.model.hidden_size
         self._waiting = driver.allocate(4 * width * manifest.max_seq_len)
         self.pending = DeviceRows(driver, self._waiting, manifest.max_seq_len, width)
@@ -117,7 +128,10 @@ class DeviceSequence:
     def _prepare(self, rows: int, past: int) -> None:
         """What the layers of a pass share: computed once, before the first of them."""
         for name, value in self._layout.host_inputs(rows, past).items():
-            self._driver.upload(self._base[name], value)
+            if name in self._host:
+                self._host[name][...] = value
+            else:
+                self._driver.upload(self._base[name], value)
         positions = self._manifest.positions
         if positions is not None:
 
@@ -143,8 +157,14 @@ class DeviceSequence:
         return self._bound[key]
 
     def _bind(self, file: str, run: StageRun, *, repeatable: bool) -> Callable[[], None]:
+        host = {name: self._host[r.buffer] for name, r in run.inputs.items() if name in self._host}
         inputs, outputs = (
-            {name: Tensor.at(self._base[region.buffer], region) for name, region in side.items()}
+            {
+                name: Tensor.at(self._base[region.buffer], region)
+                for name, region in side.items()
+                if name not in host
+            }
             for side in (run.inputs, run.outputs)
         )
-        return self._stages.load(file).bind(BoundRun(inputs, outputs, run.aliases, repeatable))
+        bound = BoundRun(inputs, outputs, run.aliases, repeatable, host)
+        return self._stages.load(file).bind(bound)

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ..manifest import KvGeometry, Manifest, StageSpec, TensorSpec
 
 __all__ = [
+    "HOST_BUFFERS",
     "ITEM_BYTES",
     "PROBED_ROWS",
     "BufferSpec",
@@ -29,6 +30,8 @@ __all__ = [
 ]
 
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
+# Read on the host by whoever launches a kernel (GroupQueryAttention), on a GPU as well.
+HOST_BUFFERS = frozenset({"total_sequence_length"})
 PROBED_ROWS = 32  # positions whose logits a device computes at once
 _SINKS = 1  # rows of a prefix cache before the first position
 

@@ -120,6 +120,8 @@ class _SessionStage:
         for name, tensor in run.inputs.items():
             dtype = _element_type(tensor.dtype)
             binding.bind_input(name, "cuda", 0, dtype, tensor.shape, tensor.address)
+        for name, array in run.host.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         for name, tensor in run.outputs.items():
             dtype = _element_type(tensor.dtype)
             binding.bind_output(name, "cuda", 0, dtype, tensor.shape, tensor.address)

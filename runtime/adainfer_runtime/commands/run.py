@@ -14,7 +14,7 @@ from rich.console import Console
 
 from ..engine import ChoiceResult, Engine, GenerationResult
 from ..errors import RequestError
-from .options import LevelOption, ThreadsOption, ThresholdOption
+from .options import DeviceOption, LevelOption, ThreadsOption, ThresholdOption
 
 __all__ = ["register"]
 
@@ -56,11 +56,12 @@ def run(
     threshold: ThresholdOption = None,
     level: LevelOption = None,
     threads: ThreadsOption = None,
+    device: DeviceOption = "cpu",
     timeout: Annotated[float | None, typer.Option(help="Deadline in seconds.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Generate text, or choose a label, from one prompt."""
-    engine = Engine.load(folder, threads=threads)
+    engine = Engine.load(folder, device, threads)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     if not text:
         raise RequestError("the prompt is empty")
