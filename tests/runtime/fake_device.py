@@ -76,6 +76,10 @@ class FakeDriver:
 
         return launch
 
+    def wait(self):
+        """The stream is done."""
+        self._flush()
+
     def enqueue(self, entry, call):
         self._put(entry, call)
 

@@ -15,6 +15,7 @@ from adainfer_runtime.backends import tensorrt
 from adainfer_runtime.backends.device_backend import DeviceBackend
 from adainfer_runtime.backends.device_memory import DeviceRows, Tensor, from_storage, to_storage
 from adainfer_runtime.backends.device_sequence import BoundRun
+from adainfer_runtime.backends.ort_cpu import open_session
 from adainfer_runtime.backends.tensorrt import PlanStage, PlanStages
 from adainfer_runtime.errors import DeviceError, StageError
 from adainfer_runtime.plans import BuildStamp, PlanRecord, engine_files
@@ -138,6 +139,52 @@ def test_prefix_caches_are_not_recorded_for_their_places_move(tiny):
     backend, driver = fake_backend(made)
     tokens_of(backend, made.engine.manifest, PROMPT, 4)
     assert not [entry for entry in driver.log if entry[0] == "graph"]
+
+
+class FakeSessions:
+    """ONNX Runtime's stages of `ort_cuda`, on the fake device."""
+
+    def __init__(self, folder, driver):
+        self._folder, self._driver = folder, driver
+
+    def load(self, file):
+        session = open_session(self._folder / file)
+        driver = self._driver
+
+        class Stage:
+            def bind(self, run):
+                for before, after in run.aliases:
+                    assert run.inputs[before] == run.outputs[after], "not in place"
+                assert {value.name for value in session.get_inputs()} == {*run.inputs, *run.host}
+
+                def execute():
+                    feeds = {name: view(tensor).copy() for name, tensor in run.inputs.items()}
+                    host = {name: array.copy() for name, array in run.host.items()}
+                    results = session.run(list(run.outputs), {**feeds, **host})
+                    for tensor, result in zip(run.outputs.values(), results, strict=True):
+                        view(tensor)[...] = result
+
+                def view(tensor):
+                    raw = driver.view(tensor.address, tensor.bytes)
+                    return raw.view(tensor.dtype).reshape(tensor.shape)
+
+                # Host inputs are read at launch, before the host goes on.
+                return lambda: (driver.enqueue(("run", file, None), execute), driver.wait())
+
+        return Stage()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_the_cuda_dialect_runs_over_device_memory(tiny, precision):
+    made = tiny("llama", target="ort-cuda", precision=precision)
+    driver = FakeDriver()
+    backend = DeviceBackend(
+        made.engine.manifest, FakeSessions(made.folder, driver), driver, max_rows=16
+    )
+    prompt = PROMPT * 2
+    mine, _ = tokens_of(backend, made.engine.manifest, prompt, 5)
+    theirs, _ = tokens_of(made.engine.backend, made.engine.manifest, prompt, 5)
+    assert mine == theirs
 
 
 def test_two_sequences_share_plans_without_sharing_memory(tiny):
