@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from adainfer_export.build import BuildRequest, build_plans
+from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
 from adainfer_runtime.backends.ort_cuda import require_cuda_sessions
 from adainfer_runtime.devices import find_gpu
@@ -39,6 +41,20 @@ def test_a_silent_fall_back_is_an_error(providers):
 
 def test_cuda_sessions_pass():
     require_cuda_sessions(Path("x"), ["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(importlib.util.find_spec("tensorrt") is None, reason="needs TensorRT")
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_tensorrt_on_a_gpu_equals_its_graphs_on_the_cpu(tiny, target, precision):
+    made = tiny("llama", target=target, precision=precision)
+    manifest = made.engine.manifest
+    build_plans(made.folder, manifest, BuildRequest("tensorrt", max_rows=16), SilentReporter())
+    engine = Engine.load(made.folder, device="cuda")
+    prompt = PROMPT * 6  # more than one pass
+    mine = engine.generate(prompt, max_new_tokens=16, ignore_eos=True)
+    assert mine.tokens == made.engine.generate(prompt, max_new_tokens=16, ignore_eos=True).tokens
 
 
 @pytest.mark.gpu
