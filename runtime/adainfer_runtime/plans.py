@@ -66,6 +66,7 @@ class BuildStamp(BaseModel):
     gpu: str | None = None
     max_rows: int
     optimisation_level: int
+    single_profile: bool = False
     plans: dict[str, PlanRecord] = {}
 
     @property
