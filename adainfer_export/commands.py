@@ -145,6 +145,10 @@ def run_export(
     precision: Annotated[
         str | None, typer.Option(help=f"One of: {', '.join(PRECISIONS)}. Default: int4.")
     ] = None,
+    block_size: Annotated[
+        int | None,
+        typer.Option(help="Quantised weights that share a scale: 32; TensorRT also 64, 128."),
+    ] = None,
     preset: Annotated[
         str | None,
         typer.Option(
@@ -184,6 +188,7 @@ def run_export(
         out=out,
         target=target or (board.target if board else "ort-cpu"),
         precision=precision or (board.precision if board else "int4"),
+        block_size=block_size,
         preset=board,
         layers_per_engine=layers_per_engine,
         max_seq_len=max_seq_len,

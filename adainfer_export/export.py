@@ -56,6 +56,7 @@ class ExportRequest:
         layers_per_engine: layers that share one graph; exits lie between graphs. None cuts after
             every layer and, once calibrated, joins what has no exit point in between.
         max_seq_len: positions of the KV cache; default: 2048, or the model's own limit if less.
+        block_size: quantised weights that share a scale; default: 32.
         preset: the board whose memory bounds `max_seq_len`, where that is not given.
         calibration: how the exit graph is fitted; None leaves the folder without one.
     """
@@ -66,6 +67,7 @@ class ExportRequest:
     precision: str = "int4"
     layers_per_engine: int | None = None
     max_seq_len: int | None = None
+    block_size: int | None = None
     preset: DevicePreset | None = None
     calibration: CalibrationRequest | None = None
     revision: str | None = None
@@ -91,7 +93,7 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     """
     start = time.perf_counter()
     reporter = reporter or SilentReporter()
-    _, dialect, precision = find_target(request.target, request.precision)
+    _, dialect, precision = find_target(request.target, request.precision, request.block_size)
     if request.layers_per_engine is not None and request.layers_per_engine < 1:
         raise UnsupportedError("--layers-per-engine must be at least 1")
     check_output(request.out, force=request.force)

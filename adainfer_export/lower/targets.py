@@ -52,12 +52,14 @@ class Target:
 
     Attributes:
         precisions: names of the precisions that it takes.
+        block_sizes: values that may share a scale in int4; the first is the default.
     """
 
     name: str
     summary: str
     precisions: tuple[str, ...]
     dialect: Dialect
+    block_sizes: tuple[int, ...] = (32,)
 
 
 _ORT_CPU = Dialect(
@@ -110,24 +112,31 @@ TARGETS: tuple[Target, ...] = (
     Target("ort-cpu", "ONNX Runtime on CPUs", ("fp32", "int8", "int4"), _ORT_CPU),
     Target("ort-cuda", "ONNX Runtime on NVIDIA GPUs", ("fp16", "bf16", "int4"), _ORT_CUDA),
     Target(
-        "tensorrt", "TensorRT 10.15 and later, TensorRT-RTX", ("fp16", "bf16", "int4"), _STANDARD
+        "tensorrt",
+        "TensorRT 10.15 and later, TensorRT-RTX",
+        ("fp16", "bf16", "int4"),
+        _STANDARD,
+        (32, 64, 128),
     ),
     Target(
         "tensorrt-basic",
         "TensorRT 10.3 and later (JetPack 6.2), TensorRT-RTX",
         ("fp32", "fp16", "bf16", "int4"),
         _PLAIN,
+        (32, 64, 128),
     ),
     # The graphs of target tensorrt in float32, for which TensorRT has no fused attention.
     Target("onnx-std", "standard ONNX operators, opset 24", ("fp32",), _STANDARD),
 )
 
 
-def find_target(name: str, precision: str) -> tuple[Target, Dialect, Precision]:
-    """The record of a target that takes the precision.
+def find_target(
+    name: str, precision: str, block_size: int | None = None
+) -> tuple[Target, Dialect, Precision]:
+    """The record of a target that takes the precision, and int4 blocks of this size.
 
     Raises:
-        UnsupportedError: unknown, or not with this precision.
+        UnsupportedError: unknown, or not with this precision or block size.
     """
     target = next((entry for entry in TARGETS if entry.name == name), None)
     if target is None:
@@ -140,4 +149,13 @@ def find_target(name: str, precision: str) -> tuple[Target, Dialect, Precision]:
             f"target {name} does not take precision {precision!r}; it takes: "
             f"{', '.join(target.precisions)}"
         )
-    return target, target.dialect, target.dialect.precision(PRECISIONS[precision])
+    record = target.dialect.precision(PRECISIONS[precision])
+    if block_size is not None:
+        if record.bits is None or block_size not in target.block_sizes:
+            sizes = ", ".join(map(str, target.block_sizes)) if record.bits else "none"
+            raise UnsupportedError(
+                f"target {name} does not take blocks of {block_size} in {precision}; "
+                f"it takes: {sizes}"
+            )
+        record = replace(record, block_size=block_size)
+    return target, target.dialect, record

@@ -58,6 +58,15 @@ def test_precision_that_the_target_does_not_take(checkpoint, tmp_path):
     )
 
 
+def test_block_size_that_the_target_does_not_take(checkpoint, tmp_path):
+    match = "target ort-cuda does not take blocks of 64 in int4; it takes: 32"
+    fails(UnsupportedError, checkpoint, tmp_path, match, target="ort-cuda", precision="int4",
+          block_size=64)  # fmt: skip
+    match = "target tensorrt does not take blocks of 64 in fp16; it takes: none"
+    fails(UnsupportedError, checkpoint, tmp_path, match, target="tensorrt", precision="fp16",
+          block_size=64)  # fmt: skip
+
+
 def test_too_long_for_the_model(checkpoint, tmp_path):
     fails(UnsupportedError, checkpoint, tmp_path, r"takes 1 … 128", max_seq_len=129)
 
