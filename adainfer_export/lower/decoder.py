@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from .attention import fuse_attention
-from .attention_standard import PassStage, standardise_attention
+from .attention_standard import standardise_attention
+from .pass_tensors import PassStage
 from .precision import Precision
 
 __all__ = ["DecoderRequest", "contrib", "fused", "plain"]

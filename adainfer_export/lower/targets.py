@@ -12,8 +12,8 @@ import onnx_ir as ir
 from ..errors import UnsupportedError
 from ..weights import WeightExpr
 from . import cuda, decoder, ort, standard
-from .attention_standard import PassStage
 from .decoder import DecoderRequest
+from .pass_tensors import PassStage
 from .precision import PRECISIONS, Precision, with_half_activations
 
 __all__ = ["TARGETS", "Dialect", "Target", "find_target"]

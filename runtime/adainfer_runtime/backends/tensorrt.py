@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from ..devices import find_gpu
 from ..errors import DeviceError, StageError
 from ..manifest import Manifest
-from ..plans import PLAN_FOLDER, BuildStamp, find_stamp
+from ..plans import PLAN_FOLDER, BuildStamp, engine_files, find_stamp
 from .cuda_driver import CudaDriver
 from .device_backend import DeviceBackend
 from .device_memory import ALIGNMENT, DeviceDriver
@@ -201,7 +201,7 @@ def load(
     )
     driver = CudaDriver("tensorrt")
     stages = PlanStages(folder, stamp, _EngineLoader(trt, driver), driver)
-    for file in stamp.plans:
+    for file in engine_files(manifest):  # all of them: then the scratch buffer stays where it is
         stages.load(file)
     return DeviceBackend(manifest, stages, driver, stamp.max_rows)
 
@@ -238,6 +238,8 @@ class _EngineLoader:
     def scratch(self, size: int) -> tuple[int, int]:
         """Address and size of the shared scratch buffer, grown where it is too small."""
         if size > self._scratch[1]:
+            if self._scratch[1]:
+                self._driver.free(self._scratch[0])
             self._scratch = (self._driver.allocate(size), size)
         return self._scratch
 
