@@ -1,7 +1,8 @@
 # make setup     .venv with everything that the demo and the tests need
 # make demo      export SmolLM2-135M, calibrate its exits, run it and show what was saved
 # make test      lint, types aside: the tests (under 12 minutes on 2 cores)
-# make test-full the slow proofs as well
+# make test-full the slow proofs as well, and TensorRT-RTX
+# make test-gpu  what needs an NVIDIA GPU, and the file to send back
 # make lint      ruff, formatter, mypy
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
 
-.PHONY: setup demo test test-full lint format clean
+.PHONY: setup demo test test-full test-gpu lint format clean
 
 setup: $(STAMP)
 
@@ -30,7 +31,12 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 test-full: setup
+	$(BIN)/python -m pip install --quiet 'tensorrt-rtx>=1.7' || echo "TensorRT-RTX is not installed: its tests are left out"
 	$(BIN)/python -m pytest -m "not gpu"
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python tools/gpu_check.py --work build/gpu-check --out build/gpu-check.json
 
 lint: setup
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ from .calibrate import CalibrationRequest
 from .errors import CalibrationError
 from .export import ExportRequest, ExportResult, export
 from .lower import PRECISIONS, TARGETS
+from .presets import PRESETS, find_preset
 from .progress import terminal_reporter
 from .storage import StorageRequest, parse_int8_layers, parse_range
 
@@ -38,6 +39,8 @@ Examples:
     adainfer-export llama2-7b --source ./Llama-2-7b-hf --out engines/
 
     adainfer-export llama2-7b --out engines/ --int8-layers 1-2,head --resume
+
+    adainfer-export smollm2-135m --out engines/ --preset jetson-orin
 """
 _CALIBRATE_EXAMPLES = """
 Examples:
@@ -163,9 +166,21 @@ def run_export(
     ],
     out: Annotated[Path, typer.Option(help="Engine folder to write.")],
     target: Annotated[
-        str, typer.Option(help=f"One of: {', '.join(target.name for target in TARGETS)}.")
-    ] = "ort-cpu",
-    precision: Annotated[str, typer.Option(help=f"One of: {', '.join(PRECISIONS)}.")] = "int4",
+        str | None,
+        typer.Option(
+            help=f"One of: {', '.join(target.name for target in TARGETS)}. Default: ort-cpu."
+        ),
+    ] = None,
+    precision: Annotated[
+        str | None, typer.Option(help=f"One of: {', '.join(PRECISIONS)}. Default: int4.")
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            help="Target, precision and length for a board: "
+            f"{', '.join(preset.name for preset in PRESETS)}."
+        ),
+    ] = None,
     layers_per_engine: Annotated[
         int | None,
         typer.Option(
@@ -219,11 +234,13 @@ def run_export(
     """Split an LLM into engines with an exit graph between them."""
     _log_warnings()
     recipe = None if Path(model).is_dir() else load_recipe(model)
+    board = find_preset(preset) if preset is not None else None
     request = ExportRequest(
         model=model,
         out=out,
-        target=target,
-        precision=precision,
+        target=target or (board.target if board else "ort-cpu"),
+        precision=precision or (board.precision if board else "int4"),
+        preset=board,
         layers_per_engine=layers_per_engine,
         max_seq_len=max_seq_len,
         calibration=_calibration(
@@ -254,7 +271,7 @@ def run_export(
     for warning in result.warnings:
         console.print(f"warning: {warning}", style="yellow")
     print(
-        f"{result.out}: {len(result.manifest.layer_stages)} engines, {precision}, "
+        f"{result.out}: {len(result.manifest.layer_stages)} engines, {result.manifest.precision}, "
         f"{result.seconds:.1f} s, peak {result.peak_memory_bytes / 1e6:,.0f} MB"
     )
     _print_exits(result.manifest)

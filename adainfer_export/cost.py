@@ -22,6 +22,9 @@ def _of_node(node: ir.Node) -> int:
     if node.op_type not in ("MatMul", "Gemm"):
         return 0
     weight = node.inputs[1]
+    source = weight.producer() if weight is not None else None
+    if source is not None and source.op_type == "DequantizeLinear":
+        weight = source.inputs[0]
     if weight is None or weight.shape is None or len(weight.shape) != 2:
         return 0
     producer = weight.producer()

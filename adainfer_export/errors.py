@@ -9,6 +9,7 @@ AdaInferError
 ├── UnsupportedError          architecture, target or precision that is not built
 ├── LoweringError             the graph did not become what the target needs
 ├── OutputError               the engine folder cannot be written
+├── BuildError                TensorRT cannot build a stage
 ├── CalibrationError          the calibration data cannot give an exit graph
 └── ValidationFailedError     an engine folder differs from its reference
 """
@@ -18,6 +19,7 @@ from __future__ import annotations
 from adainfer_runtime.errors import AdaInferError
 
 __all__ = [
+    "BuildError",
     "CalibrationError",
     "CheckpointError",
     "GatedSourceError",
@@ -61,6 +63,10 @@ class LoweringError(AdaInferError):
 
 class OutputError(AdaInferError):
     """The engine folder cannot be written."""
+
+
+class BuildError(AdaInferError):
+    """A stage cannot be built into a TensorRT plan."""
 
 
 class CalibrationError(AdaInferError):

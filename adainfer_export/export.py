@@ -7,9 +7,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from adainfer_runtime.backends.layout import kv_geometry
 from adainfer_runtime.engine_folder import record_file, write_manifest
 from adainfer_runtime.manifest import (
     FileRecord,
@@ -29,8 +31,10 @@ from .errors import CheckpointError, UnsupportedError
 from .folder import check_output, new_folder, remove_others, scratch_folder
 from .journal import JOURNAL_NAME, Journal
 from .layout import StageLayout
-from .lower import Precision, find_target
+from .lower import Precision, find_target, require_shortlist
+from .lower.decoder import DecoderRequest
 from .lower.targets import Dialect
+from .presets import DevicePreset, fitting_length
 from .progress import Reporter, SilentReporter, peak_memory_bytes
 from .quantisation_report import write_quantisation_report
 from .restore import restore_layers
@@ -56,6 +60,7 @@ class ExportRequest:
         layers_per_engine: layers that share one graph; exits lie between graphs. None cuts after
             every layer and, once calibrated, joins what has no exit point in between.
         max_seq_len: positions of the KV cache; default: 2048, or the model's own limit if less.
+        preset: the board whose memory bounds `max_seq_len`, where that is not given.
         weights: folder or `.gguf` file to read for an alias, instead of its recipe's sources.
         calibration: how the exit graph is fitted; None leaves the folder without one.
         storage: block size and layers that are quantised less than `precision` says.
@@ -71,6 +76,7 @@ class ExportRequest:
     precision: str = "int4"
     layers_per_engine: int | None = None
     max_seq_len: int | None = None
+    preset: DevicePreset | None = None
     calibration: CalibrationRequest | None = None
     revision: str | None = None
     weights: Path | None = None
@@ -99,8 +105,10 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     """
     start = time.perf_counter()
     reporter = reporter or SilentReporter()
-    _, dialect, precision = find_target(request.target, request.precision)
-    precision = request.storage.refine(precision)
+    target, dialect, precision = find_target(request.target, request.precision)
+    precision = request.storage.refine(precision, target)
+    if request.calibration is not None and request.calibration.shortlist:
+        require_shortlist(target)
     if request.layers_per_engine is not None and request.layers_per_engine < 1:
         raise UnsupportedError("--layers-per-engine must be at least 1")
     if request.layers is None:
@@ -164,18 +172,23 @@ def plan_stages(
         UnsupportedError, CheckpointError: the checkpoint is not what its configuration says.
     """
     config = checkpoint.config
-    max_seq_len = _max_seq_len(request.max_seq_len, config)
+    max_seq_len = _max_seq_len(request, config)
     prepared = prepare_decoder(checkpoint, max_seq_len, dialect, precision)
     model, heads = prepared.decoder.model, prepared.decoder.layer_heads
     dialect, precision = prepared.dialect, prepared.precision
-    dialect.lower_decoder(model, windows=sliding_windows(config, max_seq_len))
+    kv = _kv_geometry(heads, max_seq_len, dialect, precision)
+    windows = sliding_windows(config, max_seq_len)
+    lowering = DecoderRequest(windows, max_seq_len, precision, kv.row_elements)
+    shared = dialect.lower_decoder(model, lowering)
     request.storage.check(len(heads))
     groups = layer_groups(len(heads), request.layers_per_engine or 1)
     project_kv = dialect.kv_fill.project if dialect.kv_fill else None
     layout = StageLayout(folder)
+    stages = split_decoder(model, groups, project_kv)
+    if shared is not None:
+        stages = chain([StageGraph("positions", "positions", shared.model)], stages)
     specs = [
-        _add_stage(stage, layout, dialect, precision, checkpoint.tied_head)
-        for stage in split_decoder(model, groups, project_kv)
+        _add_stage(stage, layout, dialect, precision, checkpoint.tied_head) for stage in stages
     ]
     return StagePlan(
         stages=tuple(specs),
@@ -187,7 +200,8 @@ def plan_stages(
         precision=precision,
         layers_per_engine=request.layers_per_engine,
         max_seq_len=max_seq_len,
-        kv=_kv_geometry(heads, max_seq_len),
+        kv=kv,
+        pass_tensors=shared.tensors if shared else (),
     )
 
 
@@ -201,11 +215,14 @@ def _add_stage(
         weights = dialect.lower_probe(graph, precision)
     elif stage.kind == "candidates":
         weights = dialect.lower_candidates(graph, precision)
+    elif stage.kind == "positions":
+        weights = {}
     elif stage.kind == "kv_fill" and dialect.kv_fill is not None:
         weights = dialect.kv_fill.lower(graph, precision)
     else:
         weights = dialect.lower_layers(graph, precision)
         dialect.check_layers(graph, stage.last_layer - stage.first_layer + 1, precision)
+    graph.opset_imports[""], stage.model.ir_version = dialect.opset, dialect.ir_version
     file = layout.add(stage.model, weights)
     wide_file = None
     if stage.kind == "layers" and dialect.widen(graph, precision):
@@ -223,8 +240,10 @@ def _add_stage(
     )
 
 
-def _max_seq_len(asked: int | None, config: Any) -> int:
-    limit = int(config.max_position_embeddings)
+def _max_seq_len(request: ExportRequest, config: Any) -> int:
+    limit, asked = int(config.max_position_embeddings), request.max_seq_len
+    if asked is None and request.preset is not None:
+        return min(limit, fitting_length(request.preset, config, request.precision))
     if asked is None:
         return min(_DEFAULT_MAX_SEQ_LEN, limit)
     if not 1 <= asked <= limit:
@@ -265,13 +284,12 @@ def _model_spec(checkpoint: Checkpoint, layers: Sequence[LayerHeads]) -> ModelSp
     )
 
 
-def _kv_geometry(layers: Sequence[LayerHeads], max_seq_len: int) -> KvGeometry:
+def _kv_geometry(
+    layers: Sequence[LayerHeads], max_seq_len: int, dialect: Dialect, precision: Precision
+) -> KvGeometry:
     heads = tuple(layer.kv for layer in layers)
-    return KvGeometry(
-        num_heads=max(heads),
-        layer_heads=heads if len(set(heads)) > 1 else (),
-        head_dim=layers[0].head_dim,
-        max_length=max_seq_len,
+    return kv_geometry(
+        dialect.kv_layout, precision.activations, heads, layers[0].head_dim, max_seq_len
     )
 
 

@@ -10,7 +10,8 @@ from onnx_ir.tape import Tape
 __all__ = ["CONTRIB", "GraphBuilder", "graph_input", "serialise"]
 
 CONTRIB = "com.microsoft"
-_OPSET, _IR_VERSION = 24, 11
+# What TensorRT 10.3 reads; newer readers take it as well.
+_OPSET, _IR_VERSION = 21, 10
 
 
 class GraphBuilder:
@@ -109,14 +110,16 @@ class GraphBuilder:
             graph.register_initializer(value)
         graph.extend(self._tape.nodes)
 
-    def model(self, name: str, inputs: list[ir.Value], outputs: list[ir.Value]) -> ir.Model:
+    def model(
+        self, name: str, inputs: list[ir.Value], outputs: list[ir.Value], opset: int = _OPSET
+    ) -> ir.Model:
         """The finished model."""
         graph = ir.Graph(
             inputs,
             outputs,
             nodes=self._tape.nodes,
             initializers=self._tape.initializers,
-            opset_imports={"": _OPSET} | ({CONTRIB: 1} if self._contrib else {}),
+            opset_imports={"": opset} | ({CONTRIB: 1} if self._contrib else {}),
             name=name,
         )
         return ir.Model(graph, ir_version=_IR_VERSION, producer_name="adainfer-export")

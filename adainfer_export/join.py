@@ -16,13 +16,11 @@ from adainfer_runtime.manifest import Manifest, StageSpec
 
 from .folder import save_hashed
 from .graph_builder import serialise
-from .lower.attention import SEQLENS_K, TOTAL_LENGTH
 from .lower.precision import Precision
 from .lower.targets import Dialect
+from .split import pass_inputs
 
 __all__ = ["join_engines"]
-
-_SHARED_INPUTS = (SEQLENS_K, TOTAL_LENGTH)
 
 
 def join_engines(
@@ -90,7 +88,7 @@ def _concatenate(name: str, models: Sequence[ir.Model]) -> ir.Model:
 def _append(graph: ir.Graph, stage: ir.Graph, number: int) -> None:
     """Moves a stage behind what is there: its `hidden` is the `next_hidden` so far."""
     _rename(stage, number)
-    shared = {value.name: value for value in graph.inputs if value.name in _SHARED_INPUTS}
+    shared = {value.name: value for value in pass_inputs(graph)}
     for value in list(stage.inputs):
         stage.inputs.remove(value)
         if value.name == "hidden":

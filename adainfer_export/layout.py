@@ -19,7 +19,7 @@ from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.manifest import FileRecord
 
 from .errors import LoweringError
-from .weights import FIELDS, Blocked, Dense, Rows, Stored, WeightExpr
+from .weights import FIELDS, Blocked, Dense, Int4Columns, Rows, Stored, WeightExpr
 
 __all__ = ["ALIGNMENT", "DataPlan", "StageLayout"]
 
@@ -116,7 +116,9 @@ class StageLayout:
         if expr not in self._places:
             plan = self._plan(file)
             group: dict[str, Stored] = {value.name: expr}
-            if isinstance(expr, Blocked):  # its fields come from one read of the matrix
+            if isinstance(
+                expr, Blocked | Int4Columns
+            ):  # its fields come from one read of the matrix
                 group = _fields(expr, weights)
             for name, member in group.items():
                 holder = value if name == value.name else initializers[name]
@@ -158,12 +160,12 @@ class StageLayout:
         )
 
 
-def _fields(expr: Blocked, weights: dict[str, WeightExpr]) -> dict[str, Stored]:
+def _fields(expr: Blocked | Int4Columns, weights: dict[str, WeightExpr]) -> dict[str, Stored]:
     """The stage's initialisers that hold the same matrix, in the order of `FIELDS`."""
     found = [
         (FIELDS.index(member.field), name, member)
         for name, member in weights.items()
-        if isinstance(member, Blocked)
+        if isinstance(member, type(expr))
         and (member.parts, member.blocks) == (expr.parts, expr.blocks)
     ]
     return {name: member for _, name, member in sorted(found, key=lambda item: item[0])}
@@ -171,4 +173,4 @@ def _fields(expr: Blocked, weights: dict[str, WeightExpr]) -> dict[str, Stored]:
 
 def _nbytes(value: ir.Value) -> int:
     assert value.shape is not None and value.dtype is not None  # weights have static shapes
-    return math.prod(value.shape.numpy()) * int(value.dtype.itemsize)
+    return math.ceil(math.prod(value.shape.numpy()) * value.dtype.itemsize)  # int4: half a byte

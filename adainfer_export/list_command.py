@@ -51,10 +51,9 @@ def run_list(
     console = Console()
     console.print(_recipes(list_recipes()))
     console.print("architectures:", ", ".join(entry.model_type for entry in ARCHITECTURES))
-    table = Table("target", "runs on", "precisions", "", title="targets")
+    table = Table("target", "runs on", "precisions", title="targets")
     for target in TARGETS:
-        state = "" if target.dialect else "not built yet"
-        table.add_row(target.name, target.summary, ", ".join(target.precisions), state)
+        table.add_row(target.name, target.summary, ", ".join(target.precisions))
     console.print(table)
 
 
@@ -63,8 +62,7 @@ def _everything() -> dict[str, object]:
         "aliases": [recipe.model_dump(mode="json") for recipe in list_recipes()],
         "architectures": [entry.model_type for entry in ARCHITECTURES],
         "targets": [
-            {"name": t.name, "built": t.dialect is not None, "precisions": t.precisions}
-            for t in TARGETS
+            {"name": t.name, "runs_on": t.summary, "precisions": t.precisions} for t in TARGETS
         ],
     }
 

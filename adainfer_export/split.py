@@ -14,10 +14,9 @@ import onnx_ir as ir
 from .errors import UnsupportedError
 from .features import add_candidate_features, add_features
 from .frontend import layer_of
-from .lower.attention import SEQLENS_K, TOTAL_LENGTH
 from .lower.kv_fill import START
 
-__all__ = ["StageGraph", "layer_groups", "split_decoder"]
+__all__ = ["StageGraph", "layer_groups", "pass_inputs", "split_decoder"]
 
 _OPSET = 24
 _IR_VERSION = 11
@@ -119,20 +118,23 @@ def _layers(
         for layer in numbers
         for part in ("key", "value")
     ]
-    lengths = [_graph_input(graph, SEQLENS_K), _graph_input(graph, TOTAL_LENGTH)]
+    shared = pass_inputs(graph)
     presents = [
         next(out for out in graph.outputs if out.name == f"present.{layer - 1}.{part}")
         for layer in numbers
         for part in ("key", "value")
     ]
     model = _extract(
-        graph, name, [boundaries[first - 1], *lengths, *caches], [boundaries[last], *presents]
+        graph, name, [boundaries[first - 1], *shared, *caches], [boundaries[last], *presents]
     )
     stage = model.graph
+    for value in stage.inputs[1 : 1 + len(shared)]:
+        if not value.uses():
+            stage.inputs.remove(value)
     stage.outputs[0].name = "next_hidden"
     kinds = [(layer, part) for layer in numbers for part in ("key", "value")]
     for (layer, part), past, present in zip(
-        kinds, stage.inputs[3:], stage.outputs[1:], strict=True
+        kinds, stage.inputs[-len(kinds) :], stage.outputs[1:], strict=True
     ):
         past.name, present.name = f"past_{part}.{layer}", f"present_{part}.{layer}"
     return model
@@ -159,15 +161,20 @@ def _extract(
     stage = ir.convenience.extract(graph, inputs, outputs)
     stage.name = name
     stage.opset_imports[""] = _OPSET
-    for value in stage.inputs:
-        known = (SEQLENS_K, TOTAL_LENGTH, START, *_EMBED_INPUTS)
-        if value.name not in known and "past" not in (value.name or ""):
-            value.name = "hidden"
-    if name == "embed":
-        stage.outputs[0].name = "hidden"
+    (stage.outputs if name == "embed" else stage.inputs)[0].name = "hidden"
     for node in stage:
         node.metadata_props.clear()
     return ir.Model(stage, ir_version=_IR_VERSION, producer_name="adainfer-export")
+
+
+def pass_inputs(graph: ir.Graph) -> list[ir.Value]:
+    """Inputs that all layers share: what depends on the positions of a pass alone."""
+    return [
+        value
+        for value in graph.inputs
+        if value.name not in ("hidden", START, *_EMBED_INPUTS)
+        and not str(value.name).startswith(("past_key", "past_value"))
+    ]
 
 
 def _graph_input(graph: ir.Graph, name: str) -> ir.Value:

@@ -14,6 +14,7 @@ from adainfer_runtime.manifest import (
     ModelSpec,
     Quantisation,
     StageSpec,
+    TensorSpec,
     TokenizerSpec,
 )
 
@@ -42,6 +43,7 @@ class StagePlan:
     layers_per_engine: int | None
     max_seq_len: int
     kv: KvGeometry
+    pass_tensors: tuple[TensorSpec, ...] = ()
 
     def settings(self) -> dict[str, Any]:
         """What the user chose, as the manifest says it."""
@@ -77,6 +79,7 @@ class StagePlan:
             max_seq_len=self.max_seq_len,
             kv=self.kv,
             stages=self.stages,
+            pass_tensors=self.pass_tensors,
             tokenizer=tokenizer,
             files=dict(files),
         )
@@ -88,7 +91,7 @@ def _quantisation(precision: Precision) -> Quantisation | None:
     return Quantisation(
         bits=precision.bits,
         block_size=precision.block_size,
-        accuracy_level=precision.accuracy_level,
+        accuracy_level=precision.accuracy_level if precision.activations == "float32" else None,
         wide_rows=precision.wide_rows,
         int8_layers=tuple(sorted(precision.int8_layers)),
         int8_head=precision.int8_head,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from .errors import UnsupportedError
-from .lower import Precision
+from .lower import Precision, Target
 from .lower.targets import AS_IS, Dialect
 from .preflight import weight_shapes
 from .quantise import Blocks
@@ -20,8 +20,6 @@ __all__ = [
     "parse_int8_layers",
     "parse_range",
 ]
-
-_BLOCK_SIZES = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -38,21 +36,26 @@ class StorageRequest:
     int8_layers: frozenset[int] = frozenset()
     int8_head: bool = False
 
-    def refine(self, precision: Precision) -> Precision:
+    def refine(self, precision: Precision, target: Target) -> Precision:
         """The precision with these departures.
 
         Raises:
-            UnsupportedError: they mean nothing in this precision, or the size is none of those
-                that kernels take.
+            UnsupportedError: they mean nothing in this precision, or the target takes no such size
+                or no 8-bit layers.
         """
         asked = self.block_size is not None or self.int8_layers or self.int8_head
         if asked and precision.bits is None:
             raise UnsupportedError(
                 f"--block-size and --int8-layers are for int4 and int8, not {precision.name}"
             )
-        if self.block_size is not None and self.block_size not in _BLOCK_SIZES:
-            sizes = ", ".join(map(str, _BLOCK_SIZES))
-            raise UnsupportedError(f"--block-size {self.block_size}: it must be one of {sizes}")
+        if self.block_size is not None and self.block_size not in target.block_sizes:
+            sizes = ", ".join(map(str, sorted(target.block_sizes)))
+            raise UnsupportedError(
+                f"--block-size {self.block_size}: it must be one of {sizes} for target "
+                f"{target.name}"
+            )
+        if (self.int8_layers or self.int8_head) and not target.int8_layers:
+            raise UnsupportedError(f"target {target.name} does not take --int8-layers")
         return replace(
             precision,
             block_size=self.block_size or precision.block_size,

@@ -10,9 +10,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from .errors import UnsupportedError
+from .int4 import dequantise_int4, quantise_int4
 from .quantise import Blocks, pack, quantise_blocks
 from .sources.checkpoint import Checkpoint
 
@@ -21,7 +24,9 @@ __all__ = [
     "AsIs",
     "Blocked",
     "Dense",
+    "ElementName",
     "ErrorSum",
+    "Int4Columns",
     "Rows",
     "Stored",
     "WeightExpr",
@@ -31,27 +36,44 @@ __all__ = [
 _VALUES_AT_ONCE = 1 << 22  # 16 MB in float32
 FIELDS = ("packed", "low", "scales", "shifts")
 _Array = npt.NDArray[Any]
+ElementName = Literal["float32", "float16", "bfloat16"]
+_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True)
 class Dense:
-    """Float32: checkpoint tensors concatenated along axis 0, then transposed if asked."""
+    """Checkpoint tensors concatenated along axis 0, then transposed if asked, as `dtype`."""
 
     parts: tuple[str, ...]
     transpose: bool = False
+    dtype: ElementName = "float32"
 
 
 @dataclass(frozen=True)
 class Blocked:
     """One of the tensors of a matrix `[out, in]` in blocks (see `quantise`).
 
-    `packed` are the codes and `scales` theirs. Of kept blocks with 8 bits `packed` holds the high
-    halves and `low` the low ones; `shifts` what is added to a block.
+    `packed` are the codes and `scales` theirs, in `dtype`. Of kept blocks with 8 bits `packed`
+    holds the high halves and `low` the low ones; `shifts` what is added to a block.
     """
 
     parts: tuple[str, ...]
     blocks: Blocks
     field: Literal["packed", "low", "scales", "shifts"]
+    dtype: ElementName = "float32"
+
+
+@dataclass(frozen=True)
+class Int4Columns:
+    """One of the tensors of a matrix in DequantizeLinear's layout (see `int4`).
+
+    Codes depend on `dtype`, the scales': both fields name the same one.
+    """
+
+    parts: tuple[str, ...]
+    blocks: Blocks
+    field: Literal["packed", "scales"]
+    dtype: ElementName = "float32"
 
 
 @dataclass(frozen=True)
@@ -61,7 +83,7 @@ class AsIs:
     parts: tuple[str]
 
 
-Stored = Dense | Blocked | AsIs
+Stored = Dense | Blocked | Int4Columns | AsIs
 
 
 @dataclass(frozen=True)
@@ -101,6 +123,7 @@ def stream(
 
     Raises:
         CheckpointError: a tensor is missing, damaged or not finite.
+        UnsupportedError: a value leaves the range of float16.
     """
     first = exprs[0]
     pieces = list(_pieces(checkpoint, first.parts))
@@ -108,7 +131,12 @@ def stream(
         yield from ((first, checkpoint.read(name, rows)) for name, rows in pieces)
         return
     if isinstance(first, Dense):
-        yield from ((first, array) for array in _dense(checkpoint, first, pieces))
+        arrays = _dense(checkpoint, first, pieces)
+        yield from ((first, _as_type(array, first.dtype)) for array in arrays)
+        return
+    if isinstance(first, Int4Columns):
+        fields = _int4(checkpoint, first, pieces, errors)
+        yield from ((expr, fields[expr.field]) for expr in exprs if isinstance(expr, Int4Columns))
         return
 
     # Gathered in place: pieces kept one by one between larger ones that go fragment the heap.
@@ -123,6 +151,8 @@ def stream(
         for expr in exprs[1:]:
             assert isinstance(expr, Blocked)  # fields of one matrix
             array = rows.fields[expr.field]
+            if expr.field != "low":
+                array = _as_type(array, expr.dtype)
             if expr not in later:
                 later[expr] = np.empty((total, *array.shape[1:]), array.dtype)
             later[expr][at : at + len(array)] = array
@@ -153,6 +183,40 @@ def _rows(checkpoint: Checkpoint, blocks: Blocks, name: str, rows: slice) -> _Ro
         # 16 (high - 8) + (low - 8) is the code less 136, not less 128.
         shifts = shifts + 8 * kept.scales
     return _Rows({**fields, "scales": kept.scales, "shifts": shifts}, ErrorSum())
+
+
+def _int4(
+    checkpoint: Checkpoint,
+    expr: Int4Columns,
+    pieces: list[tuple[str, slice]],
+    errors: ErrorSum,
+) -> dict[str, _Array]:
+    """Both fields, with rows of the matrix as columns."""
+    size, width = expr.blocks.block_size, checkpoint.shape(expr.parts[0])[1]
+    total = sum(rows.stop - rows.start for _, rows in pieces)
+    packed = np.empty((width, total // 2), np.uint8)
+    scales = np.empty((width // size, total), _DTYPES[expr.dtype])
+    at = 0
+    for name, rows in pieces:
+        values = checkpoint.read(name, rows)
+        codes, steps = quantise_int4(values, size, _DTYPES[expr.dtype])
+        end = at + len(values)
+        packed[:, at // 2 : end // 2], scales[:, at:end] = codes, steps
+        lost = dequantise_int4(codes, steps) - values
+        errors.error += float(np.vdot(lost, lost))
+        errors.values += float(np.vdot(values, values))
+        at = end
+    return {"packed": packed, "scales": scales}
+
+
+def _as_type(array: _Array, dtype: ElementName) -> _Array:
+    with np.errstate(over="ignore"):
+        converted = array.astype(_DTYPES[dtype], copy=False)
+    if dtype == "float16" and not np.isfinite(converted).all():
+        raise UnsupportedError(
+            "a weight leaves the range of float16: export with --precision bf16 or fp32"
+        )
+    return converted
 
 
 def _dense(

@@ -19,7 +19,7 @@ from .journal import Journal, Written
 from .layout import ALIGNMENT, DataPlan
 from .quantisation_report import StoredMatrix
 from .sources.checkpoint import Checkpoint
-from .weights import Blocked, ErrorSum, stream
+from .weights import Blocked, ErrorSum, Int4Columns, stream
 
 __all__ = ["DataWriter"]
 
@@ -68,7 +68,7 @@ class DataWriter:
                 current = expr
             file.append(array)
         first = group[0]
-        if isinstance(first, Blocked):
+        if isinstance(first, Blocked | Int4Columns):
             yield StoredMatrix.of(first, errors)
 
 
@@ -88,7 +88,7 @@ class _DataFile:
         self._write(b"\0" * (-self.size % ALIGNMENT))
 
     def append(self, array: npt.NDArray[Any]) -> None:
-        self._write(np.ascontiguousarray(array).data.cast("B"))
+        self._write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
     def finish(self) -> FileRecord:
         """Once this returns, the content survives a power cut."""

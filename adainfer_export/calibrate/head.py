@@ -96,7 +96,7 @@ def _uncapped(logits: ir.Value) -> tuple[ir.Value | None, float | None]:
 
 def _through_reshapes(value: ir.Value | None) -> ir.Node | None:
     node = value.producer() if value is not None else None
-    while node is not None and node.op_type == "Reshape":
+    while node is not None and node.op_type in ("Reshape", "Unsqueeze", "Cast"):
         source = node.inputs[0]
         node = source.producer() if source is not None else None
     return node

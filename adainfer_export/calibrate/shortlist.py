@@ -24,7 +24,7 @@ from adainfer_runtime.tasks import TaskExample
 
 from ..cost import multiply_adds
 from ..graph_builder import GraphBuilder, graph_input, serialise
-from ..lower import Precision, find_target
+from ..lower import Precision, find_target, require_shortlist
 from ..progress import Reporter
 from ..quantise import quantise_blocks
 from .data import Parts
@@ -62,6 +62,8 @@ def with_shortlist(files: Files, manifest: Manifest, parts: Parts, reporter: Rep
     The rank is the least whose proposals hold the head's own token often enough on prompts that
     it was not fitted on; the recall in the manifest is measured on yet others, by the stage itself.
     """
+    target, _, precision = find_target(manifest.target, manifest.precision)
+    require_shortlist(target)
     head = read_head(files.folder, manifest)
     if head is None or head.centred or head.norm_bias is not None:
         return manifest  # more than an RMS norm and a matrix
@@ -72,7 +74,6 @@ def with_shortlist(files: Files, manifest: Manifest, parts: Parts, reporter: Rep
     low_rank = _least_rank(head, fitted_on, _hidden(engine, parts.classifier, reporter))
     if low_rank is None:
         return manifest
-    _, _, precision = find_target(manifest.target, manifest.precision)
     model = lower_shortlist(low_rank, head, precision, _ROWS)
     path = files.save("exit/shortlist.onnx", serialise(model))
     spec = ShortlistSpec(
@@ -171,7 +172,7 @@ def lower_shortlist(low_rank: LowRankHead, head: Head, precision: Precision, row
         graph.output(candidates, "candidates", [min(rows, chunks)], ir.DataType.INT64),
         graph.output(total, "log_sum_exp", [1]),
     ]
-    return graph.model("shortlist", [hidden], outputs)
+    return graph.model("shortlist", [hidden], outputs, opset=24)  # of its norm
 
 
 def _product(graph: GraphBuilder, inner: ir.Value, up: Float32, precision: Precision) -> ir.Value:

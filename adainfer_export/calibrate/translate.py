@@ -62,10 +62,11 @@ class Rotary:
         self, graph: GraphBuilder, key: ir.Value, rows: ir.Value, start: ir.Value
     ) -> ir.Value:
         """K `[…, rows, head_dim]`, rotated for positions from `start` `[1]` on."""
-        first = graph.op("Squeeze", start)
-        positions = graph.op("Range", first, graph.op("Add", first, rows), graph.scalar(1))
+        # The range depends on shapes alone, as TensorRT wants it.
+        steps = graph.op("Range", graph.scalar(0), rows, graph.scalar(1))
+        positions = graph.op("Add", steps, graph.op("Squeeze", start))
         cos, sin = (
-            graph.op("Gather", graph.shared(stored), positions, axis=0)
+            graph.cast(graph.op("Gather", graph.shared(stored), positions, axis=0))
             for stored in (self.cos, self.sin)
         )
         assert self.cos.const_value is not None
@@ -129,6 +130,8 @@ def read_rotary(folder: Path, manifest: Manifest) -> Rotary | Unrotated | None:
     """What was done to the keys in the cache. None where layers differ in that or in their heads,
     rotate a part of each head, or interleave it.
     """
+    if manifest.positions is not None:
+        return _read_shared_rotary(folder, manifest)
     nodes = [node for stage in manifest.cut for node in ir.load(folder / stage.file).graph]
     attentions = [node for node in nodes if node.op_type == "GroupQueryAttention"]
     tables = [(*node.inputs, None, None)[7:9] for node in attentions]
@@ -142,6 +145,36 @@ def read_rotary(folder: Path, manifest: Manifest) -> Rotary | Unrotated | None:
     half = manifest.kv.head_dim // 2
     whole = all(v.const_value is not None and v.const_value.shape[1] == half for v in (cos, sin))
     return Rotary(cos, sin) if whole else None
+
+
+def _read_shared_rotary(folder: Path, manifest: Manifest) -> Rotary | Unrotated | None:
+    """The tables of the stage `positions`, of which layers see one pair, or none."""
+    assert manifest.positions is not None  # the caller looked
+    graph = ir.load(folder / manifest.positions.file).graph
+    tables = [node.inputs[0] for node in graph if node.op_type == "Gather"]
+    if not tables and not manifest.kv.layer_heads:
+        return Unrotated()
+    if len(tables) != 2 or manifest.kv.layer_heads or _interleaves(folder, manifest):
+        return None
+    by_kind = {kind: t for t in tables for kind in ("cos", "sin") if t and kind in str(t.name)}
+    half = manifest.kv.head_dim // 2
+    if set(by_kind) != {"cos", "sin"} or any(
+        table.const_value is None or table.const_value.shape[1] != half
+        for table in by_kind.values()
+    ):
+        return None
+    return Rotary(by_kind["cos"], by_kind["sin"])
+
+
+def _interleaves(folder: Path, manifest: Manifest) -> bool:
+    """Whether heads are rotated in neighbouring pairs (in plain operators: by slices of step 2)."""
+    for node in ir.load(folder / manifest.cut[0].file).graph:
+        if node.op_type == "RotaryEmbedding" and node.attributes["interleaved"].as_int():
+            return True
+        step = node.inputs[4] if node.op_type == "Slice" and len(node.inputs) > 4 else None
+        if step is not None and step.const_value is not None and step.const_value.numpy()[0] != 1:
+            return True
+    return False
 
 
 def _interleaved(attention: ir.Node) -> bool:

@@ -19,6 +19,7 @@ __all__ = [
     "ints",
     "only_user",
     "remove_dead_nodes",
+    "take_over",
 ]
 
 
@@ -120,6 +121,14 @@ def remove_dead_nodes(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def take_over(old: ir.Value, new: ir.Value) -> None:
+    """The new value takes the old one's place, name and all, also as a graph output."""
+    new.type, new.shape, name = old.type, old.shape, old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    if name:
+        old.name, new.name = f"{name}.replaced", name
 
 
 def count_ops(graph: ir.Graph, op_type: str, domain: str | None = None) -> int:

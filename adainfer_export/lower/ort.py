@@ -23,6 +23,7 @@ from .graph import (
     ints,
     only_user,
     remove_dead_nodes,
+    take_over,
 )
 from .precision import Precision
 
@@ -41,6 +42,7 @@ Weights = dict[str, WeightExpr]
 
 _SKIP_NORMS = {
     "RMSNormalization": "SkipSimplifiedLayerNormalization",
+    "SimplifiedLayerNormalization": "SkipSimplifiedLayerNormalization",
     "LayerNormalization": "SkipLayerNormalization",
 }
 
@@ -89,7 +91,7 @@ def _gather_tokens(graph: ir.Graph, precision: Precision, weights: Weights, *, t
     rows, width = int(table.shape[0]), int(table.shape[1])  # type: ignore[arg-type]
     nodes = gather_rows(graph, table.name, (rows, width), ids, blocks, weights)
     insert_before(gather, nodes)
-    _take_over(gather.outputs[0], nodes[-1].outputs[0])
+    take_over(gather.outputs[0], nodes[-1].outputs[0])
 
 
 def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
@@ -119,7 +121,7 @@ def lower_candidates(graph: ir.Graph, precision: Precision) -> Weights:
     for value in (linear.output, *(out for out in graph.outputs if out.name == "logits")):
         value.type = ir.TensorType(ir.DataType.FLOAT)
         value.shape = ir.Shape(["batch", "tokens", "n"])
-    _take_over(linear.output, nodes[-1].outputs[0])
+    take_over(linear.output, nodes[-1].outputs[0])
     remove_dead_nodes(graph)
     return weights
 
@@ -181,8 +183,8 @@ def fuse_skip_norms(graph: ir.Graph) -> None:
             num_outputs=4,
         )
         insert_before(add, [fused])
-        _take_over(norm.outputs[0], fused.outputs[0])
-        _take_over(add.outputs[0], fused.outputs[3])
+        take_over(norm.outputs[0], fused.outputs[0])
+        take_over(add.outputs[0], fused.outputs[3])
         for empty in fused.outputs[1:3]:
             empty.name = ""
         remove_dead_nodes(graph)
@@ -252,7 +254,7 @@ def _lower_siblings(
     )
     insert_before(linears[0].matmul, [split])
     for linear, part in zip(linears, split.outputs, strict=True):
-        _take_over(linear.output, part)
+        take_over(linear.output, part)
 
 
 def _replace_linear(
@@ -272,7 +274,7 @@ def _replace_linear(
     insert_before(first.matmul, nodes)
     output = nodes[-1].outputs[0]
     if len(linears) == 1:
-        _take_over(first.output, output)
+        take_over(first.output, output)
     return output
 
 
@@ -304,20 +306,12 @@ def _head_by_rows(graph: ir.Graph, linear: Linear) -> None:
     if linear.bias is not None:
         nodes.append(ir.Node("", "Add", [back.outputs[0], linear.bias]))
     insert_before(linear.matmul, nodes)
-    _take_over(linear.output, nodes[-1].outputs[0])
+    take_over(linear.output, nodes[-1].outputs[0])
 
 
 def _replace(anchor: ir.Node, node: ir.Node, old: ir.Value) -> None:
     insert_before(anchor, [node])
-    _take_over(old, node.outputs[0])
-
-
-def _take_over(old: ir.Value, new: ir.Value) -> None:
-    """The new value takes the old one's place, name and all, also as a graph output."""
-    new.type, new.shape, name = old.type, old.shape, old.name
-    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-    if name:
-        old.name, new.name = f"{name}.replaced", name
+    take_over(old, node.outputs[0])
 
 
 def _name(value: ir.Value) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+import onnx_ir as ir
 
 from ..quantise import Blocks
 
-__all__ = ["PRECISIONS", "Precision", "layer_of_tensor"]
+__all__ = ["PRECISIONS", "Precision", "layer_of_tensor", "with_half_activations"]
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -26,17 +28,25 @@ class Precision:
             with 8-bit weights never (1.5 at 128).
         int8_layers: sensitive layers (1-based) that have 8 bits whatever `bits` says.
         int8_head: the same for the LM head, and the embedding where it is the head.
+        activations: element type of activations, KV and unquantised weights.
         kept: tensors of the checkpoint whose own blocks are stored, of precision `keep`.
     """
 
-    name: Literal["fp32", "int8", "int4", "keep"]
+    name: Literal["fp32", "fp16", "bf16", "int8", "int4", "keep"]
     bits: Literal[4, 8] | None
     block_size: int = 32
     accuracy_level: int = 4
     wide_rows: int | None = None
     int8_layers: frozenset[int] = frozenset()
     int8_head: bool = False
+    activations: Literal["float32", "float16", "bfloat16"] = "float32"
     kept: Mapping[str, Blocks] = field(default_factory=dict, hash=False)
+
+    @property
+    def activation_type(self) -> ir.DataType:
+        """`activations` as ONNX knows it."""
+        types = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
+        return types.get(self.activations, ir.DataType.FLOAT)
 
     def storage(self, name: str) -> Blocks | None:
         """Blocks of the linear layer or head with this weight; None where it is float32."""
@@ -61,7 +71,16 @@ def layer_of_tensor(name: str) -> int | None:
 
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision("fp32", None),
+    "fp16": Precision("fp16", None, activations="float16"),
+    "bf16": Precision("bf16", None, activations="bfloat16"),
     "int8": Precision("int8", 8),
     "int4": Precision("int4", 4, wide_rows=48),
     "keep": Precision("keep", None, accuracy_level=0),
 }
+
+
+def with_half_activations(precision: Precision) -> Precision:
+    """The precision on a GPU: quantised weights with float16 activations, one graph per stage."""
+    if precision.bits is None:
+        return precision
+    return replace(precision, activations="float16", accuracy_level=0, wide_rows=None)

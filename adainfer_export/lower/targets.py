@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import onnx_ir as ir
 
 from ..errors import UnsupportedError
 from ..weights import WeightExpr
-from . import as_is, attention, kv_fill, ort
-from .precision import PRECISIONS, Precision
+from . import as_is, cuda, decoder, kv_fill, ort, standard
+from .decoder import DecoderRequest
+from .pass_tensors import PassStage
+from .precision import PRECISIONS, Precision, with_half_activations
 
-__all__ = ["AS_IS", "TARGETS", "Dialect", "Target", "find_target"]
+__all__ = ["AS_IS", "TARGETS", "Dialect", "Target", "find_target", "require_shortlist"]
 
 Weights = dict[str, WeightExpr]
 
@@ -30,12 +33,15 @@ class KvFill:
 class Dialect:
     """The passes of a target, in the order they are applied.
 
+    `lower_decoder` rewrites every attention and returns the stage `positions`, where layers share
+    more than lengths; `kv_layout` is the cache's geometry; `precision` says what the target makes
+    of a precision; `opset` and `ir_version` are what stages are stamped with.
     `widen` turns a lowered stage into its form for many positions and says whether there is one;
     `fuse_joined` mends the seams of lowered stages that were put into one graph; `kv_fill` is None
     where a target has no such stages.
     """
 
-    lower_decoder: Callable[..., None]
+    lower_decoder: Callable[[ir.Model, DecoderRequest], PassStage | None]
     lower_embedding: Callable[..., Weights]
     lower_layers: Callable[[ir.Graph, Precision], Weights]
     lower_probe: Callable[[ir.Graph, Precision], Weights]
@@ -44,6 +50,10 @@ class Dialect:
     widen: Callable[[ir.Graph, Precision], bool]
     fuse_joined: Callable[[ir.Graph], None]
     kv_fill: KvFill | None = None
+    kv_layout: Literal["bnsh", "prefix"] = "bnsh"
+    precision: Callable[[Precision], Precision] = lambda precision: precision
+    opset: int = 24
+    ir_version: int = 11
 
 
 @dataclass(frozen=True)
@@ -52,17 +62,22 @@ class Target:
 
     Attributes:
         precisions: names of the precisions that it takes.
-        dialect: None where the target is planned but not built.
+        block_sizes: values that may share a scale; the first is the default.
+        int8_layers: whether sensitive layers may have 8 bits beside int4.
+        shortlist: whether a low-rank head in its operators can be fitted.
     """
 
     name: str
     summary: str
     precisions: tuple[str, ...]
-    dialect: Dialect | None = None
+    dialect: Dialect
+    block_sizes: tuple[int, ...] = (32,)
+    int8_layers: bool = False
+    shortlist: bool = False
 
 
 _ORT_CPU = Dialect(
-    lower_decoder=attention.fuse_attention,
+    lower_decoder=decoder.contrib,
     lower_embedding=ort.lower_embedding,
     lower_layers=ort.lower_layers,
     lower_probe=ort.lower_probe,
@@ -75,7 +90,7 @@ _ORT_CPU = Dialect(
 
 # Of sources that are ONNX for this target already.
 AS_IS = Dialect(
-    lower_decoder=lambda decoder, *, windows: None,
+    lower_decoder=decoder.keep,
     lower_embedding=as_is.keep_embedding,
     lower_layers=as_is.keep_layers,
     lower_probe=as_is.keep_stage,
@@ -85,19 +100,77 @@ AS_IS = Dialect(
     fuse_joined=ort.fuse_skip_norms,
 )
 
+_ORT_CUDA = replace(
+    _ORT_CPU,
+    lower_embedding=standard.lower_embedding,
+    lower_layers=cuda.lower_layers,
+    lower_probe=cuda.lower_probe,
+    lower_candidates=cuda.lower_candidates,
+    widen=standard.no_wide_form,
+    fuse_joined=cuda.fuse_joined,
+    kv_fill=None,
+    precision=with_half_activations,
+)
+
+_STANDARD = Dialect(
+    lower_decoder=decoder.fused,
+    lower_embedding=standard.lower_embedding,
+    lower_layers=standard.lower_layers,
+    lower_probe=standard.lower_probe,
+    lower_candidates=standard.lower_candidates,
+    check_layers=standard.check_layers,
+    widen=standard.no_wide_form,
+    fuse_joined=standard.keep_as_joined,
+    precision=with_half_activations,
+)
+
+_PLAIN = replace(
+    _STANDARD,
+    lower_decoder=decoder.plain,
+    lower_layers=standard.lower_plain_layers,
+    lower_probe=standard.lower_plain_probe,
+    lower_candidates=standard.lower_plain_candidates,
+    check_layers=standard.check_plain_layers,
+    kv_layout="prefix",
+    opset=21,
+    ir_version=10,
+)
+
 TARGETS: tuple[Target, ...] = (
-    Target("ort-cpu", "ONNX Runtime on CPUs", ("fp32", "int8", "int4", "keep"), _ORT_CPU),
-    Target("ort-cuda", "ONNX Runtime on NVIDIA GPUs", ("fp16", "bf16", "int4")),
-    Target("tensorrt", "TensorRT on NVIDIA GPUs and Jetson", ("fp16", "bf16", "int4")),
-    Target("onnx-std", "standard ONNX operators only", ("fp32",)),
+    Target(
+        "ort-cpu",
+        "ONNX Runtime on CPUs",
+        ("fp32", "int8", "int4", "keep"),
+        _ORT_CPU,
+        (32, 16, 64, 128),
+        int8_layers=True,
+        shortlist=True,
+    ),
+    Target("ort-cuda", "ONNX Runtime on NVIDIA GPUs", ("fp16", "bf16", "int4"), _ORT_CUDA),
+    Target(
+        "tensorrt",
+        "TensorRT 10.15 and later, TensorRT-RTX",
+        ("fp16", "bf16", "int4"),
+        _STANDARD,
+        (32, 64, 128),
+    ),
+    Target(
+        "tensorrt-basic",
+        "TensorRT 10.3 and later (JetPack 6.2), TensorRT-RTX",
+        ("fp32", "fp16", "bf16", "int4"),
+        _PLAIN,
+        (32, 64, 128),
+    ),
+    # The graphs of target tensorrt in float32, for which TensorRT has no fused attention.
+    Target("onnx-std", "standard ONNX operators, opset 24", ("fp32",), _STANDARD),
 )
 
 
 def find_target(name: str, precision: str) -> tuple[Target, Dialect, Precision]:
-    """The record of a target that is built and takes the precision.
+    """The record of a target that takes the precision.
 
     Raises:
-        UnsupportedError: unknown, not built yet, or not with this precision.
+        UnsupportedError: unknown, or not with this precision.
     """
     target = next((entry for entry in TARGETS if entry.name == name), None)
     if target is None:
@@ -105,12 +178,16 @@ def find_target(name: str, precision: str) -> tuple[Target, Dialect, Precision]:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"targets: {', '.join(names)}"
         raise UnsupportedError(f"target {name!r} is unknown; {hint}")
-    if target.dialect is None:
-        built = ", ".join(entry.name for entry in TARGETS if entry.dialect)
-        raise UnsupportedError(f"target {name} is not built yet; built: {built}")
     if precision not in target.precisions:
         raise UnsupportedError(
             f"target {name} does not take precision {precision!r}; it takes: "
             f"{', '.join(target.precisions)}"
         )
-    return target, target.dialect, PRECISIONS[precision]
+    return target, target.dialect, target.dialect.precision(PRECISIONS[precision])
+
+
+def require_shortlist(target: Target) -> None:
+    """Raises `UnsupportedError` where a target has no shortlist."""
+    if not target.shortlist:
+        able = ", ".join(entry.name for entry in TARGETS if entry.shortlist)
+        raise UnsupportedError(f"target {target.name} has no shortlist; targets that do: {able}")

@@ -35,7 +35,7 @@ class Chain:
         self._buffers = backend.open_sequence()
         self._last_layers = tuple(stage.last_layer for stage in stages)
         self.ledger = Ledger(tuple(_cost(stage, manifest) for stage in stages))
-        self._pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
+        self._pending = self._buffers.pending
         self._tokens = np.zeros(manifest.max_seq_len, np.int64)
         self._first_tokens: dict[tuple[int, int], tuple[dict[int, _KeyValue], Float32]] = {}
         self.before_pass: Callable[[], None] | None = None
@@ -165,7 +165,7 @@ class Chain:
 
     def last_hidden(self) -> Float32:
         """Hidden state `[hidden_size]` of the last position, at the boundary it stands at."""
-        return np.asarray(self._pending[self.length - 1])
+        return self._pending[self.length - 1]  # type: ignore[no-any-return]
 
     def hidden(self, start: int, end: int) -> Float32:
         """Hidden states `[end - start, hidden_size]`, each at the boundary it stands at."""

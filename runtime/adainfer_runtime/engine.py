@@ -73,7 +73,7 @@ class Engine:
         """Loads an engine folder.
 
         Args:
-            device: `cpu`.
+            device: `cpu`, which runs every target, or `cuda`.
             threads: of the process's one ONNX Runtime pool; default: the cores it may use.
             low_memory: hold the weights once. Otherwise int4 engines hold them a second time, laid
                 out for passes of many positions: prompts are then read 1.4 times as fast.

@@ -6,6 +6,7 @@
     │   ├── UnsafePathError      a path that leaves the engine folder
     │   └── IntegrityError       a file whose size or sha256 is not the manifest's
     ├── DeviceError              the device is unknown, or its provider is not installed
+    ├── PlanError                TensorRT plans are missing, or were built for something else
     ├── StageError               ONNX Runtime refused a stage
     ├── RequestError             the request itself is wrong
     │   ├── PromptTooLongError
@@ -30,6 +31,7 @@ __all__ = [
     "ExitUnavailableError",
     "IntegrityError",
     "ManifestError",
+    "PlanError",
     "PromptTooLongError",
     "RequestError",
     "SchemaVersionError",
@@ -62,6 +64,10 @@ class IntegrityError(ManifestError):
 
 class DeviceError(AdaInferError):
     """The device is unknown, or the package that drives it is not installed."""
+
+
+class PlanError(AdaInferError):
+    """TensorRT plans are missing, or their stamp does not match."""
 
 
 class StageError(AdaInferError):

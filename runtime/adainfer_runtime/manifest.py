@@ -27,10 +27,12 @@ __all__ = [
     "SourceFile",
     "SourceSpec",
     "StageSpec",
+    "TensorSpec",
     "TokenizerSpec",
 ]
 
 SCHEMA_VERSION = 4
+ElementType = Literal["float32", "float16", "bfloat16"]
 _EXIT_FILES = ("adapters/", "exit/", "reports/calibration.")
 
 
@@ -76,21 +78,49 @@ class ModelSpec(_Record):
 
 
 class KvGeometry(_Record):
-    """Per layer one K and one V buffer of `[1, heads, max_length, head_dim]`.
+    """One K and one V buffer per layer.
+
+    `bnsh`: `[1, heads, max_length, head_dim]`, which a stage reads whole and writes in place.
+    `prefix`: `[1, 1 + max_length, row_elements]`, position after position, so that what is filled
+    is contiguous: a stage reads a view of it as its past, and writes the new rows right behind,
+    where the runtime points its output to. Row 0 is a sink of zeros that masks hide: no view is
+    ever empty. Rows are padded from `num_heads * head_dim` elements to a multiple of 256 bytes.
 
     `layer_heads` are each layer's heads where layers differ; else empty: `num_heads` in all.
     """
 
-    layout: Literal["bnsh"] = "bnsh"
-    dtype: Literal["float32"] = "float32"
+    layout: Literal["bnsh", "prefix"] = "bnsh"
+    dtype: ElementType = "float32"
     num_heads: int
     layer_heads: tuple[int, ...] = ()
     head_dim: int
     max_length: int
+    row_elements: int | None = None
+
+    @model_validator(mode="after")
+    def _padded(self) -> KvGeometry:
+        width = self.num_heads * self.head_dim
+        if (self.layout == "prefix") != (self.row_elements is not None):
+            raise ValueError("row_elements belongs to the layout prefix, and to no other")
+        if self.row_elements is not None and self.row_elements < width:
+            raise ValueError(f"row_elements {self.row_elements} is less than {width}")
+        return self
 
     def heads(self, layer: int) -> int:
         """Heads of K and V of a layer (1-based)."""
         return self.layer_heads[layer - 1] if self.layer_heads else self.num_heads
+
+
+class TensorSpec(_Record):
+    """A tensor that the stage `positions` computes once per pass for all layer stages.
+
+    Dimensions are numbers, `rows` (positions of the pass) or `keys` (positions that it attends to,
+    the sink included).
+    """
+
+    name: str
+    dtype: ElementType | Literal["bool"]
+    shape: tuple[int | Literal["rows", "keys"], ...]
 
 
 class Quantisation(_Record):
@@ -102,7 +132,7 @@ class Quantisation(_Record):
 
     bits: Literal[4, 8]
     block_size: int
-    accuracy_level: int
+    accuracy_level: int | None = None  # of MatMulNBits alone
     wide_rows: int | None = None
     int8_layers: tuple[int, ...] = ()
     int8_head: bool = False
@@ -118,16 +148,17 @@ class FileRecord(_Record):
 class StageSpec(_Record):
     """One graph. Layer numbers are 1-based and inclusive; 0 for stages that hold no layer.
 
-    `probe` is final norm and LM head with AdaInfer's features, `candidates` the same over some of
-    the head's rows, `kv_fill` one layer's K and V from the hidden state of a position that skipped
-    the layer.
+    `positions` is there where layer stages share tensors that depend on the positions of a pass:
+    masks, rotary rows. `probe` is final norm and LM head with AdaInfer's features, `candidates` the
+    same over some of the head's rows, `kv_fill` one layer's K and V from the hidden state of a
+    position that skipped the layer.
 
     `wide_file` is the same stage on the same weights, for passes of many positions.
     `multiply_adds` counts one position through the stage's weight matrices.
     """
 
     name: str
-    kind: Literal["embed", "layers", "probe", "candidates", "kv_fill"]
+    kind: Literal["embed", "positions", "layers", "probe", "candidates", "kv_fill"]
     file: str
     wide_file: str | None = None
     first_layer: int = 0
@@ -310,12 +341,13 @@ class Manifest(_Record):
     source: SourceSpec
     model: ModelSpec
     target: str
-    precision: Literal["fp32", "int8", "int4", "keep"]
+    precision: Literal["fp32", "fp16", "bf16", "int8", "int4", "keep"]
     quantisation: Quantisation | None = None
     max_seq_len: int
     layers_per_engine: int | None = None
     kv: KvGeometry
     stages: tuple[StageSpec, ...]
+    pass_tensors: tuple[TensorSpec, ...] = ()
     joined: tuple[StageSpec, ...] = ()
     exit: ExitSpec | None = None
     other_exits: tuple[ExitSpec, ...] = ()
@@ -331,6 +363,11 @@ class Manifest(_Record):
     def embed(self) -> StageSpec:
         """The stage that turns token ids into hidden states."""
         return next(stage for stage in self.stages if stage.kind == "embed")
+
+    @property
+    def positions(self) -> StageSpec | None:
+        """The stage that computes what all layers of a pass share, where there is one."""
+        return next((stage for stage in self.stages if stage.kind == "positions"), None)
 
     @property
     def probe(self) -> StageSpec:
@@ -461,6 +498,8 @@ class Manifest(_Record):
         singles = ("embed", "probe", "candidates")
         if any(kinds.count(kind) != 1 for kind in singles) or "layers" not in kinds:
             raise ValueError(f"stages must hold layers, and one each of {', '.join(singles)}")
+        if kinds.count("positions") != bool(self.pass_tensors):
+            raise ValueError("pass_tensors and the stage `positions` go together")
         _check_layers(self.cut, self.model.num_layers)
         _check_layers(self.layer_stages, self.model.num_layers)
         if len(self.kv_fills) not in (0, self.model.num_layers):

@@ -122,6 +122,7 @@ class _ProfiledBuffers:
     def __init__(self, inner: SequenceBuffers, clock: StageClock) -> None:
         self._inner = inner
         self._clock = clock
+        self.pending = inner.pending
         self.hidden = inner.hidden
         self.write_kv = inner.write_kv
         self.kv = inner.kv

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adainfer_export import ExportRequest, export
+from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.errors import (
     CheckpointError,
     GatedSourceError,
@@ -21,6 +22,7 @@ from adainfer_export.errors import (
     UnknownModelError,
     UnsupportedError,
 )
+from adainfer_export.storage import StorageRequest
 from adainfer_runtime import AdaInferError
 
 from ..checkpoints import edit_config, make_checkpoint
@@ -53,14 +55,28 @@ def test_unknown_target(checkpoint, tmp_path):
     fails(UnsupportedError, checkpoint, tmp_path, "did you mean ort-cpu", target="ort-cpv")
 
 
-def test_target_that_is_not_built(checkpoint, tmp_path):
-    fails(UnsupportedError, checkpoint, tmp_path, "tensorrt is not built yet", target="tensorrt")
-
-
 def test_precision_that_the_target_does_not_take(checkpoint, tmp_path):
     fails(
         UnsupportedError, checkpoint, tmp_path, "does not take precision 'fp16'", precision="fp16"
     )
+
+
+def test_block_size_that_the_target_does_not_take(checkpoint, tmp_path):
+    match = "--block-size 64: it must be one of 32 for target ort-cuda"
+    fails(UnsupportedError, checkpoint, tmp_path, match, target="ort-cuda", precision="int4",
+          storage=StorageRequest(block_size=64))  # fmt: skip
+
+
+def test_layers_in_8_bits_that_the_target_does_not_take(checkpoint, tmp_path):
+    match = "target tensorrt does not take --int8-layers"
+    fails(UnsupportedError, checkpoint, tmp_path, match, target="tensorrt", precision="int4",
+          storage=StorageRequest(int8_head=True))  # fmt: skip
+
+
+def test_shortlist_that_the_target_does_not_have(checkpoint, tmp_path):
+    match = "target tensorrt has no shortlist; targets that do: ort-cpu"
+    fails(UnsupportedError, checkpoint, tmp_path, match, target="tensorrt", precision="fp16",
+          calibration=CalibrationRequest(shortlist=True))  # fmt: skip
 
 
 def test_too_long_for_the_model(checkpoint, tmp_path):

@@ -14,14 +14,15 @@ from ..scripted import ScriptedExit
 PROMPT = [5, 17, 200, 43, 9, 120, 77]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     exits=st.lists(st.integers(0, 3), min_size=1, max_size=12),
     truncations=st.dictionaries(st.integers(1, 11), st.integers(1, 3), max_size=2),
     layers_per_engine=st.sampled_from([1, 2]),
+    target=st.sampled_from(["ort-cpu", "onnx-std", "tensorrt-basic"]),
 )
-def test_cache_after_fill_equals_off(tiny, exits, truncations, layers_per_engine):
-    engine = tiny("llama", layers_per_engine=layers_per_engine).engine
+def test_cache_after_fill_equals_off(tiny, exits, truncations, layers_per_engine, target):
+    engine = tiny("llama", layers_per_engine=layers_per_engine, target=target).engine
     boundaries = engine.manifest.boundaries[:-1]
     policy = ScriptedExit(exits, boundaries)
     random = np.random.default_rng(len(exits))

@@ -44,7 +44,15 @@ class ExitEvidence:
 
 
 class SequenceBuffers(Protocol):
-    """One sequence's device memory: KV, two hidden buffers, and the bindings onto them."""
+    """One sequence's device memory: KV, two hidden buffers, and the bindings onto them.
+
+    Hidden states are float32 rows `[rows, hidden_size]` that behave like numpy arrays under
+    slicing, assignment and `copy`; of back ends in device memory they stay there (`DeviceRows`).
+    """
+
+    @property
+    def pending(self) -> Float32:
+        """Rows `[max_seq_len, hidden_size]` where the chain keeps positions that wait."""
 
     def embed(self, tokens: npt.NDArray[np.int64], start: int) -> None:
         """Writes the hidden states of `[rows]` token ids into the first stage's input; the first

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DeviceError, ExitUnavailableError, RequestError, StageError
-from ..manifest import Manifest, StageSpec
+from ..manifest import Manifest
 from .base import ExitEvidence, Float32, ProbeResult
+from .layout import Region, SequenceLayout, StageRun, hidden_buffer
 from .rescore import rescored
 
 __all__ = ["OrtCpuBackend", "load", "open_session"]
@@ -80,6 +81,8 @@ class _Sessions:
         options.log_severity_level = 3
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.add_session_config_entry("session.use_env_allocators", "1")
+        # int4 behind DequantizeLinear becomes MatMulNBits, by default with int8 activations.
+        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
         try:
             return self._ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]
@@ -135,7 +138,13 @@ class OrtCpuBackend:
 
         self._open_stage = open_stage
         self.manifest = manifest
+        if manifest.kv.dtype == "bfloat16":
+            raise DeviceError(
+                "ONNX Runtime has no bfloat16 arithmetic on CPUs: export with --precision fp16 or "
+                "fp32 to run on this device"
+            )
         self.embed = open_stage(manifest.embed.file)
+        self.positions = open_stage(manifest.positions.file) if manifest.positions else None
         self._stages = [open_stage(stage.file) for stage in manifest.layer_stages]
         wide = {i: stage.wide_file for i, stage in enumerate(manifest.layer_stages)}
         self._wide = {i: open_stage(file) for i, file in wide.items() if file and not low_memory}
@@ -254,88 +263,91 @@ class OrtCpuBackend:
 
 
 class _OrtSequence:
-    """See `base.SequenceBuffers`. Stage i reads hidden buffer i % 2 and writes the other."""
+    """See `base.SequenceBuffers`: a layout's buffers in the process's own memory."""
 
     def __init__(self, backend: OrtCpuBackend) -> None:
         manifest = backend.manifest
-
-        def cache(layer: int) -> Float32:
-            geometry = manifest.kv
-            shape = (1, geometry.heads(layer), geometry.max_length, geometry.head_dim)
-            return np.zeros(shape, np.float32)
-
-        width = manifest.model.hidden_size
         self._backend = backend
-        self._rows = [np.zeros((backend.max_rows, width), np.float32) for _ in range(2)]
-        layers = range(1, manifest.model.num_layers + 1)
-        self._kv = {layer: (cache(layer), cache(layer)) for layer in layers}
-        self._ids = np.zeros(backend.max_rows, np.int64)
-        self._positions = np.zeros(backend.max_rows, np.int64)
-        self._seqlens = np.zeros(1, np.int32)
-        self._total = np.zeros((), np.int32)
+        self._layout = SequenceLayout(manifest, backend.max_rows)
+        self._memory = {
+            name: np.zeros(spec.shape, spec.dtype) for name, spec in self._layout.buffers().items()
+        }
+        self.pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
+        self._caches = {
+            layer: (self._cache("key", layer), self._cache("value", layer))
+            for layer in range(1, manifest.model.num_layers + 1)
+        }
+        self._prepared: tuple[int, int] | None = None
         self._bound: dict[int, list[Callable[[], None]]] = {}
         self._bound_embed: dict[int, Callable[[], None]] = {}
 
     def embed(self, tokens: npt.NDArray[np.int64], start: int) -> None:
         """`[rows]` token ids into hidden buffer 0."""
         rows = len(tokens)
-        self._ids[:rows] = tokens
-        self._positions[:rows] = np.arange(start, start + rows)
+        for name, values in self._layout.embed_inputs(tokens, start).items():
+            self._memory[name][:rows] = values
         run = self._bound_embed.get(rows)
         if run is None:
-            run = self._bind_embed(rows)
+            run = self._bind(self._backend.embed, self._layout.embed(rows))
             _keep(self._bound_embed, rows, run)
         run()
 
     def run_stage(self, index: int, rows: int, past: int) -> None:
         """One layer stage over `rows` positions."""
-        self._seqlens[0] = past + rows - 1
-        self._total[()] = past + rows
+        if self._prepared != (rows, past):
+            self._prepare(rows, past)
+        if self._layout.varies_with_past:
+            self._bind_stage(index, rows, past)()
+            return
         bound = self._bound.get(rows)
         if bound is None:
-            stages = enumerate(self._backend.manifest.layer_stages)
-            bound = [self._bind_stage(i, spec, rows) for i, spec in stages]
+            stages = range(len(self._backend.manifest.layer_stages))
+            bound = [self._bind_stage(i, rows, past) for i in stages]
             _keep(self._bound, rows, bound)
         bound[index]()
 
     def hidden(self, index: int, rows: int) -> Float32:
         """Rows of the buffer that stage `index` reads."""
-        return self._rows[index % 2][:rows]
+        view: Float32 = self._memory[hidden_buffer(index)][:rows]
+        return view
 
     def write_kv(self, layer: int, start: int, key: Float32, value: Float32) -> None:
         """Into the cache that the layer's stages are bound to."""
         end = start + key.shape[1]
-        cached_key, cached_value = self._kv[layer]
-        cached_key[0, :, start:end], cached_value[0, :, start:end] = key, value
+        cached_key, cached_value = self._caches[layer]
+        cached_key[:, start:end], cached_value[:, start:end] = key, value
 
     def kv(self, layer: int) -> tuple[Float32, Float32]:
-        """K and V of a layer, without the batch axis."""
-        key, value = self._kv[layer]
-        return key[0], value[0]
+        """K and V of a layer, without the batch axis (copies, where they are kept in 16 bits)."""
+        key, value = self._caches[layer]
+        return key.astype(np.float32, copy=False), value.astype(np.float32, copy=False)
 
-    def _bind_embed(self, rows: int) -> Callable[[], None]:
-        session = self._backend.embed
-        binding = session.io_binding()
-        _bind_input(binding, "input_ids", self._ids, (1, rows))
-        if "position_ids" in self._backend.manifest.embed.inputs:
-            _bind_input(binding, "position_ids", self._positions, (1, rows))
-        _bind_output(binding, "hidden", self._rows[0], (1, rows, self._rows[0].shape[1]))
-        return _runner(session, binding)
+    def _cache(self, part: str, layer: int) -> npt.NDArray[Any]:
+        return self._layout.cache_view(layer, self._memory[f"{part}.{layer}"])
 
-    def _bind_stage(self, index: int, spec: StageSpec, rows: int) -> Callable[[], None]:
+    def _prepare(self, rows: int, past: int) -> None:
+        for name, value in self._layout.host_inputs(rows, past).items():
+            self._memory[name].reshape(-1)[: value.size] = value.reshape(-1)
+        run = self._layout.positions(rows, past)
+        if run is not None:
+            self._bind(self._backend.positions, run)()
+        self._prepared = (rows, past)
+
+    def _bind_stage(self, index: int, rows: int, past: int) -> Callable[[], None]:
         session = self._backend.stage(index, rows)
+        return self._bind(session, self._layout.stage(index, rows, past))
+
+    def _bind(self, session: Any, run: StageRun) -> Callable[[], None]:
         binding = session.io_binding()
-        width = self._rows[0].shape[1]
-        _bind_input(binding, "hidden", self._rows[index % 2], (1, rows, width))
-        _bind_output(binding, "next_hidden", self._rows[(index + 1) % 2], (1, rows, width))
-        _bind_input(binding, "seqlens_k", self._seqlens, (1,))
-        _bind_input(binding, "total_sequence_length", self._total, ())
-        for layer in range(spec.first_layer, spec.last_layer + 1):
-            for part, cache in zip(("key", "value"), self._kv[layer], strict=True):
-                # Past and present are one buffer: new entries are written in place.
-                _bind_input(binding, f"past_{part}.{layer}", cache, cache.shape)
-                _bind_output(binding, f"present_{part}.{layer}", cache, cache.shape)
+        for name, region in run.inputs.items():
+            binding.bind_input(name, "cpu", 0, *self._place(region))
+        for name, region in run.outputs.items():
+            binding.bind_output(name, "cpu", 0, *self._place(region))
         return _runner(session, binding)
+
+    def _place(self, region: Region) -> tuple[Any, tuple[int, ...], int]:
+        array = self._memory[region.buffer]
+        return array.dtype.type, region.shape, array.ctypes.data + region.offset
 
 
 def _runner(session: Any, binding: Any) -> Callable[[], None]:
@@ -354,14 +366,6 @@ def _keep(cache: dict[int, Any], rows: int, value: Any) -> None:
         oldest = next((key for key in cache if key != 1), 1)  # decode's binding stays
         del cache[oldest]
     cache[rows] = value
-
-
-def _bind_input(binding: Any, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
-
-
-def _bind_output(binding: Any, name: str, array: npt.NDArray[Any], shape: tuple[int, ...]) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype.type, shape, array.ctypes.data)
 
 
 def _usable_cores() -> int:

@@ -20,7 +20,19 @@ class _Entry:
     module: str
 
 
-_ENTRIES = (_Entry("ort-cpu", "cpu", "adainfer_runtime.backends.ort_cpu"),)
+_ORT_CPU = "adainfer_runtime.backends.ort_cpu"
+
+# Every dialect's graphs run on ONNX Runtime's CPU provider as well: a reference without the device.
+_ENTRIES = (
+    _Entry("ort-cpu", "cpu", _ORT_CPU),
+    _Entry("onnx-std", "cpu", _ORT_CPU),
+    _Entry("tensorrt", "cpu", _ORT_CPU),
+    _Entry("tensorrt-basic", "cpu", _ORT_CPU),
+    _Entry("ort-cuda", "cpu", _ORT_CPU),
+    _Entry("ort-cuda", "cuda", "adainfer_runtime.backends.ort_cuda"),
+    _Entry("tensorrt", "cuda", "adainfer_runtime.backends.tensorrt"),
+    _Entry("tensorrt-basic", "cuda", "adainfer_runtime.backends.tensorrt"),
+)
 
 
 def load_backend(

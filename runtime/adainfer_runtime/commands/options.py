@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["LevelOption", "ThreadsOption", "ThresholdOption"]
+__all__ = ["DeviceOption", "LevelOption", "ThreadsOption", "ThresholdOption"]
 
+DeviceOption = Annotated[str, typer.Option(help="`cpu`, which runs every target, or `cuda`.")]
 ThresholdOption = Annotated[
     float | None, typer.Option(help="Exit threshold, instead of the calibrated one.")
 ]

@@ -25,7 +25,7 @@ from .answers import (
     describe_text,
 )
 from .generation_arguments import takes_generation_options
-from .options import ThreadsOption
+from .options import DeviceOption, ThreadsOption
 
 __all__ = ["register"]
 
@@ -73,10 +73,11 @@ def run(
         typer.Option(help="Print text as it comes; default: on a terminal.", show_default=False),
     ] = None,
     threads: ThreadsOption = None,
+    device: DeviceOption = "cpu",
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Generate text, or choose a label, from one prompt."""
-    engine = Engine.load(folder, threads=threads)
+    engine = Engine.load(folder, device, threads)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     if not text:
         raise RequestError("the prompt is empty")

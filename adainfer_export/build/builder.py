@@ -1,0 +1,290 @@
+"""Builds the plans of an engine folder: one at a time, each in a process of its own, resumable."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from adainfer_runtime.devices import GpuInfo, find_gpu
+from adainfer_runtime.engine_folder import record_file
+from adainfer_runtime.errors import DeviceError
+from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.plans import (
+    PLAN_FOLDER,
+    BuildStamp,
+    PlanRecord,
+    engine_files,
+    load_stamp,
+    stage_digest,
+    write_stamp,
+)
+
+from ..errors import BuildError
+from .profiles import Profile, profiles_of
+from .worker import MODULES, Job, Outcome
+
+__all__ = ["BuildReport", "BuildRequest", "PlanBuilder", "SubprocessBuilder", "build_plans"]
+
+_MAX_ROWS = 512
+_RTX_DEFAULT = (86, 89, 120)
+_NEEDS = {"tensorrt": (10, 15), "tensorrt-basic": (10, 3)}  # target: least TensorRT version
+_INSTALL = {
+    "tensorrt": "install the TensorRT of your CUDA or JetPack with its Python package",
+    "tensorrt-rtx": "pip install 'adainfer-export[tensorrt-rtx]'",
+}
+
+
+class PlanReporter(Protocol):
+    """Shows progress."""
+
+    def begin(self, what: str, total: int) -> None:
+        """A phase of `total` steps begins."""
+
+    def step(self, detail: str = "") -> None:
+        """One step of the phase is done."""
+
+
+@dataclass(frozen=True)
+class BuildRequest:
+    """What to build.
+
+    Attributes:
+        sm: compute capabilities (`tensorrt-rtx` alone; `tensorrt` builds for the GPU at hand).
+        stages: patterns of ONNX files, such as `layer_*`; all where empty.
+        max_rows: positions that one pass may carry.
+        single_profile: one profile for decoding and prompts (see `profiles_of`).
+    """
+
+    backend: Literal["tensorrt", "tensorrt-rtx"]
+    sm: tuple[int, ...] = ()
+    stages: tuple[str, ...] = ()
+    max_rows: int = _MAX_ROWS
+    optimisation_level: int = 3
+    single_profile: bool = False
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What stands in the folder now: the stamp, and the files that were built and kept."""
+
+    stamp: BuildStamp
+    built: tuple[str, ...]
+    kept: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+class PlanBuilder(Protocol):
+    """Builds one plan."""
+
+    def version(self) -> str:
+        """Of TensorRT."""
+
+    def build(self, job: Job) -> Outcome:
+        """Writes `job.plan`, or says why not."""
+
+
+def build_plans(
+    folder: Path,
+    manifest: Manifest,
+    request: BuildRequest,
+    reporter: PlanReporter,
+    builder: PlanBuilder | None = None,
+    gpu: GpuInfo | None = None,
+) -> BuildReport:
+    """Builds what is missing or stale; an interrupted build goes on where it stopped.
+
+    Raises:
+        DeviceError: TensorRT, or the GPU that it needs, is not there.
+        BuildError: a stage cannot be built; what was built before it is kept.
+    """
+    _check_target(manifest)
+    builder = builder or SubprocessBuilder(request.backend)
+    version = builder.version()
+    _check_version(manifest, request, version)
+    stamp = _new_stamp(manifest, request, version, gpu)
+    place = folder / PLAN_FOLDER / stamp.name
+    place.mkdir(parents=True, exist_ok=True)
+    before = load_stamp(folder, stamp.name)
+    known = dict(before.plans) if before is not None and before.same_build(stamp) else {}
+    files = _select(manifest, request.stages)
+    reporter.begin("building plans", len(files))
+    built, kept, warnings = [], [], []
+    for file in files:
+        source = stage_digest(manifest, file)
+        if _is_current(place, known.get(file), source):
+            kept.append(file)
+        else:
+            outcome = _build_one(builder, folder, place, manifest, request, stamp, file)
+            known[file] = _record(place, file, source, outcome)
+            built.append(file)
+            warnings += [f"{file}: {warning}" for warning in outcome.warnings]
+        stamp = stamp.model_copy(update={"plans": dict(known)})
+        write_stamp(folder, stamp)  # after each: what was built is not built again
+        reporter.step(file)
+    return BuildReport(stamp, tuple(built), tuple(kept), tuple(warnings))
+
+
+class SubprocessBuilder:
+    """TensorRT in a process of its own, which a bad graph may kill."""
+
+    def __init__(self, backend: Literal["tensorrt", "tensorrt-rtx"]) -> None:
+        self._backend = backend
+        if importlib.util.find_spec(MODULES[backend]) is None:
+            raise DeviceError(
+                f"{backend} is not installed ({MODULES[backend]}): {_INSTALL[backend]}"
+            )
+
+    def version(self) -> str:
+        """Asked in a process of its own, too."""
+        code = f"import {MODULES[self._backend]} as trt; print(trt.__version__)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        if done.returncode != 0:
+            reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+            raise DeviceError(f"{self._backend} cannot be loaded: {reason}")
+        return done.stdout.strip().splitlines()[-1]
+
+    def build(self, job: Job) -> Outcome:
+        """Runs `worker`."""
+        with tempfile.TemporaryDirectory() as scratch:
+            paths = [Path(scratch) / name for name in ("job.json", "report.json")]
+            paths[0].write_text(json.dumps(asdict(job)), encoding="utf-8")
+            command = [sys.executable, "-m", "adainfer_export.build.worker", *map(str, paths)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if paths[1].is_file():
+                data = json.loads(paths[1].read_text(encoding="utf-8"))
+                data |= {key: tuple(data[key]) for key in ("unused_inputs", "warnings")}
+                return Outcome(**data)
+        if done.returncode < 0:
+            return Outcome(f"TensorRT ended its process with signal {-done.returncode}")
+        lines = done.stderr.strip().splitlines() or ["no reason given"]
+        return Outcome(f"TensorRT's process failed: {lines[-1]}")
+
+
+def _build_one(
+    builder: PlanBuilder,
+    folder: Path,
+    place: Path,
+    manifest: Manifest,
+    request: BuildRequest,
+    stamp: BuildStamp,
+    file: str,
+) -> Outcome:
+    profiles = profiles_of(manifest, file, stamp.max_rows, single=stamp.single_profile)
+    job = Job(
+        backend=request.backend,
+        onnx=str((folder / file).absolute()),
+        plan=str(place.absolute() / f".{_plan_name(file)}.partial"),
+        sm=stamp.sm,
+        profiles=tuple(map(_as_lists, profiles)),
+        optimisation_level=request.optimisation_level,
+        # Kernels are timed on the GPU: without one there is nothing to keep.
+        timing_cache=str(place.absolute() / "timing.cache")
+        if request.backend == "tensorrt"
+        else None,
+    )
+    outcome = builder.build(job)
+    if outcome.error is None and outcome.unused_inputs:
+        outcome = Outcome(f"inputs are ignored: {'; '.join(outcome.unused_inputs)}")
+    if outcome.error is not None:
+        Path(job.plan).unlink(missing_ok=True)
+        raise BuildError(f"{folder / file}: {stamp.backend} {stamp.version}: {outcome.error}")
+    Path(job.plan).replace(place / _plan_name(file))
+    return outcome
+
+
+def _as_lists(profile: Profile) -> dict[str, tuple[tuple[int, ...], ...]]:
+    return {name: (s.smallest, s.usual, s.largest) for name, s in profile.items()}
+
+
+def _record(place: Path, file: str, source: str, outcome: Outcome) -> PlanRecord:
+    written = record_file(place / _plan_name(file))
+    return PlanRecord(
+        file=_plan_name(file),
+        bytes=written.bytes,
+        sha256=written.sha256,
+        source=source,
+        seconds=round(outcome.seconds, 2),
+        peak_memory_bytes=outcome.peak_memory_bytes,
+        fused_attention=outcome.fused_attention,
+    )
+
+
+def _is_current(place: Path, record: PlanRecord | None, source: str) -> bool:
+    if record is None or record.source != source:
+        return False
+    path = place / record.file
+    return path.is_file() and path.stat().st_size == record.bytes
+
+
+def _plan_name(file: str) -> str:
+    return file.replace("/", ".").removesuffix(".onnx") + ".plan"
+
+
+def _select(manifest: Manifest, patterns: Sequence[str]) -> tuple[str, ...]:
+    files = engine_files(manifest)
+    if not patterns:
+        return files
+    found = tuple(
+        file
+        for file in files
+        if any(fnmatch.fnmatch(Path(file).stem, pattern) for pattern in patterns)
+    )
+    if not found:
+        names = ", ".join(Path(file).stem for file in files[:6])
+        raise BuildError(
+            f"no stage is named like {', '.join(patterns)}; there are {len(files)}: {names}, …"
+        )
+    return found
+
+
+def _check_target(manifest: Manifest) -> None:
+    if manifest.target not in _NEEDS:
+        raise BuildError(
+            f"engines for target {manifest.target} hold operators that TensorRT does not parse; "
+            "export with --target tensorrt, or tensorrt-basic for TensorRT before 10.15"
+        )
+
+
+def _check_version(manifest: Manifest, request: BuildRequest, version: str) -> None:
+    least = _NEEDS[manifest.target]
+    found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if request.backend == "tensorrt" and found < least:
+        raise BuildError(
+            f"engines for target {manifest.target} need TensorRT {least[0]}.{least[1]}, found "
+            f"{version}; export with --target tensorrt-basic"
+        )
+
+
+def _new_stamp(
+    manifest: Manifest, request: BuildRequest, version: str, gpu: GpuInfo | None
+) -> BuildStamp:
+    sm, name = request.sm or _RTX_DEFAULT, None
+    if request.backend == "tensorrt":
+        gpu = gpu or find_gpu()
+        if gpu is None:
+            raise DeviceError(
+                "--backend tensorrt builds on the GPU that will run the plans, and none was found; "
+                "run this on the device, or use --backend tensorrt-rtx"
+            )
+        sm, name = (gpu.sm,), gpu.name
+        if request.sm and request.sm != sm:
+            raise BuildError(f"--sm belongs to tensorrt-rtx: this GPU ({name}) has SM {gpu.sm}")
+    return BuildStamp(
+        backend=request.backend,
+        version=version,
+        sm=tuple(sorted(sm)),
+        gpu=name,
+        max_rows=min(request.max_rows, manifest.kv.max_length),
+        optimisation_level=request.optimisation_level,
+        single_profile=request.single_profile,
+    )

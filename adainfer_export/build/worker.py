@@ -1,0 +1,158 @@
+"""Builds one plan in a process of its own: `python -m adainfer_export.build.worker JOB REPORT`.
+
+TensorRT's parser ends the whole process on some graphs, and its memory grows from build to build.
+JOB and REPORT are JSON files; see `Job` and `Outcome`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import resource
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MODULES", "Job", "Outcome"]
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+_FUSED_ATTENTION = ("_mha", "fmha", "fused_attention")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One plan to build. `profiles` maps inputs to [smallest, usual, largest] shapes."""
+
+    backend: str
+    onnx: str
+    plan: str
+    sm: tuple[int, ...]
+    profiles: tuple[dict[str, tuple[tuple[int, ...], ...]], ...]
+    optimisation_level: int
+    timing_cache: str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of it: `error` is one line, or None where the plan was written.
+
+    `unused_inputs` are inputs that the parser drops without refusing the graph.
+    """
+
+    error: str | None
+    unused_inputs: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    fused_attention: int = 0
+    seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+
+def main() -> None:
+    """Reads the job, builds, writes the report."""
+    job_path, report_path = map(Path, sys.argv[1:3])
+    job = Job(**json.loads(job_path.read_text(encoding="utf-8")))
+    start = time.perf_counter()
+    trt = importlib.import_module(MODULES[job.backend])
+    outcome = _build(trt, job)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report = {**asdict(outcome), "seconds": time.perf_counter() - start, "peak_memory_bytes": peak}
+    report_path.write_text(json.dumps(report), encoding="utf-8")
+
+
+def _build(trt: Any, job: Job) -> Outcome:
+    log = _make_log(trt)
+    builder = trt.Builder(log)
+    # TensorRT 11 knows strongly typed networks alone, and no flag for them.
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    network = builder.create_network(0 if flag is None else 1 << int(flag))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(job.onnx):
+        reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        return Outcome(f"the parser refuses it: {_one_line(' '.join(reasons))}")
+    config = builder.create_builder_config()
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = job.optimisation_level
+    if job.backend == "tensorrt-rtx" and (error := _set_capabilities(trt, config, job.sm)):
+        return Outcome(error)
+    for profile in job.profiles:
+        config.add_optimization_profile(_profile(builder, network, profile))
+    cache = _attach_cache(config, job)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        return Outcome(f"the builder refuses it: {_one_line(' '.join(log.errors))}")
+    Path(job.plan).write_bytes(memoryview(plan))
+    if cache is not None and job.timing_cache is not None:
+        Path(job.timing_cache).write_bytes(memoryview(cache.serialize()))
+    return Outcome(
+        None, tuple(log.unused), tuple(log.warnings[:10]), fused_attention=log.fused_attention
+    )
+
+
+def _set_capabilities(trt: Any, config: Any, sm: tuple[int, ...]) -> str | None:
+    config.num_compute_capabilities = len(sm)
+    for index, number in enumerate(sm):
+        capability = getattr(trt.ComputeCapability, f"SM{number}", None)
+        # The setter answers False where the capability is not supported; a build then crashes.
+        if capability is None or not config.set_compute_capability(capability, index):
+            return f"TensorRT-RTX {trt.__version__} does not build for SM {number}"
+    return None
+
+
+def _profile(builder: Any, network: Any, shapes: dict[str, Any]) -> Any:
+    profile = builder.create_optimization_profile()
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if -1 in tuple(tensor.shape):
+            smallest, usual, largest = (tuple(shape) for shape in shapes[tensor.name])
+            profile.set_shape(tensor.name, smallest, usual, largest)
+    return profile
+
+
+def _attach_cache(config: Any, job: Job) -> Any:
+    if job.timing_cache is None:
+        return None
+    path = Path(job.timing_cache)
+    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+    return cache if config.set_timing_cache(cache, False) else None
+
+
+def _make_log(trt: Any) -> Any:
+    severity = trt.ILogger.Severity
+    wrong = (severity.ERROR, severity.INTERNAL_ERROR)
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps what matters of a verbose build log."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.warnings: list[str] = []
+            self.unused: list[str] = []
+            self.fused_attention = 0
+
+        def log(self, level: Any, message: str) -> None:
+            if level in wrong:
+                self.errors.append(message)
+            elif level == severity.WARNING:
+                if "unused input" in message.lower():
+                    self.unused.append(_one_line(message))
+                elif "Int64 binding" not in message:
+                    self.warnings.append(_one_line(message))
+            # The layer list of the finished engine, one line per kernel.
+            for line in message.splitlines():
+                kernel = line.strip().partition("Name: ")[2].partition(",")[0]
+                if "LayerType:" in line and any(mark in kernel for mark in _FUSED_ATTENTION):
+                    self.fused_attention += 1
+
+    return Log()
+
+
+def _one_line(text: str, limit: int = 400) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+if __name__ == "__main__":
+    main()

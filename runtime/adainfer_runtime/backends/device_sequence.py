@@ -1,0 +1,172 @@
+"""One sequence in device memory: KV, hidden states and what waits, bound once per pass size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..manifest import Manifest
+from .device_memory import DeviceDriver, DeviceRows, Float32, Tensor, from_storage, to_storage
+from .layout import HOST_BUFFERS, SequenceLayout, StageRun, hidden_buffer
+
+__all__ = ["BoundRun", "DeviceSequence", "LoadedStage", "Stages"]
+
+_KEPT_BINDINGS = 8
+
+
+@dataclass(frozen=True)
+class BoundRun:
+    """A run of a stage with every tensor's place.
+
+    Attributes:
+        host: inputs in host memory.
+        aliases: pairs (input, output) that the stage must update in place.
+        repeatable: the very same run comes again (decoding): worth a CUDA graph.
+    """
+
+    inputs: Mapping[str, Tensor]
+    outputs: Mapping[str, Tensor]
+    aliases: tuple[tuple[str, str], ...] = ()
+    repeatable: bool = False
+    host: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+class LoadedStage(Protocol):
+    """A stage on the device."""
+
+    def bind(self, run: BoundRun) -> Callable[[], None]:
+        """A call that puts one run onto the stream.
+
+        Raises:
+            StageError: the stage does not have these tensors, or does not alias where it must.
+        """
+
+
+class Stages(Protocol):
+    """The folder's stages, loaded on first use."""
+
+    def load(self, file: str) -> LoadedStage:
+        """The stage of an ONNX file (its path in the folder)."""
+
+
+class DeviceSequence:
+    """See `base.SequenceBuffers`."""
+
+    def __init__(
+        self, manifest: Manifest, stages: Stages, driver: DeviceDriver, max_rows: int
+    ) -> None:
+        self._manifest = manifest
+        self._stages = stages
+        self._driver = driver
+        self._layout = SequenceLayout(manifest, max_rows)
+        self._specs = self._layout.buffers()
+        self._host = {
+            name: np.zeros(spec.shape, spec.dtype)
+            for name, spec in self._specs.items()
+            if name in HOST_BUFFERS
+        }
+        self._base = {
+            name: driver.allocate(spec.bytes)
+            for name, spec in self._specs.items()
+            if name not in HOST_BUFFERS
+        }
+        width = manifest.model.hidden_size
+        self._waiting = driver.allocate(4 * width * manifest.max_seq_len)
+        self.pending = DeviceRows(driver, self._waiting, manifest.max_seq_len, width)
+        self._prepared: tuple[int, int] | None = None
+        self._bound: dict[tuple[str, int], Callable[[], None]] = {}
+
+    def __del__(self) -> None:
+        for address in (*self._base.values(), self._waiting):
+            self._driver.free(address)
+
+    def embed(self, tokens: npt.NDArray[np.int64], start: int) -> None:
+        """`[rows]` token ids into hidden buffer 0."""
+        rows = len(tokens)
+        for name, values in self._layout.embed_inputs(tokens, start).items():
+            self._driver.upload(self._base[name], values)
+        self._call(self._manifest.embed.file, rows, lambda: self._layout.embed(rows))()
+
+    def run_stage(self, index: int, rows: int, past: int) -> None:
+        """One layer stage over `rows` positions."""
+        if self._prepared != (rows, past):
+            self._prepare(rows, past)
+        file = self._manifest.layer_stages[index].file
+        self._call(file, rows, lambda: self._layout.stage(index, rows, past))()
+
+    def hidden(self, index: int, rows: int) -> Float32:
+        """Rows of the buffer that stage `index` reads, on the device."""
+        width = self._manifest.model.hidden_size
+        view: Any = DeviceRows(self._driver, self._base[hidden_buffer(index)], rows, width)
+        return view  # type: ignore[no-any-return]
+
+    def write_kv(self, layer: int, start: int, key: Float32, value: Float32) -> None:
+        """Into the cache; through the host."""
+        for part, new in (("key", key), ("value", value)):
+            stored, view = self._host_cache(part, layer)
+            view[:, start : start + new.shape[1]] = to_storage(new, self._manifest.kv.dtype)
+            self._driver.upload(self._base[f"{part}.{layer}"], stored)
+
+    def kv(self, layer: int) -> tuple[Float32, Float32]:
+        """Copies of K and V of a layer."""
+        dtype = self._manifest.kv.dtype
+        key, value = (
+            from_storage(self._host_cache(part, layer)[1], dtype) for part in ("key", "value")
+        )
+        return key, value
+
+    def _host_cache(self, part: str, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+        name = f"{part}.{layer}"
+        spec = self._specs[name]
+        kept = "uint16" if spec.dtype == "bfloat16" else spec.dtype
+        stored = np.empty(spec.shape, kept)
+        self._driver.download(stored, self._base[name])
+        return stored, self._layout.cache_view(layer, stored)
+
+    def _prepare(self, rows: int, past: int) -> None:
+        """What the layers of a pass share: computed once, before the first of them."""
+        for name, value in self._layout.host_inputs(rows, past).items():
+            if name in self._host:
+                self._host[name][...] = value
+            else:
+                self._driver.upload(self._base[name], value)
+        positions = self._manifest.positions
+        if positions is not None:
+
+            def run() -> StageRun:
+                found = self._layout.positions(rows, past)
+                assert found is not None  # the manifest has the stage
+                return found
+
+            self._call(positions.file, rows, run)()
+        self._prepared = (rows, past)
+
+    def _call(self, file: str, rows: int, run: Callable[[], StageRun]) -> Callable[[], None]:
+        """Bindings are kept by row count, unless places move with the past."""
+        if self._layout.varies_with_past:
+            return self._bind(file, run(), repeatable=False)
+        key = (file, rows)
+        if key not in self._bound:
+            sizes = {rows for _, rows in self._bound}
+            if rows not in sizes and len(sizes) >= _KEPT_BINDINGS:
+                oldest = next(size for size in sizes if size != 1)  # decode's bindings stay
+                self._bound = {k: call for k, call in self._bound.items() if k[1] != oldest}
+            self._bound[key] = self._bind(file, run(), repeatable=rows == 1)
+        return self._bound[key]
+
+    def _bind(self, file: str, run: StageRun, *, repeatable: bool) -> Callable[[], None]:
+        host = {name: self._host[r.buffer] for name, r in run.inputs.items() if name in self._host}
+        inputs, outputs = (
+            {
+                name: Tensor.at(self._base[region.buffer], region)
+                for name, region in side.items()
+                if name not in host
+            }
+            for side in (run.inputs, run.outputs)
+        )
+        bound = BoundRun(inputs, outputs, run.aliases, repeatable, host)
+        return self._stages.load(file).bind(bound)

@@ -1,0 +1,137 @@
+"""ONNX Runtime's CUDA provider: sessions on one stream, every tensor bound where it lies.
+
+No node may fall back to the CPU: sessions are made with `session.disable_cpu_ep_fallback`, and what
+provider a session got is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DeviceError, StageError
+from ..manifest import Manifest
+from .cuda_driver import CudaDriver
+from .device_backend import DeviceBackend
+from .device_sequence import BoundRun
+
+__all__ = ["load", "require_cuda_sessions"]
+
+_PROVIDER = "CUDAExecutionProvider"
+_MAX_ROWS = 512
+_BFLOAT16 = 16  # TensorProto.BFLOAT16: numpy has no such type
+_INSTALL = "pip uninstall onnxruntime, then pip install 'adainfer-export[cuda]'"
+
+
+def load(
+    folder: Path, manifest: Manifest, *, threads: int | None, low_memory: bool
+) -> DeviceBackend:
+    """Loads every stage of the folder onto the first GPU.
+
+    Raises:
+        DeviceError: no GPU, or onnxruntime-gpu or cuda-python is not installed.
+        StageError: the CUDA provider does not take every node of a stage.
+    """
+    driver = CudaDriver("cuda")
+    stages = _SessionStages(folder, _import_onnxruntime(), driver.stream)
+    for stage in (*manifest.layer_stages, manifest.embed, manifest.probe):
+        stages.load(stage.file)
+    return DeviceBackend(manifest, stages, driver, min(_MAX_ROWS, manifest.kv.max_length))
+
+
+def require_cuda_sessions(path: Path, providers: list[str]) -> None:
+    """Raises `StageError` where a session's first provider is not CUDA: a silent fall-back."""
+    if not providers or providers[0] != _PROVIDER:
+        raise StageError(
+            f"{path}: ONNX Runtime's CUDA provider was not loaded (the session runs on "
+            f"{', '.join(providers) or 'nothing'}): CUDA or cuDNN libraries of its version are "
+            "missing; see `adainfer doctor`"
+        )
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError:
+        raise DeviceError(f"onnxruntime-gpu is not installed: {_INSTALL}") from None
+    if _PROVIDER not in onnxruntime.get_available_providers():
+        raise DeviceError(
+            f"device cuda: the installed onnxruntime {onnxruntime.__version__} is the one for "
+            f"CPUs: {_INSTALL}"
+        )
+    return onnxruntime
+
+
+class _SessionStages:
+    """See `device_sequence.Stages`."""
+
+    def __init__(self, folder: Path, onnxruntime: Any, stream: int) -> None:
+        self._folder = folder
+        self._ort = onnxruntime
+        self._stream = stream
+        self._loaded: dict[str, _SessionStage] = {}
+
+    def load(self, file: str) -> _SessionStage:
+        """The session of an ONNX file."""
+        if file not in self._loaded:
+            self._loaded[file] = _SessionStage(self._ort, self._open(self._folder / file))
+        return self._loaded[file]
+
+    def _open(self, path: Path) -> Any:
+        options = self._ort.SessionOptions()
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+        settings = {
+            "device_id": "0",
+            "user_compute_stream": str(self._stream),
+            # The arena grows by what is asked for: 30 sessions would else hold 30 times too much.
+            "arena_extend_strategy": "kSameAsRequested",
+        }
+        try:
+            session = self._ort.InferenceSession(
+                str(path), options, providers=[(_PROVIDER, settings)]
+            )
+        except Exception as error:  # onnxruntime's exception types share no public base
+            reason = " ".join(str(error).split())
+            raise StageError(
+                f"{path} cannot be run by ONNX Runtime's CUDA provider alone: {reason}"
+            ) from error
+        require_cuda_sessions(path, list(session.get_providers()))
+        return session
+
+
+class _SessionStage:
+    """See `device_sequence.LoadedStage`. GroupQueryAttention updates the cache in place where past
+    and present are bound to one address.
+    """
+
+    def __init__(self, onnxruntime: Any, session: Any) -> None:
+        self._session = session
+        self._options = onnxruntime.RunOptions()
+        # The caller's stream orders runs and copies; waiting after every stage would cost a launch.
+        self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+
+    def bind(self, run: BoundRun) -> Callable[[], None]:
+        """An IOBinding onto the given addresses."""
+        binding = self._session.io_binding()
+        for name, tensor in run.inputs.items():
+            dtype = _element_type(tensor.dtype)
+            binding.bind_input(name, "cuda", 0, dtype, tensor.shape, tensor.address)
+        for name, array in run.host.items():
+            binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        for name, tensor in run.outputs.items():
+            dtype = _element_type(tensor.dtype)
+            binding.bind_output(name, "cuda", 0, dtype, tensor.shape, tensor.address)
+        session, options = self._session, self._options
+
+        def call() -> None:
+            session.run_with_iobinding(binding, options)
+
+        return call
+
+
+def _element_type(dtype: str) -> Any:
+    return _BFLOAT16 if dtype == "bfloat16" else np.dtype(dtype).type

@@ -1,0 +1,61 @@
+"""What this machine can run: the GPU, through the driver's own library, and installed packages."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["GpuInfo", "find_gpu", "jetson_model"]
+
+_NAME_BYTES = 128
+_SM_MAJOR, _SM_MINOR = 75, 76  # CUdevice_attribute
+_DEVICE_TREE = Path("/proc/device-tree/model")
+
+
+@dataclass(frozen=True)
+class GpuInfo:
+    """An NVIDIA GPU. `sm` is its compute capability, such as 87; `driver` the CUDA version that
+    its driver offers, such as `12.6`.
+    """
+
+    name: str
+    sm: int
+    memory_bytes: int
+    driver: str
+
+
+def find_gpu() -> GpuInfo | None:
+    """The first GPU; None where there is no driver or no device."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    number, version = ctypes.c_int(), ctypes.c_int()
+    if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(number), 0):
+        return None
+    name = ctypes.create_string_buffer(_NAME_BYTES)
+    memory = ctypes.c_size_t()
+    values = {kind: ctypes.c_int() for kind in (_SM_MAJOR, _SM_MINOR)}
+    failed = cuda.cuDeviceGetName(name, _NAME_BYTES, number)
+    failed = failed or cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), number)
+    failed = failed or cuda.cuDriverGetVersion(ctypes.byref(version))
+    for kind, value in values.items():
+        failed = failed or cuda.cuDeviceGetAttribute(ctypes.byref(value), kind, number)
+    if failed:
+        return None
+    return GpuInfo(
+        name.value.decode(errors="replace"),
+        10 * values[_SM_MAJOR].value + values[_SM_MINOR].value,
+        memory.value,
+        f"{version.value // 1000}.{version.value % 1000 // 10}",
+    )
+
+
+def jetson_model() -> str | None:
+    """The board's name on a Jetson; None elsewhere."""
+    try:
+        text = _DEVICE_TREE.read_text(encoding="utf-8", errors="replace").strip("\0 \n")
+    except OSError:
+        return None
+    return text if "Jetson" in text else None

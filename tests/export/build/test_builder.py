@@ -1,0 +1,277 @@
+"""Building plans: what is built, kept and refused, and the stamp. A fake stands in for TensorRT."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from adainfer_export.build import BuildRequest, build_plans, profiles_of
+from adainfer_export.build.builder import SubprocessBuilder
+from adainfer_export.build.command import register
+from adainfer_export.build.worker import Outcome
+from adainfer_export.errors import BuildError
+from adainfer_export.progress import SilentReporter
+from adainfer_runtime.devices import GpuInfo
+from adainfer_runtime.engine_folder import load_manifest
+from adainfer_runtime.errors import DeviceError, PlanError
+from adainfer_runtime.plans import engine_files, find_stamp, load_stamp
+
+ORIN = GpuInfo("Orin", 87, 8 << 30, "12.6")
+RTX = importlib.util.find_spec("tensorrt_rtx") is not None
+
+
+class FakeBuilder:
+    """Writes a few bytes; fails where told to."""
+
+    def __init__(self, version="10.15.1", outcomes=None):
+        self._version, self._outcomes = version, outcomes or {}
+        self.jobs = []
+
+    def version(self):
+        return self._version
+
+    def build(self, job):
+        self.jobs.append(job)
+        with Path(job.plan).open("wb") as stream:
+            stream.write(b"plan of " + job.onnx.encode())
+        name = job.onnx.rsplit("/", 1)[1]
+        return self._outcomes.get(name, Outcome(None, fused_attention=2, seconds=1.5))
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    made = tiny("llama", target="tensorrt", precision="fp16")
+    shutil.copytree(made.folder, tmp_path / "engines")
+    return tmp_path / "engines"
+
+
+def build(folder, builder, backend="tensorrt", **settings):
+    manifest = load_manifest(folder)
+    request = BuildRequest(backend, **settings)
+    return build_plans(folder, manifest, request, SilentReporter(), builder, ORIN)
+
+
+def test_every_engine_gets_a_plan_with_the_devices_stamp(folder):
+    builder = FakeBuilder()
+    report = build(folder, builder)
+    manifest = load_manifest(folder)
+    assert report.stamp.name == "tensorrt-10.15.1-sm87"
+    assert report.stamp.gpu == "Orin"
+    assert set(report.stamp.plans) == set(engine_files(manifest))
+    assert len(builder.jobs) == len(engine_files(manifest)) == 8
+    assert {job.timing_cache for job in builder.jobs} == {
+        str(folder / "plans" / report.stamp.name / "timing.cache")
+    }
+    found = find_stamp(folder, manifest, backend="tensorrt", version="10.15.1", sm=87)
+    assert found == report.stamp == load_stamp(folder, report.stamp.name)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_profiles_name_every_dynamic_input_within_bounds(tiny, target):
+    made = tiny("llama", target=target, precision="fp16")
+    manifest = made.engine.manifest
+    for file in engine_files(manifest):
+        inputs = {value.name: value for value in ir.load(made.folder / file).graph.inputs}
+        for profile in profiles_of(manifest, file, 64):
+            assert set(profile) == set(inputs)
+            for name, shapes in profile.items():
+                dims = list(inputs[name].shape)
+                assert len(dims) == len(shapes.usual)
+                for dim, low, usual, high in zip(
+                    dims, shapes.smallest, shapes.usual, shapes.largest, strict=True
+                ):
+                    assert 1 <= low <= usual <= high
+                    if isinstance(dim, int):
+                        assert low == usual == high == dim
+    decode, prefill = profiles_of(manifest, manifest.layer_stages[0].file, 64)
+    assert decode["hidden"].largest == (1, 1, 64)
+    assert prefill["hidden"].largest == (1, 64, 64)
+
+
+def test_a_single_profile_spans_both(tiny, folder):
+    builder = FakeBuilder()
+    build(folder, builder, single_profile=True, max_rows=64)
+    assert {len(job.profiles) for job in builder.jobs} == {1}
+    manifest = load_manifest(folder)
+    file = manifest.layer_stages[0].file
+    (profile,) = profiles_of(manifest, file, 64, single=True)
+    assert (profile["hidden"].smallest, profile["hidden"].largest) == ((1, 1, 64), (1, 64, 64))
+
+
+def test_a_second_build_keeps_what_is_current(folder):
+    build(folder, FakeBuilder())
+    again = FakeBuilder()
+    report = build(folder, again)
+    assert (report.built, len(report.kept), again.jobs) == ((), 8, [])
+
+
+def test_an_interrupted_build_goes_on(folder):
+    class Killed(FakeBuilder):
+        def build(self, job):
+            if len(self.jobs) == 3:
+                raise KeyboardInterrupt
+            return super().build(job)
+
+    with pytest.raises(KeyboardInterrupt):
+        build(folder, Killed())
+    report = build(folder, FakeBuilder())
+    assert (len(report.built), len(report.kept)) == (5, 3)
+
+
+def test_a_damaged_plan_is_built_again(folder):
+    stamp = build(folder, FakeBuilder()).stamp
+    file = stamp.plans["stages/embed.onnx"].file
+    (folder / "plans" / stamp.name / file).write_bytes(b"")
+    assert build(folder, FakeBuilder()).built == ("stages/embed.onnx",)
+
+
+def test_other_settings_build_anew(folder):
+    build(folder, FakeBuilder())
+    assert len(build(folder, FakeBuilder(), optimisation_level=5).built) == 8
+
+
+def test_changed_onnx_is_stale_at_load_and_built_again(folder):
+    build(folder, FakeBuilder())
+    data = json.loads((folder / "manifest.json").read_text())
+    data["files"]["stages/layer_002.onnx"]["sha256"] = "0" * 64
+    (folder / "manifest.json").write_text(json.dumps(data))
+    manifest = load_manifest(folder)
+    match = (
+        r"the plan of stages/layer_002.onnx was built from another ONNX file: "
+        r"run `adainfer build .* --backend tensorrt` on this device"
+    )
+    with pytest.raises(PlanError, match=match):
+        find_stamp(folder, manifest, backend="tensorrt", version="10.15.1", sm=87)
+    assert build(folder, FakeBuilder()).built == ("stages/layer_002.onnx",)
+
+
+@pytest.mark.parametrize(
+    ("version", "sm", "message"),
+    [
+        ("10.16.0", 87, r"no plans for tensorrt 10.16.0 on SM 87 \(found: tensorrt-10.15.1-sm87\)"),
+        ("10.15.1", 86, "no plans for tensorrt 10.15.1 on SM 86"),
+    ],
+)
+def test_plans_of_another_version_or_gpu_are_refused(folder, version, sm, message):
+    build(folder, FakeBuilder())
+    with pytest.raises(PlanError, match=message):
+        find_stamp(folder, load_manifest(folder), backend="tensorrt", version=version, sm=sm)
+
+
+def test_no_plans_at_all(folder):
+    with pytest.raises(PlanError, match="has no TensorRT plans: run `adainfer build"):
+        find_stamp(folder, load_manifest(folder), backend="tensorrt", version="10", sm=87)
+
+
+def test_ignored_inputs_are_an_error(folder):
+    outcome = Outcome(None, unused_inputs=("Unused Input: nonpad_kv_seqlen",))
+    with pytest.raises(BuildError, match="inputs are ignored: Unused Input: nonpad_kv_seqlen"):
+        build(folder, FakeBuilder(outcomes={"layer_001.onnx": outcome}))
+    assert not list((folder / "plans").glob("*/.*.partial"))
+
+
+def test_a_refused_graph_names_the_file_and_the_reason(folder):
+    with pytest.raises(BuildError, match=r"layer_003.onnx: tensorrt 10.15.1: TensorRT ended"):
+        build(
+            folder,
+            FakeBuilder(
+                outcomes={"layer_003.onnx": Outcome("TensorRT ended its process with signal 8")}
+            ),
+        )
+
+
+def test_some_stages(folder):
+    report = build(folder, FakeBuilder(), stages=("layer_00[12]",))
+    assert report.built == ("stages/layer_001.onnx", "stages/layer_002.onnx")
+    with pytest.raises(PlanError, match="is missing"):
+        find_stamp(folder, load_manifest(folder), backend="tensorrt", version="10.15.1", sm=87)
+    with pytest.raises(BuildError, match="no stage is named like nothing; there are 8: positions"):
+        build(folder, FakeBuilder(), stages=("nothing",))
+
+
+def test_tensorrt_before_10_15_needs_the_basic_target(folder):
+    with pytest.raises(BuildError, match=r"need TensorRT 10.15, found 10.3.0; export with --tar"):
+        build(folder, FakeBuilder("10.3.0"))
+
+
+def test_other_targets_are_refused(tiny):
+    made = tiny("llama")
+    request = BuildRequest("tensorrt-rtx")
+    with pytest.raises(BuildError, match="engines for target ort-cpu hold operators that TensorRT"):
+        build_plans(made.folder, made.engine.manifest, request, SilentReporter(), FakeBuilder())
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed"
+)
+def test_missing_package_names_what_to_install():
+    with pytest.raises(DeviceError, match=r"tensorrt is not installed .*install the TensorRT of"):
+        SubprocessBuilder("tensorrt")
+
+
+@pytest.mark.skipif(RTX, reason="TensorRT-RTX is installed")
+def test_missing_rtx_names_the_pip_line():
+    match = r"pip install 'adainfer-export\[tensorrt-rtx\]'"
+    with pytest.raises(DeviceError, match=match):
+        SubprocessBuilder("tensorrt-rtx")
+
+
+def test_tensorrt_without_a_gpu(folder, monkeypatch):
+    monkeypatch.setattr("adainfer_export.build.builder.find_gpu", lambda: None)
+    with pytest.raises(DeviceError, match="none was found; run this on the device, or use --back"):
+        build_plans(
+            folder,
+            load_manifest(folder),
+            BuildRequest("tensorrt"),
+            SilentReporter(),
+            FakeBuilder(),
+        )
+
+
+@pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
+@pytest.mark.parametrize(
+    ("target", "precision"),
+    [("tensorrt", "fp16"), ("tensorrt", "int4"), ("tensorrt-basic", "fp16")],
+)
+def test_rtx_builds_real_stages(tiny, tmp_path, target, precision):
+    """Parser and builder of TensorRT-RTX, for three GPU families, without a GPU."""
+    made = tiny("llama", target=target, precision=precision)
+    folder = tmp_path / "engines"
+    shutil.copytree(made.folder, folder)
+    app = typer.Typer()
+    register(app)
+    arguments = [str(folder), "--backend", "tensorrt-rtx", "--sm", "86,89,120", "--json"]
+    for stage in ("positions", "layer_001", "probe", "candidates"):
+        arguments += ["--stages", stage]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert len(data["built"]) == 4
+    fused = data["stamp"]["plans"]["stages/layer_001.onnx"]["fused_attention"]
+    assert fused == (2 if target == "tensorrt" else 0)  # one for each profile
+
+
+@pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
+def test_rtx_refuses_contrib_operators_by_name(tiny, tmp_path):
+    builder = SubprocessBuilder("tensorrt-rtx")
+    made = tiny("llama", target="ort-cuda", precision="fp16")
+    from adainfer_export.build.worker import Job
+
+    job = Job(
+        "tensorrt-rtx",
+        str(made.folder / made.engine.manifest.cut[0].file),
+        str(tmp_path / "plan"),
+        (89,),
+        (),
+        3,
+    )
+    outcome = builder.build(job)
+    assert outcome.error is not None
+    assert "the parser refuses it" in outcome.error

@@ -1,0 +1,194 @@
+"""A GPU that is none: it checks every address, shape, order and alias, and computes on the CPU.
+
+Work is put into a queue and done when someone waits, so that whoever reads without waiting, or
+changes what is still to be read, gets wrong numbers. Plans are the ONNX files themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from adainfer_runtime.backends.layout import ITEM_BYTES
+from adainfer_runtime.backends.ort_cpu import open_session
+from adainfer_runtime.errors import StageError
+
+_BASE = 0x7000_0000_0000
+_GUARD = 256
+
+
+class FakeDriver:
+    """See `adainfer_runtime.backends.tensorrt.GraphDriver`."""
+
+    def __init__(self):
+        self.blocks = {}
+        self._next = _BASE
+        self._queue = []
+        self._recording = None
+        self.log = []
+
+    def allocate(self, size):
+        address = self._next
+        self._next += -(-size // 256) * 256 + _GUARD
+        self.blocks[address] = np.zeros(size, np.uint8)
+        return address
+
+    def free(self, address):
+        assert address in self.blocks, "freed twice"
+        self._queue.append(lambda: self.blocks.pop(address))  # in the stream's order
+
+    def upload(self, address, host):
+        content = np.ascontiguousarray(host).reshape(-1).view(np.uint8).copy()
+        self.view(address, content.nbytes)
+        self._put(("upload", address, content.nbytes), lambda: self._write(address, content))
+
+    def download(self, host, address):
+        assert host.flags.c_contiguous
+        assert self._recording is None, "a graph cannot wait"
+        self.view(address, host.nbytes)
+        self.log.append(("download", address, host.nbytes))
+        self._flush()
+        host.reshape(-1).view(np.uint8)[:] = self.view(address, host.nbytes)
+
+    def copy(self, target, source, size):
+        self.view(target, size)
+        self.view(source, size)
+        assert target + size <= source or source + size <= target, "overlapping copy"
+        self._put(
+            ("copy", target, size), lambda: self._write(target, self.view(source, size).copy())
+        )
+
+    def pinned(self, size):
+        return np.zeros(size, np.uint8)
+
+    def record(self, work):
+        assert self._recording is None
+        self._recording = []
+        work()
+        recorded, self._recording = self._recording, None
+
+        def launch():
+            self.log.append(("graph", len(recorded), 0))
+            for _, call in recorded:
+                self._queue.append(call)
+
+        return launch
+
+    def wait(self):
+        """The stream is done."""
+        self._flush()
+
+    def enqueue(self, entry, call):
+        self._put(entry, call)
+
+    def view(self, address, size):
+        """Bytes of one allocation; anything else is a wrong address."""
+        for base, block in self.blocks.items():
+            if base <= address < base + max(1, block.nbytes):
+                offset = address - base
+                assert offset + size <= block.nbytes, (
+                    f"{size} bytes at {address:#x} leave an allocation of {block.nbytes}"
+                )
+                return block[offset : offset + size]
+        raise AssertionError(f"{address:#x} is no allocated address")
+
+    def _write(self, address, content):
+        self.view(address, content.nbytes)[:] = content
+
+    def _put(self, entry, call):
+        if self._recording is not None:
+            self._recording.append((entry, call))
+            return
+        self.log.append(entry)
+        self._queue.append(call)
+
+    def _flush(self):
+        queue, self._queue = self._queue, []
+        for call in queue:
+            call()
+
+
+@dataclass
+class FakeLoader:
+    """Loads ONNX files as plans; `profiles` by file name, `aliases` False breaks the promise."""
+
+    driver: FakeDriver
+    profiles_of: object
+    aliases: bool = True
+
+    def load(self, path):
+        return FakePlan(path, self.driver, self.profiles_of(path), aliases=self.aliases)
+
+
+class FakePlan:
+    """See `adainfer_runtime.backends.tensorrt.Plan`."""
+
+    def __init__(self, path, driver, profiles, *, aliases):
+        self.path = path
+        graph = ir.load(path).graph
+        self._inputs = {value.name: value for value in graph.inputs}
+        self._outputs = {value.name: value for value in graph.outputs}
+        self._alias = {}
+        for node in graph:
+            if node.op_type == "TensorScatter" and aliases:
+                self._alias[node.outputs[0].name] = node.inputs[0].name
+        self._session = open_session(path)
+        self._driver = driver
+        self._profiles = profiles
+        self._shapes = [{} for _ in profiles]
+        self._addresses = [{} for _ in profiles]
+
+    def inputs(self):
+        return tuple(self._inputs)
+
+    def outputs(self):
+        return tuple(self._outputs)
+
+    def alias_of(self, output):
+        return self._alias.get(output)
+
+    def profiles(self):
+        return len(self._profiles)
+
+    def accepts(self, profile, name, shape):
+        bounds = self._profiles[profile][name]
+        if len(shape) != len(bounds.smallest):
+            return False
+        zipped = zip(bounds.smallest, shape, bounds.largest, strict=True)
+        return all(low <= size <= high for low, size, high in zipped)
+
+    def set_input_shape(self, profile, name, shape):
+        if not self.accepts(profile, name, shape):
+            raise StageError(f"TensorRT refuses shape {list(shape)} of {name}")
+        self._shapes[profile][name] = shape
+
+    def set_address(self, profile, name, address):
+        assert name in self._inputs or name in self._outputs
+        self._addresses[profile][name] = address
+
+    def enqueue(self, profile):
+        shapes, addresses = dict(self._shapes[profile]), dict(self._addresses[profile])
+        assert set(shapes) == set(self._inputs), "a shape was not set"
+        assert set(addresses) == {*self._inputs, *self._outputs}, "an address was not set"
+        for output, source in self._alias.items():
+            assert addresses[output] == addresses[source], "the cache is not updated in place"
+        entry = ("run", self.path.name, shapes.get("hidden"))
+        self._driver.enqueue(entry, lambda: self._execute(shapes, addresses))
+
+    def _execute(self, shapes, addresses):
+        feeds = {}
+        for name, value in self._inputs.items():
+            feeds[name] = self._tensor(value, shapes[name], addresses[name]).copy()
+        results = self._session.run(list(self._outputs), feeds)
+        for (name, value), result in zip(self._outputs.items(), results, strict=True):
+            self._tensor(value, result.shape, addresses[name])[...] = result
+
+    def _tensor(self, value, shape, address):
+        dtype = value.dtype.numpy()
+        for declared, size in zip(value.shape, shape, strict=True):
+            assert not isinstance(declared, int) or declared == size, (value.name, shape)
+        kind = {"int64": "int64", "bool": "bool"}.get(str(dtype), str(dtype))
+        size = int(np.prod(shape)) * ITEM_BYTES[kind]
+        return self._driver.view(address, size).view(dtype).reshape(shape)

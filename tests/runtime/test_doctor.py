@@ -1,0 +1,63 @@
+"""What is missing is named, with what brings it."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+
+import pytest
+from typer.testing import CliRunner
+
+from adainfer_runtime.commands.app import build_app
+from adainfer_runtime.devices import GpuInfo
+from adainfer_runtime.doctor import diagnose
+
+ORIN = GpuInfo("Orin", 87, 8 << 30, "12.6")
+
+
+def look(gpu=None, **versions):
+    names = {name.replace("_", "-"): version for name, version in versions.items()}
+
+    def version(name):
+        if name not in names:
+            raise metadata.PackageNotFoundError(name)
+        return names[name]
+
+    found = diagnose(lambda: gpu, version)
+    return {ability.what: ability.missing for ability in found.abilities}
+
+
+def test_a_machine_with_nothing():
+    missing = look()
+    assert missing["run any target on the CPU"] == ("pip install 'adainfer-export[cpu]'",)
+    assert "an NVIDIA GPU with its driver" in missing["run target ort-cuda on the GPU"]
+    assert missing["build plans with TensorRT-RTX, without a GPU"] == (
+        "pip install 'adainfer-export[tensorrt-rtx]'",
+    )
+
+
+def test_a_jetson_with_jetpack_6():
+    missing = look(ORIN, tensorrt="10.3.0", cuda_python="12.6", onnxruntime="1.32")
+    assert missing["build plans of target tensorrt-basic here"] == ()
+    assert missing["run TensorRT plans on the GPU"] == ()
+    assert missing["build plans of target tensorrt here"] == (
+        "TensorRT 10.15 or later, found 10.3.0",
+    )
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_the_two_runtimes_hold_one_module(both):
+    extra = {"onnxruntime": "1.32"} if both else {}
+    missing = look(ORIN, onnxruntime_gpu="1.31", cuda_python="12.6", **extra)
+    found = missing["run target ort-cuda on the GPU"]
+    assert bool(found) == both
+    assert not both or "uninstall onnxruntime and onnxruntime-gpu" in found[0]
+
+
+def test_the_command_prints_json():
+    result = CliRunner().invoke(build_app(), ["doctor", "--json"])
+    assert result.exit_code == 0
+    data = json.loads(result.stdout)
+    assert {"system", "gpu", "packages", "abilities"} <= set(data)
+    assert all({"what", "works", "missing"} == set(ability) for ability in data["abilities"])
+    assert CliRunner().invoke(build_app(), ["doctor"]).exit_code == 0

@@ -1,0 +1,391 @@
+"""The chain over TensorRT's session protocol, on a device that is none but checks everything."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adainfer_export.build import profiles_of
+from adainfer_runtime import Engine, NoExit
+from adainfer_runtime.backends import tensorrt
+from adainfer_runtime.backends.device_backend import DeviceBackend
+from adainfer_runtime.backends.device_memory import DeviceRows, Tensor, from_storage, to_storage
+from adainfer_runtime.backends.device_sequence import BoundRun
+from adainfer_runtime.backends.ort_cpu import open_session
+from adainfer_runtime.backends.tensorrt import PlanStage, PlanStages
+from adainfer_runtime.errors import DeviceError, StageError
+from adainfer_runtime.plans import BuildStamp, PlanRecord, engine_files
+from adainfer_runtime.session import Session
+
+from .fake_device import FakeDriver, FakeLoader
+from .test_deferred import ScriptedExit
+
+PROMPT = [5, 17, 200, 43, 9, 120, 77, 31, 250, 8]
+TARGETS = [("onnx-std", "fp32"), ("tensorrt", "fp16"), ("tensorrt-basic", "fp32")]
+
+
+def fake_backend(made, max_rows=16, aliases=True):
+    manifest = made.engine.manifest
+    driver = FakeDriver()
+    records = {
+        file: PlanRecord(
+            file=f"../../{file}",
+            bytes=0,
+            sha256="",
+            source="",
+            seconds=0,
+            peak_memory_bytes=0,
+            fused_attention=0,
+        )
+        for file in engine_files(manifest)
+    }
+    stamp = BuildStamp(
+        backend="tensorrt",
+        version="0",
+        sm=(0,),
+        max_rows=max_rows,
+        optimisation_level=3,
+        plans=records,
+    )
+
+    def profiles(path):
+        file = path.resolve().relative_to(made.folder.resolve()).as_posix()
+        return profiles_of(manifest, file, max_rows)
+
+    (made.folder / "plans" / stamp.name).mkdir(parents=True, exist_ok=True)
+    loader = FakeLoader(driver, profiles, aliases)
+    backend = DeviceBackend(
+        manifest, PlanStages(made.folder, stamp, loader, driver), driver, max_rows
+    )
+    return backend, driver
+
+
+def tokens_of(backend, manifest, prompt, count):
+    session = Session(backend, manifest)
+    session.extend(prompt)
+    found = []
+    for _ in range(count):
+        found.append(session.predict(NoExit()).result.token)
+        session.extend([found[-1]])
+    return found, session
+
+
+@pytest.mark.parametrize(("target", "precision"), TARGETS)
+def test_tokens_and_caches_equal_those_of_the_cpu(tiny, target, precision):
+    made = tiny("llama", target=target, precision=precision)
+    backend, _ = fake_backend(made)
+    prompt = PROMPT * 3  # more than one pass carries
+    mine, session = tokens_of(backend, made.engine.manifest, prompt, 6)
+    theirs, reference = tokens_of(made.engine.backend, made.engine.manifest, prompt, 6)
+    assert mine == theirs
+    tolerance = 1e-5 if precision == "fp32" else 5e-3
+    for layer in range(1, 5):
+        for a, b in zip(session.kv(layer), reference.kv(layer), strict=True):
+            np.testing.assert_allclose(a, b, atol=tolerance)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    exits=st.lists(st.integers(0, 3), min_size=1, max_size=8),
+    target=st.sampled_from(["onnx-std", "tensorrt-basic"]),
+)
+def test_deferred_fills_stay_exact_on_the_device(tiny, exits, target):
+    made = tiny("llama", target=target)
+    manifest = made.engine.manifest
+    backend, _ = fake_backend(made)
+    random = np.random.default_rng(len(exits))
+    policy = ScriptedExit(exits, manifest.boundaries[:-1])
+    session = Session(backend, manifest)
+    session.extend(PROMPT)
+    for _ in exits:
+        policy.next()
+        session.predict(policy)
+        session.extend([int(random.integers(2, 320))])
+    session.complete()
+    off = made.engine.session()
+    off.extend(session.tokens)
+    off.complete()
+    for layer in range(1, 5):
+        for mine, full in zip(session.kv(layer), off.kv(layer), strict=True):
+            np.testing.assert_allclose(mine, full, atol=1e-4)
+    np.testing.assert_allclose(np.asarray(session.hidden()), off.hidden(), atol=1e-4)
+
+
+def test_decoding_reads_back_a_few_bytes_and_replays_graphs(tiny):
+    made = tiny("llama", target="tensorrt", precision="fp16")
+    backend, driver = fake_backend(made)
+    session = Session(backend, made.engine.manifest)
+    session.extend(PROMPT)
+    for _ in range(3):
+        session.extend([session.predict(NoExit()).result.token])
+    driver.log.clear()
+    session.extend([session.predict(NoExit()).result.token])
+    downloads = [size for kind, _, size in driver.log if kind == "download"]
+    assert len(downloads) == 1
+    assert downloads[0] <= 2048
+    uploads = [size for kind, _, size in driver.log if kind == "upload"]
+    assert max(uploads) <= 64  # a token, a position
+    # Embedding, positions and every layer stage are one graph each by now.
+    graphs = [entry for entry in driver.log if entry[0] == "graph"]
+    assert len(graphs) == 2 + len(made.engine.manifest.layer_stages)
+
+
+def test_prefix_caches_are_not_recorded_for_their_places_move(tiny):
+    made = tiny("llama", target="tensorrt-basic", precision="fp32")
+    backend, driver = fake_backend(made)
+    tokens_of(backend, made.engine.manifest, PROMPT, 4)
+    assert not [entry for entry in driver.log if entry[0] == "graph"]
+
+
+class FakeSessions:
+    """ONNX Runtime's stages of `ort_cuda`, on the fake device."""
+
+    def __init__(self, folder, driver):
+        self._folder, self._driver = folder, driver
+
+    def load(self, file):
+        session = open_session(self._folder / file)
+        driver = self._driver
+
+        class Stage:
+            def bind(self, run):
+                for before, after in run.aliases:
+                    assert run.inputs[before] == run.outputs[after], "not in place"
+                assert {value.name for value in session.get_inputs()} == {*run.inputs, *run.host}
+
+                def execute():
+                    feeds = {name: view(tensor).copy() for name, tensor in run.inputs.items()}
+                    host = {name: array.copy() for name, array in run.host.items()}
+                    results = session.run(list(run.outputs), {**feeds, **host})
+                    for tensor, result in zip(run.outputs.values(), results, strict=True):
+                        view(tensor)[...] = result
+
+                def view(tensor):
+                    raw = driver.view(tensor.address, tensor.bytes)
+                    return raw.view(tensor.dtype).reshape(tensor.shape)
+
+                # Host inputs are read at launch, before the host goes on.
+                return lambda: (driver.enqueue(("run", file, None), execute), driver.wait())
+
+        return Stage()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_the_cuda_dialect_runs_over_device_memory(tiny, precision):
+    made = tiny("llama", target="ort-cuda", precision=precision)
+    driver = FakeDriver()
+    backend = DeviceBackend(
+        made.engine.manifest, FakeSessions(made.folder, driver), driver, max_rows=16
+    )
+    prompt = PROMPT * 2
+    mine, _ = tokens_of(backend, made.engine.manifest, prompt, 5)
+    theirs, _ = tokens_of(made.engine.backend, made.engine.manifest, prompt, 5)
+    assert mine == theirs
+
+
+def test_two_sequences_share_plans_without_sharing_memory(tiny):
+    made = tiny("llama", target="onnx-std")
+    manifest = made.engine.manifest
+    backend, _ = fake_backend(made)
+    sessions = [Session(backend, manifest) for _ in range(2)]
+    prompts = [PROMPT, PROMPT[::-1]]
+    for session, prompt in zip(sessions, prompts, strict=True):
+        session.extend(prompt)
+    found = [[], []]
+    for _ in range(5):  # interleaved, graphs and all
+        for index, session in enumerate(sessions):
+            found[index].append(session.predict(NoExit()).result.token)
+            session.extend([found[index][-1]])
+    for prompt, tokens in zip(prompts, found, strict=True):
+        assert (
+            tuple(tokens) == made.engine.generate(prompt, max_new_tokens=5, ignore_eos=True).tokens
+        )
+
+
+def test_memory_is_given_back_with_the_sequence(tiny):
+    made = tiny("llama", target="onnx-std")
+    backend, driver = fake_backend(made)
+    before = len(driver.blocks)
+    tokens_of(backend, made.engine.manifest, PROMPT, 2)
+    driver.download(np.empty(1, np.float32), next(iter(driver.blocks)))  # waits
+    assert len(driver.blocks) == before
+
+
+def test_probe_functions_equal_those_of_the_cpu(tiny):
+    made = tiny("llama", target="onnx-std")
+    backend, _ = fake_backend(made)
+    random = np.random.default_rng(0)
+    hidden = random.normal(size=(40, 64)).astype(np.float32)  # more than one probe takes
+    reference = made.engine.backend
+    np.testing.assert_allclose(
+        backend.probe_logits(hidden), reference.probe_logits(hidden), atol=1e-5
+    )
+    for mine, theirs in zip(
+        backend.probe_features(hidden), reference.probe_features(hidden), strict=True
+    ):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6)
+    candidates = np.array([3, 99, 17])
+    mine = backend.probe_candidates(hidden[0], candidates)
+    theirs = reference.probe_candidates(hidden[0], candidates)
+    assert mine.token == theirs.token
+    np.testing.assert_allclose(mine.logits, theirs.logits, atol=1e-5)
+
+
+def test_an_unread_prediction_survives_the_next_probe(tiny):
+    made = tiny("llama", target="onnx-std")
+    backend, _ = fake_backend(made)
+    random = np.random.default_rng(0)
+    rows = random.normal(size=(2, 64)).astype(np.float32)
+    first, second = backend.probe(rows[0]), backend.probe(rows[1])
+    for result, row in ((first, rows[0]), (second, rows[1])):
+        expected = made.engine.backend.probe(row)
+        assert result.token == expected.token
+        assert result.gap == pytest.approx(expected.gap, abs=1e-6)
+        np.testing.assert_allclose(result.logits, expected.logits, atol=1e-5)
+
+
+def test_a_plan_without_the_alias_is_refused(tiny):
+    made = tiny("llama", target="tensorrt", precision="fp16")
+    backend, _ = fake_backend(made, aliases=False)
+    session = Session(backend, made.engine.manifest)
+    session.extend(PROMPT)
+    match = (
+        r"TensorRT does not update past_key.1 in place \(it reports no alias for present_key.1\)"
+    )
+    with pytest.raises(StageError, match=match):
+        session.predict(NoExit())
+
+
+@pytest.fixture
+def layer_run(tiny):
+    """A correct binding of one layer stage, to be broken."""
+    made = tiny("llama", target="onnx-std")
+    backend, driver = fake_backend(made)
+    sequence = backend.open_sequence()
+    seen = []
+    stage = backend._stages.load(made.engine.manifest.layer_stages[0].file)
+    original = stage.bind
+    stage.bind = lambda run: seen.append(run) or original(run)
+    sequence.embed(np.array([5, 6]), 0)
+    sequence.run_stage(0, 2, 0)
+    stage.bind = original
+    yield stage, seen[0], driver
+    del sequence  # its memory was needed until here
+
+
+def broken(run, side, name, **changes):
+    tensors = dict(getattr(run, side))
+    tensors[name] = dataclasses.replace(tensors[name], **changes)
+    return dataclasses.replace(run, **{side: tensors})
+
+
+@pytest.mark.parametrize(
+    ("side", "name", "change", "message"),
+    [
+        ("inputs", "hidden", {"offset": 4}, "hidden at .* is not aligned to 256"),
+        (
+            "inputs",
+            "hidden",
+            {"shape": (1, 17, 64)},
+            r"no profile of the plan takes hidden \[1, 17",
+        ),
+        ("outputs", "present_key.1", {"offset": 256}, "past_key.1 and present_key.1 are bound to"),
+    ],
+)
+def test_wrong_bindings_are_refused(layer_run, side, name, change, message):
+    stage, run, _ = layer_run
+    changes = dict(change)
+    if "offset" in changes:
+        changes = {"address": getattr(run, side)[name].address + changes["offset"]}
+    with pytest.raises(StageError, match=message):
+        stage.bind(broken(run, side, name, **changes))
+
+
+def test_other_names_than_the_plans_are_refused(layer_run):
+    stage, run, _ = layer_run
+    inputs = {name: tensor for name, tensor in run.inputs.items() if name != "mask"}
+    with pytest.raises(StageError, match=r"the plan has inputs .*mask.*; build the plans again"):
+        stage.bind(dataclasses.replace(run, inputs=inputs))
+
+
+def test_the_fake_device_notices_wrong_addresses(layer_run):
+    """What the tests above rely on."""
+    stage, run, driver = layer_run
+    outside = dataclasses.replace(run.inputs["cos"], address=0x1000)
+    stage.bind(dataclasses.replace(run, inputs={**run.inputs, "cos": outside}))()
+    with pytest.raises(AssertionError, match="0x1000 is no allocated address"):
+        driver.download(np.empty(1, np.float32), run.inputs["hidden"].address)
+
+
+def test_rows_behave_like_an_array():
+    driver = FakeDriver()
+    rows = DeviceRows(driver, driver.allocate(4 * 6 * 3), 6, 3)
+    table = np.arange(18, dtype=np.float32).reshape(6, 3)
+    rows[:] = table
+    rows[0:2] = rows[4:6].copy()
+    table[0:2] = table[4:6]
+    rows[5] = np.ones(3, np.float32)
+    table[5] = 1.0
+    np.testing.assert_array_equal(np.asarray(rows), table)
+    np.testing.assert_array_equal(np.asarray(rows[-1])[0], table[-1])
+    with pytest.raises(ValueError, match="2 rows do not fit 3"):
+        rows[0:3] = rows[4:6]
+    with pytest.raises(IndexError, match="row 6 of 6"):
+        rows[6]
+
+
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=20))
+def test_bfloat16_storage_keeps_eight_digits(values):
+    array = np.array(values, np.float32)
+    back = from_storage(to_storage(array, "bfloat16"), "bfloat16")
+    assert (np.abs(back - array) <= np.abs(array) * 2.0**-8 + 1e-37).all()
+
+
+def test_without_a_gpu_the_error_is_one_clear_line(tiny, monkeypatch):
+    made = tiny("llama", target="tensorrt", precision="fp16")
+    monkeypatch.setattr(tensorrt, "find_gpu", lambda: None)
+    match = "device cuda: no NVIDIA GPU was found .* use device cpu, and see `adainfer doctor`"
+    with pytest.raises(DeviceError, match=match):
+        Engine.load(made.folder, device="cuda")
+
+
+def test_the_plan_stage_runs_only_what_it_checked(tiny):
+    """A graph is recorded after one plain run, and holds the same addresses."""
+    driver = FakeDriver()
+    place = driver.allocate(256)
+
+    class Counting:
+        shapes, addresses, runs = {}, {}, 0
+
+        def inputs(self):
+            return ("x",)
+
+        def outputs(self):
+            return ("y",)
+
+        def profiles(self):
+            return 1
+
+        def accepts(self, profile, name, shape):
+            return True
+
+        def set_input_shape(self, profile, name, shape):
+            self.shapes[name] = shape
+
+        def set_address(self, profile, name, address):
+            self.addresses[name] = address
+
+        def enqueue(self, profile):
+            self.runs += 1
+
+    plan = Counting()
+    tensor = Tensor(place, "float32", (1,))
+    call = PlanStage("s", plan, driver).bind(BoundRun({"x": tensor}, {"y": tensor}, (), True))
+    for _ in range(5):
+        call()
+    assert plan.runs == 2  # one plain, one while recording
+    assert plan.addresses == {"x": place, "y": place}

@@ -1,0 +1,52 @@
+"""TensorRT-RTX builds every stage of real shapes for three GPU families, without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from adainfer_export import ExportRequest, export
+from adainfer_export.build import BuildRequest, build_plans
+from adainfer_export.progress import SilentReporter
+from adainfer_runtime.plans import engine_files
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra tensorrt-rtx"
+    ),
+]
+
+FAMILIES = (86, 89, 120)
+
+
+@pytest.fixture(scope="module")
+def llama2_layer(tmp_path_factory):
+    """One layer of Llama-2-7B's shape with random weights, as the tool makes it."""
+    tool = Path(__file__).parent.parent / "tools" / "build_rtx.py"
+    spec = importlib.util.spec_from_file_location("build_rtx", tool)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.random_llama_layer(tmp_path_factory.mktemp("llama2") / "checkpoint")
+
+
+def builds(model, folder, precision):
+    manifest = export(ExportRequest(model, folder, target="tensorrt", precision=precision)).manifest
+    request = BuildRequest("tensorrt-rtx", sm=FAMILIES)
+    stamp = build_plans(folder, manifest, request, SilentReporter()).stamp
+    assert stamp.sm == FAMILIES
+    assert set(stamp.plans) == set(engine_files(manifest))
+    for stage in manifest.layer_stages:
+        assert stamp.plans[stage.file].fused_attention == 2  # in each of the profiles
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_every_stage_of_smollm2(tmp_path, precision):
+    builds("smollm2-135m", tmp_path / "engines", precision)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int4"])
+def test_a_layer_of_llama_2_7b(llama2_layer, tmp_path, precision):
+    builds(llama2_layer, tmp_path / "engines", precision)
