@@ -79,7 +79,12 @@ def distil_translators(
         agreement = course.agreement(translator, test)
         if _WORTH_IT[0] <= agreement <= _WORTH_IT[1]:
             courses[layer] = (course, agreement)
-    chosen = sorted(courses)[-_MOST_POINTS:]
+    # What there is to gain: layers that a right answer saves, at the chance of more than half.
+    worth = {
+        layer: (engine.manifest.model.num_layers - layer) * (2.0 * agreement - 1.0)
+        for layer, (_, agreement) in courses.items()
+    }
+    chosen = sorted(sorted(worth, key=lambda layer: -worth[layer])[:_MOST_POINTS])
     reporter.begin("distilling translators", len(chosen))
     for layer in chosen:
         course, before = courses[layer]
