@@ -48,7 +48,7 @@ def stage_differences(engine, reference):
     worst = 0.0
     random = np.random.default_rng(0)
     for rows, past in PASSES:
-        theirs.embed(random.integers(0, 49152, rows))
+        theirs.embed(random.integers(0, 49152, rows), past)
         for index in range(30):
             # The same input for both: what a stage adds is compared, not what came before it.
             given = np.array(theirs.hidden(index, rows))

@@ -72,7 +72,7 @@ def time_stages(engine: Engine, rows: int, past: int, repeat: int) -> dict[str, 
         at, seconds = past, [0.0] * len(specs)
         while at < past + rows:
             count = min(limit, past + rows - at)
-            buffers.embed(ids[at : at + count])
+            buffers.embed(ids[at : at + count], at)
             for index in range(len(specs)):
                 seconds[index] += timed(lambda i=index, n=count, p=at: buffers.run_stage(i, n, p))
             at += count

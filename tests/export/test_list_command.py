@@ -37,18 +37,19 @@ def test_an_unknown_alias_suggests_near_ones():
 
 
 def test_what_a_user_leaves_open_is_the_recipes():
-    from adainfer_export.commands import AdapterChoice, _calibration
+    from adainfer_export.commands import AdapterChoice, TranslatorChoice, _calibration
 
     known = ExitSettings(target_agreement=0.9, classifiers=("crf",), adapters="ridge", note="x")
+    fixed = {"context_exit": False, "translators": TranslatorChoice.ridge, "shortlist": False}
     open_ = (["builtin"], None, None, None, None, None)
-    request = _calibration(*open_, context_exit=False, known=known)
+    request = _calibration(*open_, **fixed, known=known)
     assert (request.target_agreement, request.classifiers, request.adapters) == (
         0.9,
         ("crf",),
         "ridge",
     )
     given = (["builtin"], None, 0.8, AdapterChoice.none, None, None)
-    request = _calibration(*given, context_exit=False, known=known)
+    request = _calibration(*given, **fixed, known=known)
     assert (request.target_agreement, request.adapters) == (0.8, "none")
-    request = _calibration(*open_, context_exit=False)
+    request = _calibration(*open_, **fixed)
     assert (request.target_agreement, request.classifiers) == (0.99, ("svm",))

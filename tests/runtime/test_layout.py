@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,17 +12,21 @@ from pydantic import ValidationError
 from adainfer_runtime.backends.layout import ITEM_BYTES, SequenceLayout, kv_geometry
 from adainfer_runtime.manifest import KvGeometry
 
+VARIANTS = ("llama", "llama-pruned", "opt", "gemma3")
 
-@pytest.fixture(params=["ort-cpu", "onnx-std", "tensorrt-basic"])
+
+@pytest.fixture(params=product(["ort-cpu", "onnx-std", "tensorrt-basic"], VARIANTS))
 def manifest(tiny, request):
-    return tiny("llama", target=request.param).engine.manifest
+    target, variant = request.param
+    return tiny(variant, target=target).engine.manifest
 
 
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_regions_lie_inside_their_buffers(tiny, data):
     target = data.draw(st.sampled_from(["ort-cpu", "onnx-std", "tensorrt-basic"]))
-    manifest = tiny("llama", target=target).engine.manifest
+    variant = data.draw(st.sampled_from(["llama", "llama-pruned", "opt"]))
+    manifest = tiny(variant, target=target).engine.manifest
     layout = SequenceLayout(manifest, 32)
     rows = data.draw(st.integers(1, 32))
     past = data.draw(st.integers(0, manifest.kv.max_length - rows))
@@ -39,6 +45,7 @@ def test_regions_lie_inside_their_buffers(tiny, data):
 
 def test_stages_are_bound_by_the_names_of_their_graphs(manifest):
     layout = SequenceLayout(manifest, 8)
+    assert set(layout.embed(3).inputs) == set(manifest.embed.inputs)
     for index, stage in enumerate(manifest.layer_stages):
         run = layout.stage(index, 3, 5)
         assert set(run.inputs) == set(stage.inputs)

@@ -17,12 +17,13 @@ from adainfer_runtime.backends.device_memory import DeviceRows, Tensor, from_sto
 from adainfer_runtime.backends.device_sequence import BoundRun
 from adainfer_runtime.backends.ort_cpu import open_session
 from adainfer_runtime.backends.tensorrt import PlanStage, PlanStages
-from adainfer_runtime.errors import DeviceError, StageError
+from adainfer_runtime.errors import DeviceError, ExitUnavailableError, StageError
 from adainfer_runtime.plans import BuildStamp, PlanRecord, engine_files
+from adainfer_runtime.profile import ProfiledBackend, StageClock
 from adainfer_runtime.session import Session
 
+from ..scripted import ScriptedExit
 from .fake_device import FakeDriver, FakeLoader
-from .test_deferred import ScriptedExit
 
 PROMPT = [5, 17, 200, 43, 9, 120, 77, 31, 250, 8]
 TARGETS = [("onnx-std", "fp32"), ("tensorrt", "fp16"), ("tensorrt-basic", "fp32")]
@@ -74,9 +75,20 @@ def tokens_of(backend, manifest, prompt, count):
     return found, session
 
 
-@pytest.mark.parametrize(("target", "precision"), TARGETS)
-def test_tokens_and_caches_equal_those_of_the_cpu(tiny, target, precision):
-    made = tiny("llama", target=target, precision=precision)
+@pytest.mark.parametrize(
+    ("variant", "target", "precision"),
+    [
+        *(("llama", target, precision) for target, precision in TARGETS),
+        # Heads of each layer, learned positions, two kinds of layers.
+        *(
+            (variant, target, "fp32")
+            for variant in ("llama-pruned", "opt", "gemma3")
+            for target in ("onnx-std", "tensorrt-basic")
+        ),
+    ],
+)
+def test_tokens_and_caches_equal_those_of_the_cpu(tiny, variant, target, precision):
+    made = tiny(variant, target=target, precision=precision)
     backend, _ = fake_backend(made)
     prompt = PROMPT * 3  # more than one pass carries
     mine, session = tokens_of(backend, made.engine.manifest, prompt, 6)
@@ -389,3 +401,24 @@ def test_the_plan_stage_runs_only_what_it_checked(tiny):
         call()
     assert plan.runs == 2  # one plain, one while recording
     assert plan.addresses == {"x": place, "y": place}
+
+
+def test_what_the_device_does_not_have_is_said(tiny):
+    made = tiny("llama", target="onnx-std")
+    backend, _ = fake_backend(made)
+    hidden = np.zeros(64, np.float32)
+    with pytest.raises(ExitUnavailableError, match="target onnx-std has no shortlist"):
+        backend.shortlist(hidden)
+    with pytest.raises(ExitUnavailableError, match="target onnx-std has no kv_fill stages"):
+        backend.kv_fill(1, hidden[None], 0)
+
+
+def test_a_profiled_device_gives_the_same(tiny):
+    made = tiny("llama", target="onnx-std")
+    backend, _ = fake_backend(made)
+    clock, seconds = StageClock(), {}
+    with clock.into(seconds):
+        mine, _ = tokens_of(ProfiledBackend(backend, clock), made.engine.manifest, PROMPT, 4)
+    theirs, _ = tokens_of(backend, made.engine.manifest, PROMPT, 4)
+    assert mine == theirs
+    assert set(seconds) == {"embed", "layers", "probe"}
