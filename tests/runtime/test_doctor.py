@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.devices import GpuInfo
-from adainfer_runtime.doctor import diagnose
+from adainfer_runtime.doctor import Ability, Diagnosis, diagnose
 
 ORIN = GpuInfo("Orin", 87, 8 << 30, "12.6")
 
@@ -61,3 +61,11 @@ def test_the_command_prints_json():
     assert {"system", "gpu", "packages", "abilities"} <= set(data)
     assert all({"what", "works", "missing"} == set(ability) for ability in data["abilities"])
     assert CliRunner().invoke(build_app(), ["doctor"]).exit_code == 0
+
+
+def test_extras_are_printed(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    report = Diagnosis("Linux", "3.11", None, None, {}, (Ability("x", ("install 'a[cuda]'",)),))
+    monkeypatch.setattr("adainfer_runtime.commands.doctor.diagnose", lambda: report)
+    result = CliRunner().invoke(build_app(), ["doctor"])
+    assert "install 'a[cuda]'" in result.output

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from ..doctor import Diagnosis, diagnose
@@ -57,5 +58,6 @@ def _print(found: Diagnosis) -> None:
     console.print(f"packages: {packages or 'none'}", highlight=False)
     table = Table("", "works", "missing")
     for ability in found.abilities:
-        table.add_row(ability.what, "yes" if ability.works else "no", "; ".join(ability.missing))
+        missing = escape("; ".join(ability.missing))  # extras stand in brackets
+        table.add_row(ability.what, "yes" if ability.works else "no", missing)
     console.print(table)
