@@ -27,6 +27,7 @@ class StageTimes(_Record):
         layer: one layer over so many positions, nothing before them.
         pair_one, pair_many: one layer, per position and position before the pass that it attends
             to: of a pass of one position, and of many.
+        step: a generated token, all of it, after `step_past` positions.
         probe, adapter, classifier: one position.
         candidates: a probe over a handful of rows.
         context_rows: positions of a prompt, ascending; `context` is parallel to it.
@@ -38,6 +39,8 @@ class StageTimes(_Record):
     embed: tuple[float, ...]
     pair_one: float
     pair_many: float
+    step: float
+    step_past: int
     probe: float
     candidates: float
     adapter: float

@@ -25,6 +25,8 @@ TIMES = StageTimes(
     embed=(0.0, 0.0),
     pair_one=0.01,
     pair_many=0.02,
+    step=7.0,
+    step_past=4,
     probe=100.0,
     candidates=1000.0,
     adapter=1e4,
@@ -47,8 +49,8 @@ def test_layers_are_added_up_in_passes():
 def test_off_runs_everything():
     assert PREDICTOR.off(RequestShape(10)) == pytest.approx(8.0 + 100.0)
     assert PREDICTOR.off(RequestShape(10, candidates=True)) == pytest.approx(8.0 + 1000.0)
-    decode = 4 * (1.1 + 0.01 * 11) + 100.0
-    assert PREDICTOR.off(RequestShape(10, 3)) == pytest.approx(108.0 + 2 * decode)
+    step = 7.0 + 4 * 0.01 * (11 - 4)
+    assert PREDICTOR.off(RequestShape(10, 3)) == pytest.approx(108.0 + 2 * step)
 
 
 def test_exits_count_their_checks_and_what_they_skip():
@@ -58,7 +60,7 @@ def test_exits_count_their_checks_and_what_they_skip():
     assert half == pytest.approx(6.0 + look + 0.5 * (2.0 + 100.0))
     # A second token needs the context in the layers above: nothing was saved but the first probe.
     debt = PREDICTOR.exits([check], [0.5], RequestShape(10, 2))
-    assert debt - half == pytest.approx(0.5 * 2.0 + 4 * (1.1 + 0.01 * 10) + 100.0)
+    assert debt - half == pytest.approx(0.5 * 2.0 + 7.0 + 4 * 0.01 * (10 - 4))
 
 
 def test_context_exits_grow_with_the_prompt():
@@ -129,7 +131,7 @@ def test_measured_times_are_positive_and_parallel(tiny):
     assert steps
     assert 47 in times.rows and 48 in times.rows  # where the wide graphs take over
     assert times.rows[-1] == 128  # the engine takes no more
-    assert all(seconds > 0 for seconds in (*times.layer, times.probe, times.candidates))
+    assert all(seconds > 0 for seconds in (*times.layer, times.step, times.probe, times.candidates))
     assert times.context == {}
     assert engine.generate([5, 6, 7], max_new_tokens=2, ignore_eos=True).tokens  # still in order
 

@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from ..backends import ExitEvidence
 from ..certificate import device_class
-from ..exit_policy import ExitCheck
+from ..exit_policy import ExitCheck, NoExit
 from ..plan_spec import Machine, StageTimes
 from ..session import Session
 
@@ -44,11 +45,9 @@ def measure_times(
     bench = _Bench(engine, repeats)
     manifest, most = engine.manifest, min(engine.backend.max_rows, engine.manifest.max_seq_len)
     rows = _rows(most, manifest.quantisation.wide_rows if manifest.quantisation else None)
-    layer, embed = [], []
+    passes = []
     for count in rows:
-        embed_seconds, layer_seconds = bench.passes(count)
-        embed.append(embed_seconds)
-        layer.append(layer_seconds)
+        passes.append(bench.passes(count))
         on_step(f"{count} positions")
     past = max(1, min(256, manifest.max_seq_len // 2))
     hidden = np.random.default_rng(0).normal(size=manifest.model.hidden_size).astype(np.float32)
@@ -63,17 +62,28 @@ def measure_times(
     adapted = next((n for n, p in manifest.exit_points.items() if p.adapter), None)
     return StageTimes(
         rows=rows,
-        layer=tuple(layer),
-        embed=tuple(embed),
-        pair_one=max(0.0, bench.layer_after(1, past) - bench.layer_after(1, 0)) / past,
-        pair_many=max(0.0, bench.layer_after(past, past) - bench.layer_after(past, 0)) / past**2,
-        probe=bench.seconds(lambda: backend.probe(hidden)),
+        layer=tuple(seconds.layer for seconds in passes),
+        embed=tuple(seconds.embed for seconds in passes),
+        pair_one=bench.attention(1, past),
+        pair_many=bench.attention(past, past),
+        step=bench.step(past),
+        step_past=past,
+        probe=passes[0].probe,
         candidates=bench.seconds(lambda: backend.probe_candidates(hidden, tokens)),
         adapter=0.0 if adapted is None else bench.seconds(lambda: backend.adapt(adapted, hidden)),
         classifier=bench.classifier(hidden),
         context_rows=context_rows if context else (),
         context=context,
     )
+
+
+@dataclass(frozen=True)
+class _PassSeconds:
+    """Of the embedding, of one layer, and of the last position's probe."""
+
+    embed: float
+    layer: float
+    probe: float
 
 
 class _Bench:
@@ -88,29 +98,42 @@ class _Bench:
         call()
         return float(np.median([_timed(call) for _ in range(self._repeats)]))
 
-    def passes(self, rows: int) -> tuple[float, float]:
-        """Seconds of the embedding, and of one layer, over so many positions."""
-        embed, layers = [], []
-        with self._engine.borrow() as session:
-            for _ in range(self._repeats + 1):
-                session.truncate(0)
-                embed.append(_timed(lambda: session.extend(self._ids[:rows])))
-                layers.append(_timed(session.complete))
-        depth = self._engine.manifest.depth
-        return float(np.median(embed[1:])), float(np.median(layers[1:])) / depth
+    def passes(self, rows: int, past: int = 0) -> _PassSeconds:
+        """A prediction over so many new positions that follow others, part by part.
 
-    def layer_after(self, rows: int, past: int) -> float:
-        """Seconds of one layer over positions that follow others."""
-        taken = []
+        Every part is timed in its turn: each pushes the others' weights out of the caches.
+        """
+        taken: list[_PassSeconds] = []
         with self._engine.borrow() as session:
             if past:
                 session.extend(self._ids[:past])
                 session.complete()
             for _ in range(self._repeats + 1):
                 session.truncate(past)
-                session.extend(self._ids[past : past + rows])
-                taken.append(_timed(session.complete))
-        return float(np.median(taken[1:])) / self._engine.manifest.depth
+                embed = _timed(lambda: session.extend(self._ids[past : past + rows]))
+                layers = _timed(session.complete)
+                probe = _timed(lambda: self._probe_of(session))
+                taken.append(_PassSeconds(embed, layers / self._engine.manifest.depth, probe))
+        medians = np.median([(t.embed, t.layer, t.probe) for t in taken[1:]], axis=0)
+        return _PassSeconds(*map(float, medians))
+
+    def step(self, past: int) -> float:
+        """Seconds of a token in mode off: what parts alone leave out is in it."""
+        taken = []
+        with self._engine.borrow() as session:
+            session.extend(self._ids[:past])
+            session.complete()
+            for token in self._ids[past : past + 4 * self._repeats]:
+                start = time.perf_counter()
+                session.extend([token])
+                session.predict(NoExit())
+                taken.append(time.perf_counter() - start)
+        return float(np.median(taken))
+
+    def attention(self, rows: int, past: int) -> float:
+        """Seconds of one layer that a past adds, per new position and position of the past."""
+        more = self.passes(rows, past).layer - self.passes(rows).layer
+        return max(0.0, more) / (rows * past)
 
     def context(self, exit_layer: int, rows: int) -> float:
         """Seconds of a context exit's check over a prompt, the probe and the classifier aside."""

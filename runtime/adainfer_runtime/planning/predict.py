@@ -96,6 +96,5 @@ class TimePredictor:
         more = shape.new_tokens - 1
         if more < 1:
             return 0.0
-        past = shape.prompt_tokens + more // 2
-        step = self.layers(self.num_layers, 1, past) + self.times.probe + self._embed(1)
-        return more * step
+        beyond = shape.prompt_tokens + more // 2 - self.times.step_past
+        return more * (self.times.step + self.num_layers * self.times.pair_one * beyond)
