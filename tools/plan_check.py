@@ -86,11 +86,7 @@ def compare(engine: Engine, shape: RequestShape, prompts: Sequence[list[int]]) -
         measure(engine, forecast, prompts[:2], shape.new_tokens)
         measured, left = measure(engine, forecast, prompts, shape.new_tokens)
         checks = forecast.policy.checks
-        # Of two checks at one layer the first is taken for the one that let the prompt go.
-        firsts = [
-            check.layer not in {c.layer for c in checks[:i]} for i, check in enumerate(checks)
-        ]
-        seen = [left[c.layer] / len(prompts) * f for c, f in zip(checks, firsts, strict=True)]
+        seen = _shares(checks, left, len(prompts))
         again = predictor.exits(checks, seen, shape) if checks else forecast.seconds
         rows.append(
             Row(

@@ -87,7 +87,6 @@ class FixedExit:
     """Stops at the same layer every time, whatever is found there (a baseline)."""
 
     layer: int
-    kind: Literal["answer", "context"] = "answer"
     state_size: int = 0
     over_candidates: bool = True
     promised: float | None = None
@@ -95,7 +94,7 @@ class FixedExit:
     @property
     def checks(self) -> tuple[ExitCheck, ...]:
         """The one layer."""
-        return (ExitCheck(self.layer, self.kind),)
+        return (ExitCheck(self.layer),)
 
     def decide(
         self, check: ExitCheck, evidence: ExitEvidence, state: Float32

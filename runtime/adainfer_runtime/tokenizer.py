@@ -27,11 +27,6 @@ class Tokenizer:
         added = inner.get_added_tokens_decoder()
         self._special = frozenset(number for number, token in added.items() if token.special)
 
-    @property
-    def available(self) -> bool:
-        """Whether there is a tokenizer: without one, text is refused and none comes out."""
-        return True
-
     def require(self) -> None:
         """Raises `TokenizerMissingError` where there is none."""
 
@@ -84,10 +79,6 @@ class _NoTokenizer(Tokenizer):
 
     def encode_continuation(self, text: str) -> list[int]:
         raise self._error()
-
-    @property
-    def available(self) -> bool:
-        return False
 
     def decode(self, tokens: list[int]) -> str:
         return ""
