@@ -101,7 +101,7 @@ def test_inspect(folder):
     done = command("adainfer", "inspect", folder / "engines", "--verify")
     assert re.search(r"4 in [1-4] engines?", done.stdout)
     data = json.loads(command("adainfer", "inspect", folder / "engines", "--json").stdout)
-    assert data["schema_version"] == 4
+    assert data["schema_version"] == 5
 
 
 def test_validate(folder):

@@ -1,4 +1,4 @@
-"""Context exits: the prompt's positions stop, the answer position runs on over translated K,V.
+"""Context exits: the prompt's positions stop, the last few run on over translated K,V.
 
 Fitted like answer exits, on the same parts of the data: translators in place of adapters, then a
 classifier on the features of the answer that comes out at each point, its points chosen.
@@ -9,14 +9,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from adainfer_runtime import Engine
 from adainfer_runtime.exit_policy import ExitCheck
 from adainfer_runtime.manifest import ExitPoint, ExitSpec, Manifest
-from adainfer_runtime.session import Observation
 from adainfer_runtime.tasks import TaskExample
 
 from ..cost import multiply_adds
@@ -28,10 +27,11 @@ from .data import Parts
 from .distil_translators import distil_translators
 from .exit_files import Files, write_classifier
 from .head import read_head
-from .predictions import Predictions
+from .predictions import Predictions, predict_layers
 from .request import CalibrationRequest
 from .scored import CONTEXT
 from .select import select_classifiers
+from .traces import trace_contexts
 from .translate import (
     Rotary,
     Translator,
@@ -45,6 +45,11 @@ from .translate import (
 __all__ = ["FittedContext", "fit_context"]
 
 _LOG = logging.getLogger(__name__)
+
+# Positions from the end on that run through all layers: the question itself is told by more than
+# its last token. On SmolLM2 (int4, 12 tasks) eight of some 150 are worth two layers of the context.
+_ANSWER_ROWS = 8
+_TIMED = 20  # prompts
 
 
 @dataclass(frozen=True)
@@ -101,8 +106,9 @@ def fit_context(
     }
     draft = _draft(files, points, ThresholdClassifier(layers, ("top_prob",)), request)
     looking = Engine.of_manifest(files.folder, bare.model_copy(update={"context_exit": draft}))
-    fit = _predict(looking, parts.classifier, layers, reporter)
-    selection = _predict(looking, parts.selection, layers, reporter)
+    check = _check_layers(looking, parts.selection, layers)
+    fit = _predict(looking, parts.classifier, layers, check, reporter, in_context=True)
+    selection = _predict(looking, parts.selection, layers, check, reporter, in_context=False)
     target, seed = request.target_agreement, request.seed
     found = select_classifiers(fit, selection, target, seed, entries)
     for classifier in tuple(found.values())[:1]:
@@ -147,6 +153,7 @@ def _draft(
         points=tuple(points[layer] for layer in classifier.layers),
         classifier=graph,
         threshold=0.0,
+        answer_rows=_ANSWER_ROWS,
         target_agreement=request.target_agreement,
         calibration={
             "data": [path.name for path in request.files] or ["builtin"],
@@ -156,58 +163,42 @@ def _draft(
 
 
 def _predict(
-    engine: Engine, examples: tuple[TaskExample, ...], layers: tuple[int, ...], reporter: Reporter
+    engine: Engine,
+    examples: tuple[TaskExample, ...],
+    layers: tuple[int, ...],
+    check_layers: float,
+    reporter: Reporter,
+    *,
+    in_context: bool,
 ) -> Predictions:
     """Every context exit of every prompt that has a context."""
     reporter.begin("tracing context exits", len(examples))
+    traces = trace_contexts(engine, examples, layers, reporter, in_context=in_context)
+    predictions = predict_layers(engine, traces, {})
+    return replace(predictions, check_layers=check_layers, exit_check_layers=check_layers)
+
+
+def _check_layers(
+    engine: Engine, examples: tuple[TaskExample, ...], layers: tuple[int, ...]
+) -> float:
+    """Time of one look in layers: what prompts take with all of them, beyond a plain run."""
+    prompts = [engine.tokenizer.encode(example.prompt) for example in examples[-_TIMED:]]
     checks = [ExitCheck(layer, "context") for layer in layers]
-    seen: list[_Look] = []
-    for number, example in enumerate(examples, 1):
-        ids = engine.tokenizer.encode(example.prompt)
-        reporter.step(example.task)
-        if len(ids) < 2:
-            continue
+    taken = np.array([_seconds(engine, ids, checks) for ids in prompts if len(ids) > 1])
+    if not taken.size:
+        return 0.0
+    plain, looking = (float(seconds) for seconds in np.median(taken, axis=0))
+    layer = plain / engine.manifest.model.num_layers
+    return max(0.0, (looking - plain) / len(layers) / layer)
+
+
+def _seconds(engine: Engine, ids: list[int], checks: Sequence[ExitCheck]) -> tuple[float, float]:
+    """Of a prompt's answer without checks, and with all of them."""
+    taken = []
+    for wanted in ((), checks):
         with engine.borrow() as session:
             session.extend(ids)
             start = time.perf_counter()
-            (observation,) = session.observe(checks)
-            seen.append(_Look(number, example, observation, time.perf_counter() - start))
-    results = [[look.seen.evidence[check].result for check in checks] for look in seen]
-    check = _check_layers(engine, seen[-20:], len(layers))
-    return Predictions(
-        layers,
-        engine.manifest.model.num_layers,
-        tuple(look.example.task for look in seen),
-        np.array([look.seen.full.token for look in seen], np.int64),
-        np.array([[r.token for r in row] for row in results], np.int64),
-        np.array([[r.top_prob for r in row] for row in results], np.float32),
-        np.array([[r.gap for r in row] for row in results], np.float32),
-        check,
-        prompts=np.array([look.number for look in seen], np.int64),
-        exit_check_layers=check,
-    )
-
-
-@dataclass(frozen=True)
-class _Look:
-    """A prompt's context exits, and the seconds of its full run with all of them."""
-
-    number: int
-    example: TaskExample
-    seen: Observation
-    seconds: float
-
-
-def _check_layers(engine: Engine, looks: Sequence[_Look], points: int) -> float:
-    """Time of one look in layers: what prompts took with all of them, beyond a plain run."""
-    plain = float(np.median([_plain_seconds(engine, look.example) for look in looks]))
-    extra = float(np.median([look.seconds for look in looks])) - plain
-    return max(0.0, extra / points / (plain / engine.manifest.model.num_layers))
-
-
-def _plain_seconds(engine: Engine, example: TaskExample) -> float:
-    with engine.borrow() as session:
-        session.extend(engine.tokenizer.encode(example.prompt))
-        start = time.perf_counter()
-        session.complete()
-        return time.perf_counter() - start
+            session.observe(wanted)
+            taken.append(time.perf_counter() - start)
+    return taken[0], taken[1]

@@ -24,6 +24,7 @@ __all__ = [
     "candidates_of",
     "fits",
     "trace_answers",
+    "trace_contexts",
     "trace_prompts",
 ]
 
@@ -177,6 +178,41 @@ def trace_answers(
     return kept.traces()
 
 
+def trace_contexts(
+    engine: Engine,
+    examples: Iterable[TaskExample],
+    layers: tuple[int, ...],
+    reporter: Reporter,
+    *,
+    in_context: bool,
+) -> AnswerTraces:
+    """The same of context exits: `hidden` is what the answer positions come to after all layers,
+    over a context that stopped at each of `layers`. Prompts without a context are left out.
+
+    Args:
+        engine: with a context exit that has these points.
+        in_context: see `trace_answers`; the first position is no answer over a context.
+    """
+    examples = list(examples)
+    kept = _Collector(engine, layers)
+    for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
+        rows = answer_positions(ids)[0 if in_context else -1 :]
+        rows = rows[rows > 0]
+        if not rows.size:
+            kept.skip()
+            continue
+        start = time.perf_counter()
+        with engine.borrow() as session:
+            session.extend(ids)
+            positions = rows.tolist()
+            per_layer = {n: session.answers_over_translation(n, positions) for n in layers}
+            session.complete()
+            final = session.hidden()[rows].copy()
+        kept.seconds += time.perf_counter() - start
+        kept.add(example, per_layer, final)
+    return kept.traces()
+
+
 class _Collector:
     """Puts answers of prompt after prompt together."""
 
@@ -199,6 +235,10 @@ class _Collector:
         self._tasks += [example.task] * len(final)
         self._prompts += [self._runs] * len(final)
         self._candidates += [candidates_of(self._engine, example)] * len(final)
+
+    def skip(self) -> None:
+        """A prompt without answers: the numbers of the others go on."""
+        self._runs += 1
 
     def traces(self) -> AnswerTraces:
         """All of them, with the full model's tokens."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import numpy as np
@@ -84,24 +84,35 @@ class Chain:
         filled = self.ledger.filled
         return filled[above - 1] == self.length and filled[above] == filled[-1] < self.length
 
-    def answer_over_translation(self, layer: int) -> Float32:
-        """Final hidden state `[hidden_size]` of the last position over a translated context.
+    def answers_over_translation(
+        self, layer: int, positions: Sequence[int], rows: int
+    ) -> tuple[Float32, int]:
+        """Final hidden states `[positions, hidden_size]` of ascending positions, each over the
+        translated context before it, and how many positions were translated.
 
         The positions that wait at the boundary `layer` get translated K,V in the layers above; the
-        first token's are computed, for they depend on it alone; then the last position runs
-        through those layers. All of it is written where the exact K,V will stand, and counts as
-        not filled: whoever goes deeper computes it anew.
+        first token's are computed, for they depend on it alone. Then each position runs through
+        those layers together with those right before it, `rows` in all. All of it is written where
+        the exact K,V will stand, and counts as not filled: whoever goes deeper computes it anew.
         """
         above = self._last_layers.index(layer) + 1
-        first, last = self.ledger.filled[-1], self.length - 1
+        first, last = self.ledger.filled[-1], positions[-1]
         start = max(first, 1)
-        if start < last:
-            translated = self._backend.translate(layer, self._pending[start:last], start)
+        rows = min(rows, self._backend.max_rows)
+        tails = [min(position, max(start, position + 1 - rows)) for position in positions]
+        if start < tails[-1]:
+            translated = self._backend.translate(layer, self._pending[start : tails[-1]], start)
             for number, (key, value) in translated.items():
                 self._buffers.write_kv(number, start, key, value)
         if first == 0 < last:
             self._place_first_token(layer, above)
-        return self._run_aside(above, last)
+        # From the last one down: a tail's own K,V take the place of translated ones, which the
+        # positions before it do not see.
+        answers = [
+            self._run_aside(above, tail, position + 1)
+            for tail, position in zip(reversed(tails), reversed(positions), strict=True)
+        ]
+        return np.stack(answers[::-1]), max(0, tails[-1] - start)
 
     def _fill(self, waiting: range, filler: KvFiller) -> None:
         groups = [
@@ -135,7 +146,7 @@ class Chain:
         key = (layer, int(self._tokens[0]))
         known = self._first_tokens.get(key)
         if known is None:
-            hidden = self._run_aside(above, 0)
+            hidden = self._run_aside(above, 0, 1)
             caches = {
                 number: (k[:, :1].copy(), v[:, :1].copy())
                 for number in range(layer + 1, self._last_layers[-1] + 1)
@@ -150,12 +161,14 @@ class Chain:
             self._buffers.write_kv(number, 0, k, v)
         return hidden
 
-    def _run_aside(self, above: int, position: int) -> Float32:
-        self._buffers.hidden(above, 1)[:] = self._pending[position]
+    def _run_aside(self, above: int, start: int, end: int) -> Float32:
+        """Final hidden state `[hidden_size]` of the last of some positions."""
+        rows = end - start
+        self._buffers.hidden(above, rows)[:] = self._pending[start:end]
         for stage in range(above, len(self._last_layers)):
-            self._buffers.run_stage(stage, 1, position)
-            self.ledger.record_aside(Pass(stage, position, position + 1))
-        final = self._buffers.hidden(len(self._last_layers), 1)[0]
+            self._buffers.run_stage(stage, rows, start)
+            self.ledger.record_aside(Pass(stage, start, end))
+        final = self._buffers.hidden(len(self._last_layers), rows)[rows - 1]
         return np.array(final)
 
     def depth(self, position: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .plan_spec import PlanSpec
 
@@ -31,7 +31,7 @@ __all__ = [
     "TokenizerSpec",
 ]
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 ElementType = Literal["float32", "float16", "bfloat16"]
 _EXIT_FILES = ("adapters/", "exit/", "reports/calibration.")
 
@@ -241,7 +241,8 @@ class ExitSpec(_Record):
 
     Without points the calibration's answer was "do not exit": adaptive then runs every layer.
     `thresholds` is the grid that certificates test, from the safest down; `exit_shares` says, for
-    each of them, which share of held-out prompts leaves at each point.
+    each of them, which share of held-out prompts leaves at each point. Of a context exit the last
+    `answer_rows` positions do not stop: they run through all layers over the translated ones.
     """
 
     points: tuple[ExitPoint, ...]
@@ -252,6 +253,7 @@ class ExitSpec(_Record):
     exit_shares: tuple[tuple[float, ...], ...] = ()
     certificate: Certificate | None = None
     kv_policy: Literal["deferred"] = "deferred"
+    answer_rows: int = Field(default=1, ge=1)
     calibration: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -329,10 +331,9 @@ class Manifest(_Record):
     `exit` is the exit graph of mode `adaptive`, `other_exits` are further ones, each with another
     kind of classifier, that requests and evaluations may name. `choice_exit` is for choices among
     labels: it reads features over the labels' rows of the head alone. They share the adapters:
-    there is at most one per exit layer. `context_exit` lets all positions but the last stop,
+    there is at most one per exit layer. `context_exit` lets all positions but the last few stop,
     `combined_exit` looks for answer exits and context exits in one request. `plan` is what mode
     `auto` decides by.
-    there is at most one per exit layer. `context_exit` lets all positions but the last stop.
     `shortlist` is a cheaper probe for drafts and first looks at exit points.
     """
 

@@ -61,7 +61,7 @@ def test_over_exact_keys_and_values_the_answer_is_the_full_models(tiny, layer):
     chain.admit(np.array(PROMPT))
     chain.advance(layer)
     assert chain.can_translate(layer)
-    answer = chain.answer_over_translation(layer)
+    answer = chain.answers_over_translation(layer, [chain.length - 1], rows=1)[0][0]
     np.testing.assert_allclose(answer, full.hidden()[-1], atol=1e-4)
     # The first token is computed, the last one is the question.
     assert backend.asked == [(layer, 1, len(PROMPT) - 2)]
@@ -74,8 +74,37 @@ def test_over_exact_keys_and_values_the_answer_is_the_full_models(tiny, layer):
     chain.truncate(0)
     chain.admit(np.array(PROMPT))
     chain.advance(layer)
-    np.testing.assert_array_equal(chain.answer_over_translation(layer), answer)
+    np.testing.assert_array_equal(
+        chain.answers_over_translation(layer, [chain.length - 1], rows=1)[0][0], answer
+    )
     assert chain.ledger.count.executed - before == layer * len(PROMPT) + 4 - layer
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_answers_in_a_context_see_nothing_behind_them(tiny, rows):
+    """Over wrong keys and values an answer depends on what is before it, not on later answers."""
+    engine = tiny("llama").engine
+    noise = engine.session()
+    noise.extend(PROMPT[::-1])
+    noise.complete()
+    backend = ExactTranslation(engine.backend, noise)
+    positions = [1, 4, 6, len(PROMPT) - 1]
+    together = Chain(backend, engine.manifest)
+    together.admit(np.array(PROMPT))
+    together.advance(2)
+    answers, translated = together.answers_over_translation(2, positions, rows)
+    assert translated == max(0, len(PROMPT) - rows - 1)  # neither the first nor the last few
+    for position, answer in zip(positions, answers, strict=True):
+        alone = Chain(backend, engine.manifest)
+        alone.admit(np.array(PROMPT[: position + 1]))
+        alone.advance(2)
+        (expected,), _ = alone.answers_over_translation(2, [position], rows)
+        np.testing.assert_allclose(answer, expected, atol=1e-4)
+    exact = engine.session()
+    exact.extend(PROMPT)
+    exact.complete()
+    same = np.allclose(answers[-1], exact.hidden()[-1], atol=1e-4)
+    assert same == (rows == 100)  # all positions but the first run on: nothing is translated
 
 
 def test_positions_that_wait_elsewhere_are_not_translated(tiny):
@@ -174,7 +203,8 @@ def test_calibrated_context_exit(folder):
     assert session.predict(policy).exit_layer == first
     rows = len(ids)
     above = 4 - first
-    assert session.count.executed == first * rows + 2 * above  # the first and the last position
+    # Above, the first position and the last eight.
+    assert session.count.executed == first * rows + (1 + 8) * above
     assert 0.0 < session.count.layers_saved < 1.0
     assert session.count.compute < session.count.dense_compute
 

@@ -59,7 +59,7 @@ def test_manifest_that_is_no_json(folder):
 
 def test_unknown_schema_version(folder):
     edit(folder, lambda data: data.update(schema_version=99))
-    fails(SchemaVersionError, folder, "schema version 99 is unknown, this runtime reads 4")
+    fails(SchemaVersionError, folder, "schema version 99 is unknown, this runtime reads 5")
 
 
 def test_unknown_key(folder):
