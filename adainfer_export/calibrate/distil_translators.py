@@ -7,7 +7,9 @@ engine has), and Adam lowers the loss of `head_network` between what comes out a
 distribution. Nothing of the model is changed (SwiftKV, arXiv 2410.03960, trains its K,V weights).
 
 Every answer of a few-shot prompt is a question of its own: it attends to the translated context
-before it, to the first token, and to itself. Prompts that were held out decide per exit point
+before it, to the first token, and to itself. (The few positions before it, which run through the
+layers as well when it counts, are translated here: eight times the work for the same lesson.)
+Prompts that were held out decide per exit point
 whether the ridge map is kept. On SmolLM2 (int4, 12 tasks, 523 prompts) agreement over a context of
 20 of 30 layers rises from 0.84 to 0.87.
 """

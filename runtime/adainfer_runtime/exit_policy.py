@@ -32,7 +32,8 @@ class ExitCheck:
     Attributes:
         layer: the boundary (1 … L-1) at which it is taken.
         kind: `answer`: the adapted prediction of that boundary (all positions would stop there);
-            `context`: the answer after all layers, over translated K,V (all but it would stop).
+            `context`: the answer after all layers, over translated K,V (all positions but the last
+            few would stop).
     """
 
     layer: int

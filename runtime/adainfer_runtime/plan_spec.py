@@ -31,7 +31,7 @@ class StageTimes(_Record):
         probe, adapter, classifier: one position.
         candidates: a probe over a handful of rows.
         context_rows: positions of a prompt, ascending; `context` is parallel to it.
-        context: by exit layer: translation, and the answer position through the layers above.
+        context: by exit layer: translation, and the last positions through the layers above.
     """
 
     rows: tuple[int, ...]
