@@ -3,8 +3,9 @@
     python tools/make_checkpoint.py llama2-7b build/llama2 --layers 8
     python tools/kill_and_resume.py build/llama2 build/killed --kills 10
 
-First an export that nobody disturbs, then one that gets SIGKILL at random moments, each after it
-resumed the one before. Every file must have the same sha256 in the end.
+First an export that nobody disturbs (or `--undisturbed DIR`, which is at hand), then one that gets
+SIGKILL at random moments, each after it resumed the one before. Every file must have the same
+sha256 in the end.
 """
 
 from __future__ import annotations
@@ -28,17 +29,20 @@ def main() -> None:
     )
     parser.add_argument("model")
     parser.add_argument("out", type=Path, help="folder for both; it must not exist")
+    parser.add_argument("--undisturbed", type=Path, help="a whole export of the same model")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    whole, killed = args.out / "whole", args.out / "killed"
+    whole, killed = args.undisturbed or args.out / "whole", args.out / "killed"
     args.out.mkdir(parents=True)
-    seconds = writing_time(args.model, whole)
-    print(f"undisturbed: {seconds:.1f} s of writing")
+    if args.undisturbed is None:
+        finish(start(args.model, whole))
+    seconds = writing_time(whole)
+    print(f"undisturbed: {seconds:.1f} s of writing", flush=True)
     moments = random.Random(args.seed)
     for number in range(args.kills):
         done = kill_once(args.model, killed, moments.uniform(0, seconds / args.kills))
-        print(f"kill {number + 1}: {done} files were finished")
+        print(f"kill {number + 1}: {done} files were finished", flush=True)
     finish(start(args.model, killed))
     manifest = load_manifest(killed)
     verify_files(killed, manifest, sha256=True)
@@ -59,13 +63,10 @@ def finish(export: subprocess.Popen[bytes]) -> None:
         sys.exit("the export failed")
 
 
-def writing_time(model: str, out: Path) -> float:
-    """Seconds from the first data file to the end."""
-    export = start(model, out)
-    wait_for_writing(export, out)
-    begin = time.perf_counter()
-    finish(export)
-    return time.perf_counter() - begin
+def writing_time(whole: Path) -> float:
+    """Seconds from the first finished data file to the last one."""
+    moments = [path.stat().st_mtime for path in (whole / "stages").glob("*.data")]
+    return max(moments) - min(moments)
 
 
 def kill_once(model: str, out: Path, delay: float) -> int:

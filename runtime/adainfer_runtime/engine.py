@@ -65,7 +65,7 @@ class Engine:
         device: str = "cpu",
         threads: int | None = None,
         *,
-        low_memory: bool = False,
+        low_memory: bool | None = None,
         shadow_every: int | None = None,
         profile: bool = False,
         verify: bool = False,
@@ -75,8 +75,10 @@ class Engine:
         Args:
             device: `cpu`, which runs every target, or `cuda`.
             threads: of the process's one ONNX Runtime pool; default: the cores it may use.
-            low_memory: hold the weights once. Otherwise int4 engines hold them a second time, laid
-                out for passes of many positions: prompts are then read 1.4 times as fast.
+            low_memory: whether int4 engines hold their weights once, or a second time, laid out for
+                passes of many positions, in which some processors read prompts up to 1.4 times as
+                fast. Default: twice where that takes at most a quarter of the memory that this
+                process may use (the machine's, or its control group's limit).
             shadow_every: also run every n-th adaptive request in full and compare: see `shadow`.
             profile: measure time by kind of stage: see `statistics`. Costs nothing where off.
             verify: also compare every file's sha256 with the manifest's (sizes always are).
@@ -107,7 +109,7 @@ class Engine:
         *,
         device: str = "cpu",
         threads: int | None = None,
-        low_memory: bool = False,
+        low_memory: bool | None = None,
         shadow_every: int | None = None,
         profile: bool = False,
     ) -> Engine:

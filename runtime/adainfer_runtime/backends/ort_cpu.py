@@ -17,27 +17,45 @@ import numpy.typing as npt
 from ..errors import DeviceError, ExitUnavailableError, RequestError, StageError
 from ..manifest import Manifest
 from .base import ExitEvidence, Float32, ProbeResult
+from .host_memory import lazy_zeros, memory_limit
 from .layout import Region, SequenceLayout, StageRun, hidden_buffer
 from .rescore import rescored
 
-__all__ = ["OrtCpuBackend", "load", "open_session"]
+__all__ = ["OrtCpuBackend", "fits_twice", "load", "open_session"]
 
 _LOG = logging.getLogger(__name__)
 _MAX_ROWS = 512
 # Bindings that a sequence keeps, in row counts: decode, drafts, the usual prompt chunk.
 _KEPT_ROW_COUNTS = 8
+# The rest is for KV caches, activations and the application itself.
+_SHARE_OF_TWO_COPIES = 0.25
 
 
 def load(
-    folder: Path, manifest: Manifest, *, threads: int | None, low_memory: bool
+    folder: Path, manifest: Manifest, *, threads: int | None, low_memory: bool | None
 ) -> OrtCpuBackend:
     """Loads every stage of the folder; with `low_memory` without their wide graphs.
+
+    ONNX Runtime packs a graph's weights into memory of the process, in one layout for products
+    with int8 activations and in another for float32 ones: a wide graph is a second copy. With None
+    it is held where both copies, by the size of the folder's weights, take at most a quarter of
+    the memory that the process may use (`memory_limit`).
 
     Raises:
         DeviceError: onnxruntime is not installed.
         StageError: ONNX Runtime refuses a file.
     """
+    if low_memory is None:
+        low_memory = not fits_twice(manifest, memory_limit())
     return OrtCpuBackend(folder, manifest, _Sessions(threads), low_memory=low_memory)
+
+
+def fits_twice(manifest: Manifest, limit: int | None) -> bool:
+    """Whether two copies of the weights take at most a quarter of `limit` bytes (None: unknown)."""
+    weights = sum(
+        record.bytes for name, record in manifest.files.items() if name.startswith("stages/")
+    )
+    return limit is None or 2 * weights <= limit * _SHARE_OF_TWO_COPIES
 
 
 def open_session(path: Path) -> Any:
@@ -269,9 +287,7 @@ class _OrtSequence:
         manifest = backend.manifest
         self._backend = backend
         self._layout = SequenceLayout(manifest, backend.max_rows)
-        self._memory = {
-            name: np.zeros(spec.shape, spec.dtype) for name, spec in self._layout.buffers().items()
-        }
+        self._memory = {name: lazy_zeros(spec) for name, spec in self._layout.buffers().items()}
         self.pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
         self._caches = {
             layer: (self._cache("key", layer), self._cache("value", layer))

@@ -27,7 +27,7 @@ _INSTALL = "pip uninstall onnxruntime, then pip install 'adainfer-export[cuda]'"
 
 
 def load(
-    folder: Path, manifest: Manifest, *, threads: int | None, low_memory: bool
+    folder: Path, manifest: Manifest, *, threads: int | None, low_memory: bool | None
 ) -> DeviceBackend:
     """Loads every stage of the folder onto the first GPU.
 

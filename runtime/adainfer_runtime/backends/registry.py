@@ -41,7 +41,7 @@ def load_backend(
     *,
     device: str,
     threads: int | None,
-    low_memory: bool = False,
+    low_memory: bool | None = None,
 ) -> Backend:
     """Loads the stages of a checked manifest.
 

@@ -176,7 +176,7 @@ class _Recorded:
 
 
 def load(
-    folder: Path, manifest: Manifest, *, threads: int | None, low_memory: bool
+    folder: Path, manifest: Manifest, *, threads: int | None, low_memory: bool | None
 ) -> DeviceBackend:
     """Loads the plans that were built for this device.
 
