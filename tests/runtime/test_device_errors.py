@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from adainfer_export.build import BuildRequest, build_plans
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
-from adainfer_runtime.backends.ort_cuda import require_cuda_sessions
+from adainfer_runtime.backends.ort_cuda import require_cuda_libraries, require_cuda_sessions
 from adainfer_runtime.devices import find_gpu
 from adainfer_runtime.errors import DeviceError, StageError
 
@@ -37,6 +38,13 @@ def test_targets_name_the_devices_that_they_run_on(tiny):
 def test_a_silent_fall_back_is_an_error(providers):
     with pytest.raises(StageError, match="ONNX Runtime's CUDA provider was not loaded"):
         require_cuda_sessions(Path("stages/layer_001.onnx"), providers)
+
+
+def test_a_library_that_is_missing_is_named(tmp_path):
+    """A package whose CUDA provider links to what is not there: here the provider itself."""
+    package = SimpleNamespace(__file__=str(tmp_path / "__init__.py"), __version__="1.31.1")
+    with pytest.raises(DeviceError, match=r"onnxruntime-gpu 1\.31\.1 needs .*\.so, which is not"):
+        require_cuda_libraries(package)
 
 
 def test_cuda_sessions_pass():
