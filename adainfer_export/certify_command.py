@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from adainfer_runtime.commands.inspect_folder import certificate_tables
+from adainfer_runtime.commands.options import DeviceOption
 
 from .progress import terminal_reporter
 
@@ -20,6 +21,8 @@ EXAMPLES = """
 Examples:
 
     adainfer certify engines/ --prompts traffic.jsonl
+
+    adainfer certify engines/ --prompts traffic.jsonl --device cuda
 
     adainfer run engines/ --mode adaptive --level 0.02 --prompt "…"
 """
@@ -44,6 +47,7 @@ def certify(
             "answer that the full model has right."
         ),
     ] = Against.model,
+    device: DeviceOption = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the certificate.")] = False,
 ) -> None:
@@ -51,7 +55,7 @@ def certify(
     from .calibrate.recertify import recertify
 
     with terminal_reporter(quiet=quiet or json_output) as reporter:
-        renewal = recertify(folder, prompts, reporter, against.value)
+        renewal = recertify(folder, prompts, reporter, against.value, device=device)
     if json_output:
         certificates = {
             name: certificate.model_dump(mode="json")

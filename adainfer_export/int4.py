@@ -4,6 +4,11 @@ A matrix `W [out, in]` is stored transposed, `[in, out]`, as the second operand 
 of `block_size` values along `in` share a scale: `w ≈ q · s` with q in −8 … 7 and no zero point.
 TensorRT takes positive scales only, so s is the least that clips neither end:
 `max(max(w) / 7, −min(w) / 8)`. Values are packed two to a byte along `out`, low half first.
+
+KL divergence of SmolLM2's next tokens from the float model's, 187 tokens of six texts, linear
+layers alone in blocks of 32: 0.44, as with the scales of either sign that `quantise` makes (0.44).
+±7 gives 0.48; the scale of least squared error 0.51, with errors weighted by w² 0.43. Blocks of 16,
+which TensorRT does not take, give 0.38; layers 1–2 and 29–30 left alone 0.32.
 """
 
 from __future__ import annotations

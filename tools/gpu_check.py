@@ -4,7 +4,7 @@
 
 Exports SmolLM2-135M for every target that this machine can run (see `adainfer doctor`), builds
 TensorRT plans, compares tokens, hidden states and caches with the same graphs on the CPU, and
-measures prompt and decode speed of stages. Each step may fail alone: its error is kept.
+measures prompt and decode speed and the stage times that the planner reads (`adainfer bench`). Each step may fail alone: its error is kept.
 """
 
 from __future__ import annotations
@@ -27,8 +27,10 @@ from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine, NoExit
 from adainfer_runtime.doctor import diagnose
 from adainfer_runtime.engine_folder import load_manifest
+from adainfer_runtime.planning import measure_times
 
 _PROMPT = "Once upon a time, in a small village by the sea, there lived an old fisherman who"
+_LONG = ("stamp", "stage_times", "traceback")
 _COMBINATIONS = (
     ("ort-cuda", "fp16"),
     ("ort-cuda", "bf16"),
@@ -67,6 +69,7 @@ def check(work: Path, model: str, target: str, precision: str, backend: str) -> 
             row["stamp"] = report.stamp.model_dump(mode="json")
         device = step("load", lambda: Engine.load(folder, device="cuda"))
         row |= step("speed", lambda: speed(device))
+        row["stage_times"] = step("bench", lambda: measure_times(device).model_dump(mode="json"))
         if precision != "bf16":
             row |= step("compare", lambda: compare(device, Engine.load(folder)))
     except Exception:
@@ -128,17 +131,17 @@ def main() -> None:
     parser.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
     parser.add_argument("--targets", default="", help="comma-separated; default: all")
     options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
     found = diagnose()
     report: dict[str, Any] = {"machine": asdict(found), "rows": []}
     if found.gpu is None:
         raise SystemExit("no NVIDIA GPU was found: see `adainfer doctor`")
+    options.work.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in options.targets.split(",") if name]
     for target, precision in _COMBINATIONS:
         if wanted and target not in wanted:
             continue
         row = check(options.work, options.model, target, precision, options.backend)
-        print({key: value for key, value in row.items() if key not in ("stamp", "traceback")})
+        print({key: value for key, value in row.items() if key not in _LONG})
         report["rows"].append(row)
         options.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
     passed = sum(row["passed"] for row in report["rows"])

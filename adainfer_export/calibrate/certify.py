@@ -21,7 +21,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-from adainfer_runtime.certificate import device_class
 from adainfer_runtime.manifest import Certificate, CertificateGroup, CertificateLevel, Manifest
 
 from .scored import Scored
@@ -65,12 +64,18 @@ def make_certificate(
     grid: npt.NDArray[np.float64],
     data: Sequence[str],
     against: Literal["model", "gold"] = "model",
+    *,
+    device_class: str,
 ) -> Certificate:
-    """The certificate of one frozen exit graph on prompts that were used for nothing else."""
+    """The certificate of one frozen exit graph on prompts that were used for nothing else.
+
+    Args:
+        device_class: of the engine that was observed.
+    """
     return Certificate(
         target=manifest.target,
         precision=manifest.precision,
-        device_class=device_class(),
+        device_class=device_class,
         data=tuple(data),
         against=against,
         levels=certify(scored, grid),

@@ -16,6 +16,7 @@ whether the ridge map is kept. On SmolLM2 (int4, 12 tasks, 523 prompts) agreemen
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from .translate import ContextLesson, Rotary, Translator, Unrotated
 
 __all__ = ["distil_translators"]
 
+_LOG = logging.getLogger(__name__)
 Float32 = npt.NDArray[np.float32]
 
 _EPOCHS, _BATCH = 4, 8
@@ -62,7 +64,7 @@ def distil_translators(
     """Per exit point the distilled map, or the given one where held-out prompts prefer it.
 
     Points are left as they are where the layers above hold an operator that torch is not taught, or
-    too many weights to be held in float32; all of them with too few prompts.
+    too many weights to be held in float32, with a warning; all of them with too few prompts.
     """
     train = [lesson for index, lesson in enumerate(lessons) if index % _HELD_OUT]
     test = list(lessons[::_HELD_OUT])
@@ -72,15 +74,23 @@ def distil_translators(
     random = np.random.default_rng(seed)
     finals = np.concatenate([lesson.final for lesson in train])
     network = HeadNetwork(head, considered_tokens(engine, finals, random))
-    courses = {}
+    courses, left_out = {}, list[int]()
     for layer, translator in translators.items():
         upper = _read_upper(folder, engine.manifest, layer)
         if upper is None:
+            left_out.append(layer)
             continue
         course = _Course(engine, network, _Upper(upper, layer, rotary, engine.manifest))
         agreement = course.agreement(translator, test)
         if _WORTH_IT[0] <= agreement <= _WORTH_IT[1]:
             courses[layer] = (course, agreement)
+    if left_out:
+        _LOG.warning(
+            "context exits after layers %s keep ridge translators: the layers above them, as target"
+            " %s has them, cannot be trained through (unknown operators, or more than 2 GB)",
+            ", ".join(map(str, left_out)),
+            engine.manifest.target,
+        )
     # What there is to gain: layers that a right answer saves, at the chance of more than half.
     worth = {
         layer: (engine.manifest.model.num_layers - layer) * (2.0 * agreement - 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ from .trust import Trust, cross_fit, fit_trust, with_trust
 
 __all__ = ["Fitted", "FittedGraph", "classifier_entries", "fit_graphs"]
 
+_LOG = logging.getLogger(__name__)
 _RIDGE = 0.01
 _LEAST_CHOICES = 30  # own prompts with labels, in every part
 
@@ -135,8 +137,14 @@ def _fit_adapters(
     if request.adapters == "none":
         return {}
     ridge = {layer: moment.solve(_RIDGE) for layer, moment in prompts.moments.items()}
-    head = read_head(folder, engine.manifest) if request.adapters == "distilled" else None
+    if request.adapters != "distilled":
+        return ridge
+    head = read_head(folder, engine.manifest)
     if head is None:
+        _LOG.warning(
+            "adapters and translators stay ridge regressions: the head of this model is more than "
+            "a norm and a matrix, and is not distilled through"
+        )
         return ridge
     return distil_adapters(engine, head, prompts.answers, ridge, reporter, request.seed)
 

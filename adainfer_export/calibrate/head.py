@@ -55,11 +55,8 @@ def read_head(folder: Path, manifest: Manifest) -> Head | None:
     product = _through_reshapes(logits)
     if product is None or product.op_type not in ("MatMulNBits", "Gemm", "MatMul"):
         return None
-    norm = _through_reshapes(product.inputs[0])
-    if norm is None or norm.op_type not in (*_RMS, "LayerNormalization"):
-        return None
-    source = norm.inputs[0]
-    if source is None or source.name != "hidden":
+    norm = _read_norm(_through_reshapes(product.inputs[0]))
+    if norm is None or _through_casts(norm.source) != "hidden":
         return None
     constants = [_constant(value) for value in product.inputs[1:]]
     quantised = product.op_type == "MatMulNBits"
@@ -68,18 +65,60 @@ def read_head(folder: Path, manifest: Manifest) -> Head | None:
     weight = constants[0]
     if not quantised and not (product.op_type == "Gemm" and _integer(product, "transB", 0)):
         weight = weight.T
-    norm_weight, *norm_bias = [_constant(value) for value in norm.inputs[1:]]
-    epsilon = norm.attributes.get("epsilon")
     return Head(
-        norm_weight=norm_weight,
-        norm_bias=norm_bias[0] if norm_bias else None,
-        epsilon=1e-5 if epsilon is None else float(epsilon.as_float()),
-        centred=norm.op_type == "LayerNormalization",
+        norm_weight=norm.weight,
+        norm_bias=norm.bias,
+        epsilon=norm.epsilon,
+        centred=norm.centred,
         weight=weight,
         scales=constants[1] if quantised else None,
         bits=cast(Literal[4, 8], _integer(product, "bits", 4)),
         cap=cap,
     )
+
+
+@dataclass(frozen=True)
+class _Norm:
+    source: ir.Value | None
+    weight: Float32
+    bias: Float32 | None
+    epsilon: float
+    centred: bool
+
+
+def _read_norm(node: ir.Node | None) -> _Norm | None:
+    """A norm as one operator, or RMSNorm in the parts that `lower.standard` makes of it."""
+    if node is None:
+        return None
+    if node.op_type in (*_RMS, "LayerNormalization"):
+        weight, *bias = [_constant(value) for value in node.inputs[1:]]
+        epsilon = node.attributes.get("epsilon")
+        return _Norm(
+            node.inputs[0],
+            weight,
+            bias[0] if bias else None,
+            1e-5 if epsilon is None else float(epsilon.as_float()),
+            node.op_type == "LayerNormalization",
+        )
+    divide = _through_reshapes(node.inputs[0]) if node.op_type == "Mul" else None
+    if divide is None or divide.op_type != "Div":
+        return None
+    found = [divide]
+    for kind in ("Sqrt", "Add", "ReduceMean"):  # of the divisor, from the outside in
+        value = found[-1].inputs[1 if kind == "Sqrt" else 0]
+        inner = value.producer() if value is not None else None
+        if inner is None or inner.op_type != kind:
+            return None
+        found.append(inner)
+    added = float(_constant(found[2].inputs[1]).item())
+    return _Norm(divide.inputs[0], _constant(node.inputs[1]), None, added, False)
+
+
+def _through_casts(value: ir.Value | None) -> str | None:
+    """The name of what a value was cast from."""
+    while value is not None and (node := value.producer()) and node.op_type == "Cast":
+        value = node.inputs[0]
+    return None if value is None else value.name
 
 
 def _uncapped(logits: ir.Value) -> tuple[ir.Value | None, float | None]:

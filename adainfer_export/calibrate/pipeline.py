@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine
+from adainfer_runtime.certificate import device_class
 from adainfer_runtime.engine_folder import write_manifest
 from adainfer_runtime.manifest import CombinedExitSpec, ExitSpec, Manifest
 from adainfer_runtime.plan_spec import PlanSpec
@@ -158,7 +159,9 @@ def _finish(manifest: Manifest, judged: Mapping[str, _Judged]) -> Manifest:
         return {
             "threshold": found.outcome.threshold,
             "exit_shares": found.scored.exit_shares(found.grid),
-            "certificate": make_certificate(manifest, found.scored, found.grid, data),
+            "certificate": make_certificate(
+                manifest, found.scored, found.grid, data, device_class=device_class()
+            ),
             "calibration": {**calibration, "held_out": outcome_figures(found.outcome)},
         }
 

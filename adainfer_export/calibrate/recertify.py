@@ -46,12 +46,15 @@ def recertify(
     files: Sequence[Path],
     reporter: Reporter,
     against: Literal["model", "gold"] = "model",
+    *,
+    device: str = "cpu",
 ) -> Renewal:
     """Runs every exit point on every prompt and tests the frozen grid of thresholds again.
 
     Args:
         against: what an exit must not differ from: the full model's answer, or the prompts' own
             `answer` where the full model gives it.
+        device: `cpu` or `cuda`: the certificate will be of its class.
 
     Raises:
         CalibrationError: the engine has no exits, or no prompt is left to certify with.
@@ -62,7 +65,7 @@ def recertify(
     verify_files(folder, manifest)
     if not manifest.classifiers:
         raise CalibrationError(f"{folder} has no exits to certify: run `adainfer calibrate` first")
-    engine = Engine.of_manifest(folder, manifest)
+    engine = Engine.of_manifest(folder, manifest, device=device)
     examples = list({example.prompt: example for example in read_tasks(files)}.values())
     unseen = _unseen(folder, manifest, examples)
     usable = [example for example in unseen if fits(engine, example)]
@@ -76,7 +79,9 @@ def recertify(
 
     def certificate(seen: Scored, grid: npt.NDArray[np.float64]) -> dict[str, Any]:
         return {
-            "certificate": make_certificate(manifest, seen, grid, data, against),
+            "certificate": make_certificate(
+                manifest, seen, grid, data, against, device_class=engine.device_class
+            ),
             "exit_shares": seen.exit_shares(grid),
         }
 

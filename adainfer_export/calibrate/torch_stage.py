@@ -2,7 +2,8 @@
 
 What is distilled must pass gradients through the frozen layers above it, with the weights that the
 engine really has (dequantised where they are quantised). So the stage's own ONNX graph is read and
-its operators are evaluated in torch; attention is left to the caller, who knows the K and V.
+its operators are evaluated in torch, in float32; attention is left to the caller, who knows the K
+and V.
 """
 
 from __future__ import annotations
@@ -94,7 +95,13 @@ class TorchStage:
             if name in packed:
                 yield name, self._torch.from_numpy(packed[name].T.copy())
             elif value.const_value is not None and not name.endswith(".scales"):
-                yield name, self._torch.from_numpy(np.array(value.const_value.numpy()))
+                yield name, self._constant(value.const_value.numpy())
+
+    def _constant(self, stored: Any) -> Any:
+        """Sizes as they are; weights in float32, which 16-bit ones become without a loss."""
+        array = np.array(stored)
+        integers = np.issubdtype(array.dtype, np.integer)
+        return self._torch.from_numpy(array if integers else array.astype(np.float32))
 
 
 def read_torch_stage(path: Path) -> TorchStage | None:
@@ -165,5 +172,6 @@ _OPERATORS: dict[str, _Operator] = {
     "Relu": lambda torch, _, i: [torch.relu(i[0])],
     "Sigmoid": lambda torch, _, i: [torch.sigmoid(i[0])],
     "Split": _split,
+    "Cast": lambda _, __, i: [i[0]],  # between 16 and 32 bits: all is float32 here
     "QuickGelu": _quick_gelu,
 }

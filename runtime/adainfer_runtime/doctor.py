@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 
+from .cuda_libraries import installed_provider_problem
 from .devices import GpuInfo, find_gpu, jetson_model
 
 __all__ = ["Ability", "Diagnosis", "diagnose"]
@@ -52,8 +53,9 @@ class Diagnosis:
 def diagnose(
     gpu: Callable[[], GpuInfo | None] = find_gpu,
     version: Callable[[str], str] = metadata.version,
+    provider_problem: Callable[[], str | None] = installed_provider_problem,
 ) -> Diagnosis:
-    """Looks at the driver and at the installed packages; loads none of them."""
+    """Looks at the driver, at the installed packages, and at the libraries that they need."""
     found = gpu()
     packages = {}
     for name in _PACKAGES:
@@ -61,17 +63,18 @@ def diagnose(
             packages[name] = version(name)
         except metadata.PackageNotFoundError:
             continue
+    library = provider_problem() if "onnxruntime-gpu" in packages else None
     return Diagnosis(
         system=f"{platform.system()} {platform.machine()}",
         python=platform.python_version(),
         jetson=jetson_model(),
         gpu=found,
         packages=packages,
-        abilities=tuple(_abilities(found, packages)),
+        abilities=tuple(_abilities(found, packages, library)),
     )
 
 
-def _abilities(gpu: GpuInfo | None, packages: dict[str, str]) -> list[Ability]:
+def _abilities(gpu: GpuInfo | None, packages: dict[str, str], library: str | None) -> list[Ability]:
     ort = [] if {"onnxruntime", "onnxruntime-gpu"} & packages.keys() else [_pip("cpu")]
     compiler = [] if {"torch", "mobius-onnx"} <= packages.keys() else [_pip("export")]
     both = {"onnxruntime", "onnxruntime-gpu"} <= packages.keys()
@@ -82,6 +85,8 @@ def _abilities(gpu: GpuInfo | None, packages: dict[str, str]) -> list[Ability]:
         cuda.append(_pip("cuda"))
     elif both:
         cuda.append("uninstall onnxruntime and onnxruntime-gpu (one module), install the latter")
+    elif library:
+        cuda.append(f"{library} of CUDA or cuDNN: {_pip('cuda')}")
     trt = [] if "tensorrt" in packages else ["TensorRT with its Python package (JetPack, CUDA)"]
     rtx = [] if "tensorrt-rtx" in packages else [_pip("tensorrt-rtx")]
     basic, fused = (trt + _older(packages, least) for least in (_MINIMUM_TENSORRT, _FUSED_TENSORRT))

@@ -10,6 +10,7 @@ from typing import Any, Unpack
 
 from .backends import Backend, load_backend
 from .batch import BatchScheduler, TakeTurns
+from .certificate import device_class, device_option
 from .choose import Chosen, choose, join_label
 from .conversation import Conversation
 from .engine_folder import load_manifest, verify_files
@@ -47,8 +48,11 @@ class Engine:
         tokenizer: Tokenizer,
         shadow: ShadowMonitor | None = None,
         clock: StageClock | None = None,
+        device: str = "cpu",
     ) -> None:
         self._shadow = shadow
+        self._device = device
+        self._device_class = device_class(device)
         self.clock = clock
         self.recorder = StatisticsRecorder()
         self._manifest = manifest
@@ -119,7 +123,7 @@ class Engine:
         )
         shadow = None if shadow_every is None else ShadowMonitor(shadow_every)
         clock = StageClock() if profile else None
-        return cls(manifest, backend, load_tokenizer(folder, manifest), shadow, clock)
+        return cls(manifest, backend, load_tokenizer(folder, manifest), shadow, clock, device)
 
     @property
     def manifest(self) -> Manifest:
@@ -130,6 +134,16 @@ class Engine:
     def backend(self) -> Backend:
         """The loaded stages."""
         return self._backend
+
+    @property
+    def device(self) -> str:
+        """What the stages run on, as `load` was told: `cpu` or `cuda`."""
+        return self._device
+
+    @property
+    def device_class(self) -> str:
+        """What its certificates and stage times must be of, such as `cpu-x86_64`, `gpu-sm87`."""
+        return self._device_class
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -175,7 +189,7 @@ class Engine:
                 there is no plan for mode `auto`.
             RequestError: no such mode, or both a threshold and a level.
         """
-        strictness = Strictness(threshold, level)
+        strictness = Strictness(threshold, level, self._device_class)
         if mode == "auto":
             return self._planned(shape, strictness).policy
         return self._policies.of_mode(mode, strictness, classifier)
@@ -192,7 +206,7 @@ class Engine:
 
         A folder whose calibration data had no labels has none; `policy` is taken then.
         """
-        strictness = Strictness(threshold, level)
+        strictness = Strictness(threshold, level, self._device_class)
         if mode == "auto":
             return self._planned(shape, strictness).policy
         return self._policies.of_choice(mode, strictness)
@@ -203,9 +217,9 @@ class Engine:
         """What each mode is expected to take for such a request, `off` first.
 
         Raises:
-            ExitUnavailableError: the folder has no plan.
+            ExitUnavailableError: the folder has no plan, or one of another class of device.
         """
-        return self._forecasts(shape, Strictness(level=level))
+        return self._forecasts(shape, Strictness(level=level, device_class=self._device_class))
 
     def _planned(self, shape: RequestShape | None, strictness: Strictness) -> ModeForecast:
         if shape is None:
@@ -216,7 +230,13 @@ class Engine:
         plan = self._manifest.plan
         if plan is None:
             raise ExitUnavailableError(
-                "this engine has no plan, which mode auto decides by: run `adainfer bench DIR`"
+                "this engine has no plan, which mode auto decides by: run `adainfer bench DIR"
+                f"{device_option(self._device_class)}`"
+            )
+        if plan.machine.device_class != self._device_class:
+            raise ExitUnavailableError(
+                f"the plan's times are of {plan.machine.device_class}, this is "
+                f"{self._device_class}: run `adainfer bench DIR{device_option(self._device_class)}`"
             )
         layers = self._manifest.model.num_layers
         predictor = TimePredictor(plan.times, layers, self._backend.max_rows)

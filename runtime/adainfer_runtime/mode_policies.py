@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from .backends import Backend
-from .certificate import certified_threshold
+from .certificate import certified_threshold, device_class
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, CombinedExit, ExitPolicy, NoExit
 from .manifest import CombinedExitSpec, ExitSpec, Manifest
@@ -24,6 +24,7 @@ class Strictness:
     Attributes:
         threshold: of the classifier's score, instead of the manifest's.
         level: a certified share of disagreement, such as 0.02, whose threshold is taken.
+        device_class: of the engine; a certificate of another one does not count.
 
     Raises:
         RequestError: both are given.
@@ -31,6 +32,7 @@ class Strictness:
 
     threshold: float | None = None
     level: float | None = None
+    device_class: str = field(default_factory=device_class)
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.level is not None:
@@ -45,7 +47,7 @@ class Strictness:
         if self.level is not None:
             against = spec.certificate.against if spec.certificate else "model"
             promised = self.level if against == "model" else None
-            return certified_threshold(spec.certificate, self.level), promised
+            return certified_threshold(spec.certificate, self.level, self.device_class), promised
         if self.threshold is not None:
             return self.threshold, None
         assert spec.threshold is not None  # the manifest's check: points come with a threshold

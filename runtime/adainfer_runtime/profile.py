@@ -66,6 +66,10 @@ class ProfiledBackend:
         """Buffers that are measured too."""
         return _ProfiledBuffers(self._inner.open_sequence(), self._clock)
 
+    def wait(self) -> None:
+        """For the inner one."""
+        self._inner.wait()
+
     def probe(self, hidden: Float32) -> ProbeResult:
         """Measured as `probe`."""
         with self._clock.measure("probe"):

@@ -38,6 +38,19 @@ def test_head_is_the_probes(tiny, variant, precision):
     assert (head.cap is None) is (variant != "gemma2")
 
 
+@pytest.mark.parametrize("variant", ["llama", "opt", "gemma2"])
+@pytest.mark.parametrize("target", ["ort-cuda", "tensorrt", "tensorrt-basic"])
+def test_heads_of_other_targets_are_read(tiny, target, variant):
+    """Casts around the norm, and a norm in its parts."""
+    made = tiny(variant, target=target, precision="fp16")
+    head = read_head(made.folder, made.engine.manifest)
+    hidden = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    tokens = np.array([3, 200, 7])
+    logits = made.engine.backend.probe_logits(hidden)[:, tokens]
+    found = head_logits(head, hidden, tokens)
+    np.testing.assert_allclose(found, logits, atol=0.01 * np.abs(logits).max())
+
+
 def test_a_probe_that_is_more_than_a_norm_and_a_head_is_not_read(tiny, tmp_path):
     made = tiny("llama")
     manifest = made.engine.manifest

@@ -76,8 +76,14 @@ class FakeDriver:
 
         return launch
 
+    @property
+    def busy(self):
+        """Whether something is still to be done."""
+        return bool(self._queue)
+
     def wait(self):
         """The stream is done."""
+        self.log.append(("wait", 0, 0))
         self._flush()
 
     def enqueue(self, entry, call):

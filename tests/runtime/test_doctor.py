@@ -15,7 +15,7 @@ from adainfer_runtime.doctor import Ability, Diagnosis, diagnose
 ORIN = GpuInfo("Orin", 87, 8 << 30, "12.6")
 
 
-def look(gpu=None, **versions):
+def look(gpu=None, library=None, **versions):
     names = {name.replace("_", "-"): version for name, version in versions.items()}
 
     def version(name):
@@ -23,7 +23,7 @@ def look(gpu=None, **versions):
             raise metadata.PackageNotFoundError(name)
         return names[name]
 
-    found = diagnose(lambda: gpu, version)
+    found = diagnose(lambda: gpu, version, lambda: library)
     return {ability.what: ability.missing for ability in found.abilities}
 
 
@@ -52,6 +52,13 @@ def test_the_two_runtimes_hold_one_module(both):
     found = missing["run target ort-cuda on the GPU"]
     assert bool(found) == both
     assert not both or "uninstall onnxruntime and onnxruntime-gpu" in found[0]
+
+
+def test_libraries_that_onnxruntime_needs_are_named():
+    versions = {"onnxruntime_gpu": "1.31", "cuda_python": "13.0"}
+    assert look(ORIN, **versions)["run target ort-cuda on the GPU"] == ()
+    found = look(ORIN, "libcudnn.so.9", **versions)["run target ort-cuda on the GPU"]
+    assert found == ("libcudnn.so.9 of CUDA or cuDNN: pip install 'adainfer-export[cuda]'",)
 
 
 def test_the_command_prints_json():

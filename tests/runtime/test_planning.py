@@ -81,7 +81,7 @@ def exits(shares, threshold=0.0):
 
 
 def planned(engine, spec, **times):
-    known = Machine(device_class="x", processor="y", threads=1)
+    known = Machine(device_class=engine.device_class, processor="y", threads=1)
     plan = PlanSpec(machine=known, times=TIMES.model_copy(update=times))
     manifest = engine.manifest.model_copy(update={"exit": spec, "plan": plan})
     return Engine(manifest, engine.backend, engine.tokenizer)

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from adainfer_export.build import profiles_of
-from adainfer_runtime import Engine, NoExit
+from adainfer_runtime import Engine, NoExit, certificate
+from adainfer_runtime import engine as engine_module
 from adainfer_runtime.backends import tensorrt
 from adainfer_runtime.backends.device_backend import DeviceBackend
 from adainfer_runtime.backends.device_memory import DeviceRows, Tensor, from_storage, to_storage
 from adainfer_runtime.backends.device_sequence import BoundRun
 from adainfer_runtime.backends.ort_cpu import open_session
 from adainfer_runtime.backends.tensorrt import PlanStage, PlanStages
+from adainfer_runtime.commands.app import build_app
+from adainfer_runtime.devices import GpuInfo
+from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.errors import DeviceError, ExitUnavailableError, StageError
+from adainfer_runtime.planning import Machine, RequestShape, bench, measure_times
 from adainfer_runtime.plans import BuildStamp, PlanRecord, engine_files
 from adainfer_runtime.profile import ProfiledBackend, StageClock
 from adainfer_runtime.session import Session
@@ -422,3 +430,55 @@ def test_a_profiled_device_gives_the_same(tiny):
     theirs, _ = tokens_of(backend, made.engine.manifest, PROMPT, 4)
     assert mine == theirs
     assert set(seconds) == {"embed", "layers", "probe"}
+
+
+def on_a_device(monkeypatch, made):
+    """`--device cuda` of the folder gives the fake device, which calls itself an Orin."""
+    backend, driver = fake_backend(made)
+    orin = GpuInfo("Orin", 87, 8 << 30, "12.6")
+    for module in (bench, certificate):
+        monkeypatch.setattr(module, "find_gpu", lambda: orin)
+    load = engine_module.load_backend
+
+    def load_backend(folder, manifest, *, device, **rest):
+        return backend if device == "cuda" else load(folder, manifest, device=device, **rest)
+
+    monkeypatch.setattr(engine_module, "load_backend", load_backend)
+    return driver
+
+
+def test_stage_times_are_taken_from_an_idle_device_to_an_idle_device(tiny, monkeypatch):
+    made = tiny("llama", target="tensorrt", precision="fp16")
+    driver = on_a_device(monkeypatch, made)
+    engine = Engine.load(made.folder, "cuda")
+    read = []
+
+    def clock():
+        assert not driver.busy, "the clock is read while work is still on the stream"
+        read.append(len(driver.log))
+        return float(len(driver.log))
+
+    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    times = measure_times(engine, repeats=1)
+    assert len(read) > 20
+    assert all(seconds > 0 for seconds in (*times.layer, times.step, times.probe, times.candidates))
+    assert times.rows[-1] == 16  # what a pass on the device carries
+
+
+def test_bench_on_a_device_is_what_its_planner_reads(tiny, tmp_path, monkeypatch):
+    made = tiny("llama", target="tensorrt", precision="fp16")
+    folder = tmp_path / "engines"
+    shutil.copytree(made.folder, folder)
+    on_a_device(monkeypatch, made)
+    run, app = CliRunner().invoke, build_app()
+    done = run(app, ["bench", str(folder), "--device", "cuda", "--repeats", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    known = load_manifest(folder).plan
+    assert known.machine == Machine(device_class="gpu-sm87", processor="Orin", threads=1)
+    done = run(app, ["plan", str(folder), "--device", "cuda", "--prompt-tokens", "8", "--json"])
+    assert json.loads(done.stdout)[0]["modes"]["off"]["seconds"] > 0
+    assert Engine.load(folder, "cuda").policy("auto", shape=RequestShape(8)).checks == ()
+    # The same folder on the CPU: these times say nothing there.
+    match = r"times are of gpu-sm87, this is cpu-\w+: run `adainfer bench DIR`$"
+    with pytest.raises(ExitUnavailableError, match=match):
+        Engine.load(folder).policy("auto", shape=RequestShape(8))

@@ -88,6 +88,9 @@ class Backend(Protocol):
     def open_sequence(self) -> SequenceBuffers:
         """Memory for one sequence."""
 
+    def wait(self) -> None:
+        """Returns once everything that was asked for is done: what a clock has to wait for."""
+
     def probe(self, hidden: Float32) -> ProbeResult:
         """Final norm, LM head and features of one position's hidden state `[hidden_size]`."""
 

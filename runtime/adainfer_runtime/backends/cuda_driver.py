@@ -71,12 +71,16 @@ class CudaDriver:
         kind = self._kind.cudaMemcpyDeviceToHost
         place = host.ctypes.data
         self._call(self._cuda.cudaMemcpyAsync, place, address, host.nbytes, kind, self._stream)
-        self._call(self._cuda.cudaStreamSynchronize, self._stream)
+        self.wait()
 
     def copy(self, target: int, source: int, size: int) -> None:
         """On the device."""
         kind = self._kind.cudaMemcpyDeviceToDevice
         self._call(self._cuda.cudaMemcpyAsync, target, source, size, kind, self._stream)
+
+    def wait(self) -> None:
+        """`cudaStreamSynchronize`."""
+        self._call(self._cuda.cudaStreamSynchronize, self._stream)
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """Captures what `work` puts onto the stream as a CUDA graph; the call launches it."""

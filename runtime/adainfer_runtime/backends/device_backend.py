@@ -59,6 +59,10 @@ class DeviceBackend:
         """Memory for one sequence."""
         return DeviceSequence(self.manifest, self._stages, self._driver, self.max_rows)
 
+    def wait(self) -> None:
+        """For the stream."""
+        self._driver.wait()
+
     def probe(self, hidden: Float32) -> ProbeResult:
         """One position `[hidden_size]`, on the device or the host; the result is read on demand."""
         with self._lock:

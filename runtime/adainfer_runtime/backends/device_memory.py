@@ -40,6 +40,9 @@ class DeviceDriver(Protocol):
     def copy(self, target: int, source: int, size: int) -> None:
         """Copies on the device; the places do not overlap."""
 
+    def wait(self) -> None:
+        """Returns when the stream is done."""
+
     def pinned(self, size: int) -> npt.NDArray[np.uint8]:
         """Host memory that downloads reach quickest: for what an exit decision reads back."""
 

@@ -200,6 +200,9 @@ class OrtCpuBackend:
         """Memory and bindings for one sequence."""
         return _OrtSequence(self)
 
+    def wait(self) -> None:
+        """Runs are done when they return."""
+
     def probe(self, hidden: Float32) -> ProbeResult:
         """One position `[hidden_size]`."""
         feed = {"hidden": hidden.reshape(1, 1, -1)}

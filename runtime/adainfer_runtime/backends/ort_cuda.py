@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from ..cuda_libraries import provider_problem
 from ..errors import DeviceError, StageError
 from ..manifest import Manifest
 from .cuda_driver import CudaDriver
 from .device_backend import DeviceBackend
 from .device_sequence import BoundRun
 
-__all__ = ["load", "require_cuda_sessions"]
+__all__ = ["load", "require_cuda_libraries", "require_cuda_sessions"]
 
 _PROVIDER = "CUDAExecutionProvider"
 _MAX_ROWS = 512
@@ -47,8 +48,17 @@ def require_cuda_sessions(path: Path, providers: list[str]) -> None:
     if not providers or providers[0] != _PROVIDER:
         raise StageError(
             f"{path}: ONNX Runtime's CUDA provider was not loaded (the session runs on "
-            f"{', '.join(providers) or 'nothing'}): CUDA or cuDNN libraries of its version are "
-            "missing; see `adainfer doctor`"
+            f"{', '.join(providers) or 'nothing'}); see `adainfer doctor`"
+        )
+
+
+def require_cuda_libraries(onnxruntime: Any) -> None:
+    """Raises `DeviceError` where a library of CUDA or cuDNN is missing, and names it."""
+    missing = provider_problem(onnxruntime)
+    if missing is not None:
+        raise DeviceError(
+            f"device cuda: onnxruntime-gpu {onnxruntime.__version__} needs {missing}, which is not "
+            "here: pip install 'adainfer-export[cuda]', or install CUDA and cuDNN"
         )
 
 
@@ -62,6 +72,7 @@ def _import_onnxruntime() -> Any:
             f"device cuda: the installed onnxruntime {onnxruntime.__version__} is the one for "
             f"CPUs: {_INSTALL}"
         )
+    require_cuda_libraries(onnxruntime)
     return onnxruntime
 
 

@@ -26,7 +26,7 @@ from .answers import (
     describe_text,
 )
 from .generation_arguments import takes_generation_options
-from .options import ThreadsOption
+from .options import DeviceOption, ThreadsOption
 
 __all__ = ["register"]
 
@@ -55,6 +55,7 @@ def chat(
     show_exits: Annotated[
         bool, typer.Option("--show-exits", help="Colour answers by exit layer.")
     ] = False,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON per answer.")
@@ -64,7 +65,7 @@ def chat(
 
     In a conversation: /reset, /stats, /exit.
     """
-    engine = Engine.load(folder, threads=threads)
+    engine = Engine.load(folder, device, threads)
     beginning = [] if system is None else [{"role": "system", "content": system}]
     talk = engine.conversation(beginning)
     colours = ExitColours(engine.manifest) if show_exits else None

@@ -16,7 +16,7 @@ from rich.table import Table
 from ..engine import Engine
 from ..evaluation import AnswerLog, Evaluation, TaskResult, evaluate, make_methods
 from ..tasks import TaskExample, read_tasks
-from .options import LevelOption, ThreadsOption, ThresholdOption
+from .options import DeviceOption, LevelOption, ThreadsOption, ThresholdOption
 
 __all__ = ["register"]
 
@@ -54,6 +54,7 @@ def run_eval(
     ] = False,
     threshold: ThresholdOption = None,
     level: LevelOption = None,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     log_file: Annotated[
         Path | None,
@@ -75,12 +76,18 @@ def run_eval(
 ) -> None:
     """Accuracy, agreement, layers, multiply-adds and time, per task and in the mean."""
     examples = _limited(read_tasks(tasks), limit)
-    engine = Engine.load(folder, threads=threads)
+    engine = Engine.load(folder, device, threads)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     chosen = make_methods(
         names, folder, engine, labels_only=labels_only, threshold=threshold, level=level
     )
-    question = {"labels_only": labels_only, "threshold": threshold, "level": level}
+    question: dict[str, object] = {
+        "labels_only": labels_only,
+        "threshold": threshold,
+        "level": level,
+    }
+    if device != "cpu":
+        question["device"] = device
     log = AnswerLog.open(log_file, engine.manifest, question) if log_file else None
     console = Console(stderr=True)
     with _progress(console) as progress:

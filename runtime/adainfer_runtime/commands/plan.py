@@ -10,12 +10,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..certificate import device_option
 from ..engine import Engine
 from ..engine_folder import load_manifest, verify_files, write_manifest
 from ..errors import RequestError
 from ..plan_spec import PlanSpec
 from ..planning import ModeForecast, RequestShape, machine, measure_times, pick_mode
-from .options import LevelOption, ThreadsOption
+from .options import DeviceOption, LevelOption, ThreadsOption
 
 __all__ = ["register"]
 
@@ -25,6 +26,8 @@ Examples:
     adainfer bench engines/
 
     adainfer bench engines/ --threads 2 --repeats 15 --json
+
+    adainfer bench engines/ --device cuda
 """
 _PLAN_EXAMPLES = """
 Examples:
@@ -43,6 +46,7 @@ def register(app: typer.Typer) -> None:
 
 def bench(
     folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     repeats: Annotated[int, typer.Option(help="Runs of which the median counts.", min=1)] = 7,
     json_output: Annotated[bool, typer.Option("--json", help="Print the times as JSON.")] = False,
@@ -50,13 +54,13 @@ def bench(
     """Measure stage times on this machine and keep them in the folder: what mode auto plans by."""
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
-    engine = Engine.of_manifest(folder, manifest, threads=threads)
+    engine = Engine.of_manifest(folder, manifest, device=device, threads=threads)
     console = Console(stderr=True)
     with console.status("measuring") as status:
         times = measure_times(
             engine, repeats=repeats, on_step=lambda name: status.update(f"measured {name}")
         )
-    spec = PlanSpec(machine=machine(threads), times=times)
+    spec = PlanSpec(machine=machine(threads, device), times=times)
     write_manifest(folder, manifest.model_copy(update={"plan": spec}))
     if json_output:
         print(spec.model_dump_json(indent=1))
@@ -72,16 +76,18 @@ def plan(
     new_tokens: Annotated[int, typer.Option(help="Tokens that are generated.", min=1)] = 1,
     labels: Annotated[bool, typer.Option("--labels", help="Choices among labels.")] = False,
     level: LevelOption = None,
+    device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show what each mode is expected to take here, and which one mode auto takes."""
-    engine = Engine.load(folder, threads=threads, low_memory=True)
-    here, known = machine(threads), engine.manifest.plan
+    engine = Engine.load(folder, device, threads, low_memory=True)
+    here, known = machine(threads, device), engine.manifest.plan
     if known is not None and known.machine != here:
         Console(stderr=True).print(
             f"warning: measured on {known.machine.processor} with {known.machine.threads} threads, "
-            f"this is {here.processor} with {here.threads}: run `adainfer bench` here",
+            f"this is {here.processor} with {here.threads}: run `adainfer bench"
+            f"{device_option(here.device_class)}` here",
             style="yellow",
         )
     shapes = [RequestShape(n, new_tokens, candidates=labels) for n in _lengths(prompt_tokens)]
@@ -143,7 +149,12 @@ def _forecast_table(shape: RequestShape, forecasts: tuple[ModeForecast, ...]) ->
 
 def _times_table(spec: PlanSpec) -> Table:
     times = spec.times
-    title = f"{spec.machine.processor}, {spec.machine.threads} threads"
+    here = spec.machine
+    title = (
+        here.processor
+        if here.device_class.startswith("gpu-")
+        else (f"{here.processor}, {here.threads} threads")
+    )
     table = Table("stage", "time", "in layers of as many positions", title=title)
     for rows, seconds in zip(times.rows, times.layer, strict=True):
         table.add_row(f"layer, {rows} positions", _milliseconds(seconds), "")

@@ -66,7 +66,7 @@ def make_methods(
 
     @cache
     def load(variant: Callable[[Manifest], Manifest]) -> Engine:
-        return Engine.of_manifest(folder, variant(manifest))
+        return Engine.of_manifest(folder, variant(manifest), device=engine.device)
 
     def make(name: str) -> Method:
         word, _, number = name.partition(":")
@@ -77,7 +77,8 @@ def make_methods(
             return Method.of(name, stops, FixedExit(layer))
         if word == "shortgpt":
             count = _number(name, number)
-            shortened = Engine.of_manifest(folder, drop_layers(manifest, count))
+            fewer = drop_layers(manifest, count)
+            shortened = Engine.of_manifest(folder, fewer, device=engine.device)
             return Method.of(name, shortened, shortened.policy("off"))
         if name == "auto":
             planned = engine.choice_policy if labels_only else engine.policy

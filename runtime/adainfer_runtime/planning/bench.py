@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 
 from ..backends import ExitEvidence
 from ..certificate import device_class
+from ..devices import find_gpu
 from ..exit_policy import ExitCheck, NoExit
 from ..plan_spec import Machine, StageTimes
 from ..session import Session
@@ -28,20 +30,24 @@ _CONTEXT_ROWS = (8, 32, 128, 512)
 _CANDIDATES = 4
 
 
-def machine(threads: int | None) -> Machine:
-    """This machine, and the threads that engines get."""
+def machine(threads: int | None, device: str = "cpu") -> Machine:
+    """This machine, and the threads that engines get; of device `cuda` its GPU, which one thread
+    feeds.
+    """
+    name = device_class(device)
+    gpu = find_gpu() if device == "cuda" else None
+    if gpu is not None:
+        return Machine(device_class=name, processor=gpu.name, threads=1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return Machine(
-        device_class=device_class(),
-        processor=_processor(),
-        threads=threads or cores or 1,
-    )
+    return Machine(device_class=name, processor=_processor(), threads=threads or cores or 1)
 
 
 def measure_times(
     engine: Engine, *, repeats: int = 7, on_step: Callable[[str], None] = lambda name: None
 ) -> StageTimes:
-    """Medians over `repeats` runs; what is timed are the calls that requests make."""
+    """Medians over `repeats` runs; what is timed are the calls that requests make, from an idle
+    device to an idle device: on a GPU a call alone only asks.
+    """
     bench = _Bench(engine, repeats)
     manifest, most = engine.manifest, min(engine.backend.max_rows, engine.manifest.max_seq_len)
     rows = _rows(most, manifest.quantisation.wide_rows if manifest.quantisation else None)
@@ -96,7 +102,7 @@ class _Bench:
     def seconds(self, call: Callable[[], object]) -> float:
         """Of a call that leaves nothing behind, after one that warms up."""
         call()
-        return float(np.median([_timed(call) for _ in range(self._repeats)]))
+        return float(np.median([self._timed(call) for _ in range(self._repeats)]))
 
     def passes(self, rows: int, past: int = 0) -> _PassSeconds:
         """A prediction over so many new positions that follow others, part by part.
@@ -110,9 +116,9 @@ class _Bench:
                 session.complete()
             for _ in range(self._repeats + 1):
                 session.truncate(past)
-                embed = _timed(lambda: session.extend(self._ids[past : past + rows]))
-                layers = _timed(session.complete)
-                probe = _timed(lambda: self._probe_of(session))
+                embed = self._timed(lambda: session.extend(self._ids[past : past + rows]))
+                layers = self._timed(session.complete)
+                probe = self._timed(lambda: self._probe_of(session))
                 taken.append(_PassSeconds(embed, layers / self._engine.manifest.depth, probe))
         medians = np.median([(t.embed, t.layer, t.probe) for t in taken[1:]], axis=0)
         return _PassSeconds(*map(float, medians))
@@ -124,10 +130,7 @@ class _Bench:
             session.extend(self._ids[:past])
             session.complete()
             for token in self._ids[past : past + 4 * self._repeats]:
-                start = time.perf_counter()
-                session.extend([token])
-                session.predict(NoExit())
-                taken.append(time.perf_counter() - start)
+                taken.append(self._timed(partial(_step, session, token)))
         return float(np.median(taken))
 
     def attention(self, rows: int, past: int) -> float:
@@ -142,7 +145,7 @@ class _Bench:
             session.extend(self._ids[:rows])
             session.advance(exit_layer)
             for _ in range(self._repeats + 1):
-                taken.append(_timed(lambda: session.look(check)))
+                taken.append(self._timed(lambda: session.look(check)))
         probe = self.seconds(lambda: self._probe_of(session))
         return max(0.0, float(np.median(taken[1:])) - probe)
 
@@ -156,7 +159,15 @@ class _Bench:
         return self.seconds(lambda: backend.classify(known[0].graph, evidence, 0.5, state))
 
     def _probe_of(self, session: Session) -> object:
-        return self._engine.backend.probe(np.array(session.hidden()[-1]))
+        hidden = session.hidden()
+        return self._engine.backend.probe(hidden[len(hidden) - 1])
+
+    def _timed(self, call: Callable[[], object]) -> float:
+        self._engine.backend.wait()
+        start = time.perf_counter()
+        call()
+        self._engine.backend.wait()
+        return time.perf_counter() - start
 
 
 def _rows(most: int, wide_rows: int | None) -> tuple[int, ...]:
@@ -165,10 +176,10 @@ def _rows(most: int, wide_rows: int | None) -> tuple[int, ...]:
     return tuple(sorted({n for n in (*_ROWS, *edges, most) if 1 <= n <= most}))
 
 
-def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+def _step(session: Session, token: int) -> int:
+    """A token of a text, read as texts need it."""
+    session.extend([token])
+    return session.predict(NoExit()).result.token
 
 
 def _processor() -> str:
