@@ -149,7 +149,7 @@ def _draft(
         threshold=0.0,
         target_agreement=request.target_agreement,
         calibration={
-            "data": [path.name for path in request.files] or ["builtin"],
+            "data": request.data,
             "classifier_difference": float(f"{difference:.2g}"),
         },
     )

@@ -12,6 +12,7 @@ Only second moments are kept, `[hidden, hidden]` twice per layer, whatever the n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,19 @@ class Moments:
         self._xx = np.zeros((width, width))
         self._xy = np.zeros((width, outputs))
         self._waiting: list[tuple[Float32, Float32, Float32]] = []
+
+    @classmethod
+    def sum_of(cls, parts: Sequence[Moments]) -> Moments:
+        """Of all their rows together; there is one at least, and they are of the same widths."""
+        total = cls(*parts[0]._xy.shape)
+        for part in parts:
+            part._add_waiting()
+            total._weight += part._weight
+            total._x += part._x
+            total._y += part._y
+            total._xx += part._xx
+            total._xy += part._xy
+        return total
 
     def add(self, x: Float32, y: Float32, weight: Float32) -> None:
         """Adds rows: x `[rows, width]`, y `[rows, outputs]`, weight `[rows]`."""
