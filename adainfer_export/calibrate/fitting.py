@@ -16,6 +16,7 @@ from .classifiers import CLASSIFIERS, Entry, ExitClassifier, own_entry
 from .data import Parts, load_examples, split_parts
 from .distil import distil_adapters
 from .head import read_head
+from .low_rank import choose_ranks
 from .predictions import Predictions, predict_candidates, predict_layers
 from .request import CalibrationRequest
 from .ridge import Adapter
@@ -166,11 +167,11 @@ def _fit_adapters(
 ) -> dict[int, Adapter]:
     if request.adapters == "none":
         return {}
-    ridge = {layer: moment.solve(_RIDGE) for layer, moment in prompts.moments.items()}
+    fitted = {layer: moment.solve(_RIDGE) for layer, moment in prompts.moments.items()}
     head = read_head(folder, engine.manifest) if request.adapters == "distilled" else None
-    if head is None:
-        return ridge
-    return distil_adapters(engine, head, prompts.answers, ridge, reporter, request.seed)
+    if head is not None:
+        fitted = distil_adapters(engine, head, prompts.answers, fitted, reporter, request.seed)
+    return choose_ranks(engine, fitted, prompts, reporter)
 
 
 def _trace_parts(engine: Engine, parts: Parts, reporter: Reporter, seed: int) -> TracedParts:

@@ -34,6 +34,7 @@ Int64 = npt.NDArray[np.int64]
 _ANSWER_WEIGHT = 10.0
 _OTHER_POSITIONS = 24
 _EARLIER_ANSWERS = 6
+_HELD_OUT = 10
 _MOST_CANDIDATES = 16
 _MOST_ANSWER_BYTES = 800e6
 
@@ -62,6 +63,11 @@ class AnswerTraces:
     prompts: Int64
     candidates: tuple[tuple[int, ...], ...]
     seconds_per_layer: float
+
+    @property
+    def held_out(self) -> npt.NDArray[np.bool_]:
+        """`[positions]`, those of every tenth prompt: forms of adapters are compared on them."""
+        return np.asarray(self.prompts % _HELD_OUT == 0)
 
     @classmethod
     def concatenate(cls, parts: Sequence[AnswerTraces]) -> AnswerTraces:
