@@ -48,6 +48,8 @@ Examples:
     adainfer calibrate engines/ --calibration mine.jsonl --target-agreement 0.995
 
     adainfer calibrate engines/ --calibration builtin --adapters none
+
+    adainfer calibrate engines/ --calibration mine.jsonl --calibration self --self-texts 200
 """
 
 
@@ -80,8 +82,13 @@ class ClassifierChoice(str, Enum):
 CalibrationOption = Annotated[
     list[str],
     typer.Option(
-        "--calibration", help="`builtin`, `none`, or a task file (JSON lines); repeatable."
+        "--calibration",
+        help="`builtin`, a task file (JSON lines), `self` (text that the model writes itself, for "
+        "adapters, beside the others), or `none`; repeatable.",
     ),
+]
+SelfTextsOption = Annotated[
+    int, typer.Option(help="Texts that `--calibration self` lets the model write.", min=1)
 ]
 LimitOption = Annotated[
     int | None,
@@ -194,6 +201,7 @@ def run_export(
     ] = None,
     calibration: CalibrationOption = ["builtin"],  # noqa: B006 - typer copies defaults
     calibration_limit: LimitOption = None,
+    self_texts: SelfTextsOption = 128,
     target_agreement: AgreementOption = None,
     adapters: AdaptersOption = None,
     classifier: ClassifierOption = None,
@@ -246,6 +254,7 @@ def run_export(
         calibration=_calibration(
             calibration,
             calibration_limit,
+            self_texts,
             target_agreement,
             adapters,
             classifier,
@@ -281,6 +290,7 @@ def run_calibrate(
     folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
     calibration: CalibrationOption = ["builtin"],  # noqa: B006 - typer copies defaults
     calibration_limit: LimitOption = None,
+    self_texts: SelfTextsOption = 128,
     target_agreement: AgreementOption = None,
     adapters: AdaptersOption = None,
     classifier: ClassifierOption = None,
@@ -295,6 +305,7 @@ def run_calibrate(
     request = _calibration(
         calibration,
         calibration_limit,
+        self_texts,
         target_agreement,
         adapters,
         classifier,
@@ -304,7 +315,7 @@ def run_calibrate(
         shortlist=shortlist,
     )
     if request is None:
-        raise CalibrationError("`none` calibrates nothing: give `builtin` or task files")
+        raise CalibrationError("`none` calibrates nothing: give `builtin`, `self` or task files")
     from .calibrate.pipeline import recalibrate
 
     manifest = load_manifest(folder)
@@ -320,6 +331,7 @@ def run_calibrate(
 def _calibration(
     values: list[str],
     limit: int | None,
+    self_texts: int,
     target_agreement: float | None,
     adapters: AdapterChoice | None,
     classifiers: list[ClassifierChoice] | None,
@@ -334,14 +346,15 @@ def _calibration(
     classifiers = classifiers or []
     if ClassifierChoice.auto in classifiers and len(classifiers) > 1:
         raise CalibrationError("--classifier auto goes with no other --classifier")
-    words = {"builtin", "none"} & set(values)
-    if words and len(values) > 1:
-        raise CalibrationError(f"--calibration {words.pop()} goes with no other --calibration")
-    if values == ["none"]:
+    if "none" in values:
+        if len(values) > 1:
+            raise CalibrationError("--calibration none goes with no other --calibration")
         return None
     defaults = known or CalibrationRequest()
     return CalibrationRequest(
-        files=() if values == ["builtin"] else tuple(Path(value) for value in values),
+        files=tuple(Path(value) for value in values if value not in ("builtin", "self")),
+        builtin="builtin" in values,
+        self_texts=self_texts if "self" in values else 0,
         limit=limit,
         target_agreement=target_agreement or defaults.target_agreement,
         adapters=adapters.value if adapters else defaults.adapters,

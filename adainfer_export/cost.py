@@ -23,7 +23,7 @@ def _of_node(node: ir.Node) -> int:
         return 0
     weight = node.inputs[1]
     source = weight.producer() if weight is not None else None
-    if source is not None and source.op_type == "DequantizeLinear":
+    if source is not None and source.op_type in ("DequantizeLinear", "Cast"):
         weight = source.inputs[0]
     if weight is None or weight.shape is None or len(weight.shape) != 2:
         return 0

@@ -45,6 +45,10 @@ class GraphBuilder:
         """A float32 initialiser; the name must be new."""
         return self._add(name, np.asarray(values, np.float32))
 
+    def half(self, name: str, values: npt.ArrayLike) -> ir.Value:
+        """A float16 initialiser, as float32: half the file, the same arithmetic."""
+        return self.cast(self._add(name, np.asarray(values, np.float16)))
+
     def ints(self, values: list[int]) -> ir.Value:
         """An int64 initialiser; equal ones are the same."""
         return self._add("ints_" + "_".join(map(str, values)), np.array(values, np.int64))

@@ -1,103 +1,206 @@
 """How exits do on tasks that calibration never saw: one fold per task.
 
     python tools/leave_one_task_out.py engines/ --calibration tasks/*.calibration.jsonl \
-        --test tasks/*.test.jsonl --limit 1100 --log folds.jsonl
+        --test tasks/*.test.jsonl --limit 1300 --test-limit 60 --target-agreement 0.985 0.99
 
-Every fold calibrates a copy of the engine folder on all tasks but one, as `adainfer calibrate`
-does, and asks that one's test prompts, as `adainfer eval` does. Folds in the log are not repeated.
+Every prompt runs once, through all layers; each fold then fits adapters, classifier and exit
+points, and chooses the threshold, on the other tasks' prompts, as `adainfer calibrate` does, and
+is asked the left-out task's prompts. Beside test prompts it is asked those of the left-out task's
+calibration prompts that would have certified: settings are to be chosen by these.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import random
-import shutil
-import tempfile
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
 
 from adainfer_export.calibrate import CalibrationRequest
-from adainfer_export.calibrate.pipeline import recalibrate
-from adainfer_export.progress import terminal_reporter
+from adainfer_export.calibrate.data import Parts, load_examples, split_parts
+from adainfer_export.calibrate.fitting import Fitted, TracedParts, fit_traced
+from adainfer_export.calibrate.predictions import predict_layers
+from adainfer_export.calibrate.scored import Scored, score_predictions
+from adainfer_export.calibrate.select import choose_threshold, evaluate
+from adainfer_export.calibrate.traces import (
+    AnswerTraces,
+    PromptTraces,
+    candidate_layers,
+    trace_answers,
+    trace_prompts,
+)
+from adainfer_export.calibrate.trust import with_trust
+from adainfer_export.progress import Reporter, SilentReporter, terminal_reporter
 from adainfer_runtime import Engine
-from adainfer_runtime.engine_folder import load_manifest
-from adainfer_runtime.evaluation import TaskResult, evaluate, make_methods
 from adainfer_runtime.evaluation.statistics import wilson_interval
 from adainfer_runtime.tasks import TaskExample, read_tasks
 
+_Part = TypeVar("_Part")
+
+
+@dataclass(frozen=True)
+class TracedTasks:
+    """Every prompt's inside, by task."""
+
+    adapters: Mapping[str, PromptTraces]
+    classifier: Mapping[str, AnswerTraces]
+    selection: Mapping[str, AnswerTraces]
+    certification: Mapping[str, AnswerTraces]
+    test: Mapping[str, AnswerTraces]
+
+    def without(self, task: str) -> tuple[TracedParts, AnswerTraces]:
+        """What a fold may see: to fit on, and to choose the threshold on."""
+        prompts = PromptTraces.concatenate(_others(self.adapters, task))
+        classifier, selection, certification = (
+            AnswerTraces.concatenate(_others(part, task))
+            for part in (self.classifier, self.selection, self.certification)
+        )
+        return TracedParts(prompts, classifier, selection), certification
+
 
 def main() -> None:
-    """Runs the folds that the log lacks, then prints all of them."""
+    """Traces, then prints the folds of every setting."""
     arguments = _arguments()
-    log: Path = arguments.log
-    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    folds = {fold["task"]: fold for fold in map(json.loads, lines)}
-    known, asked = _by_task(arguments.calibration), _by_task(arguments.test)
-    for task in sorted(asked):
-        if task not in folds:
-            folds[task] = _fold(arguments, task, known, asked[task])
-            with log.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(folds[task]) + "\n")
-    _show(list(folds.values()))
+    engine = Engine.load(arguments.folder)
+    with terminal_reporter(quiet=arguments.quiet) as reporter:
+        traced = trace_tasks(engine, arguments, reporter)
+    for classifier in arguments.classifier:
+        for target in arguments.target_agreement:
+            request = CalibrationRequest(
+                target_agreement=target, adapters=arguments.adapters, classifiers=(classifier,)
+            )
+            folds = run_folds(engine, arguments.folder, traced, request)
+            print(f"\n{classifier}, target agreement {target}")
+            show(folds)
+            if arguments.json:
+                with arguments.json.open("a", encoding="utf-8") as stream:
+                    setting = {"classifier": classifier, "target": target}
+                    stream.write(json.dumps({**setting, "folds": folds}) + "\n")
+
+
+def trace_tasks(engine: Engine, arguments: argparse.Namespace, reporter: Reporter) -> TracedTasks:
+    """Runs all prompts once; exits are looked for above the first two thirds of the layers."""
+    request = CalibrationRequest(files=tuple(arguments.calibration), limit=arguments.limit)
+    parts = split_parts(load_examples(request))
+    least = engine.manifest.model.num_layers * 2 // 3
+    layers = tuple(layer for layer in candidate_layers(engine) if layer >= least)
+
+    def answers(examples: Sequence[TaskExample], *, in_context: bool) -> dict[str, AnswerTraces]:
+        reporter.begin("tracing answers", len(examples))
+        return {
+            task: trace_answers(engine, group, reporter, in_context=in_context, layers=layers)
+            for task, group in _by_task(examples).items()
+        }
+
+    reporter.begin("tracing prompts", len(parts.adapters))
+    adapters = {
+        task: trace_prompts(engine, group, reporter, request.seed, layers)
+        for task, group in _by_task(parts.adapters).items()
+    }
+    return TracedTasks(
+        adapters,
+        answers(parts.classifier, in_context=True),
+        answers(parts.selection, in_context=False),
+        answers(parts.certification, in_context=False),
+        answers(_sampled(read_tasks(arguments.test), arguments.test_limit), in_context=False),
+    )
+
+
+def run_folds(
+    engine: Engine, folder: Path, traced: TracedTasks, request: CalibrationRequest
+) -> list[dict[str, Any]]:
+    """One fold per task: its outcome on calibration prompts of that task, and on test prompts."""
+    return [_fold(engine, folder, traced, request, task) for task in sorted(traced.test)]
 
 
 def _fold(
-    arguments: argparse.Namespace,
-    task: str,
-    known: dict[str, list[TaskExample]],
-    asked: list[TaskExample],
-) -> dict[str, object]:
-    with tempfile.TemporaryDirectory() as temporary:
-        folder, prompts = Path(temporary) / "engines", Path(temporary) / "others.jsonl"
-        shutil.copytree(arguments.folder, folder)
-        others = [example for name, group in known.items() if name != task for example in group]
-        prompts.write_text("\n".join(example.model_dump_json() for example in others))
-        request = CalibrationRequest(
-            (prompts,), limit=arguments.limit, target_agreement=arguments.target_agreement
+    engine: Engine, folder: Path, traced: TracedTasks, request: CalibrationRequest, task: str
+) -> dict[str, Any]:
+    seen, certification = traced.without(task)
+    no_parts = Parts((), (), (), ())
+    fitted = fit_traced(folder, engine, no_parts, seen, request, SilentReporter())
+    asked = {"held_out": traced.certification[task], "test": traced.test[task]}
+    threshold = math.inf
+    if fitted.graphs:
+        scored = _score(engine, fitted, certification)
+        threshold = choose_threshold(scored, request.target_agreement).threshold
+    if math.isinf(threshold):
+        nothing = {"wrong": 0, "saved": 0.0}
+        return {"task": task} | {n: {"prompts": len(t.token)} | nothing for n, t in asked.items()}
+    outcomes = {n: evaluate(_score(engine, fitted, t), threshold) for n, t in asked.items()}
+    return {"task": task} | {
+        name: {
+            "prompts": len(asked[name].token),
+            "wrong": outcome.disagreements,
+            "saved": outcome.layers_saved,
+        }
+        for name, outcome in outcomes.items()
+    }
+
+
+def _score(engine: Engine, fitted: Fitted, traces: AnswerTraces) -> Scored:
+    """The fold's own exit graph on other prompts."""
+    adapters = {layer: adapter for layer, (adapter, _) in fitted.adapters.items()}
+    trusts = {layer: trust for layer, (_, trust) in fitted.adapters.items()}
+    predictions = predict_layers(engine, traces, adapters)
+    if trusts:
+        predictions = with_trust(traces, predictions, trusts)
+    return score_predictions(fitted.graphs[0].classifier, predictions)
+
+
+def show(folds: Sequence[Mapping[str, Any]]) -> None:
+    """A row per task, and pooled figures."""
+    for name in ("held_out", "test"):
+        print(f"{name:28} {'prompts':>8} {'agreement':>10} {'saved':>7}")
+        rows = [fold[name] for fold in folds]
+        for fold, row in zip(folds, rows, strict=True):
+            share = 1 - row["wrong"] / row["prompts"]
+            print(f"{fold['task']:28} {row['prompts']:8} {share:10.3f} {row['saved']:7.1%}")
+        prompts, wrong = (sum(row[key] for row in rows) for key in ("prompts", "wrong"))
+        low, high = wilson_interval(1 - wrong / prompts, prompts)
+        saved = float(np.mean([row["saved"] for row in rows]))
+        print(
+            f"pooled: agreement {1 - wrong / prompts:.4f} ({low:.3f}-{high:.3f}) of {prompts}, "
+            f"layers saved {saved:.1%} (mean of tasks)"
         )
-        with terminal_reporter(quiet=arguments.quiet) as reporter:
-            recalibrate(folder, load_manifest(folder), request, reporter)
-        engine = Engine.load(folder)
-        random.Random(0).shuffle(asked)
-        methods = make_methods(["adaptive"], folder, engine)
-        result = evaluate(methods, asked[: arguments.test_limit])["adaptive"].mean
-    return {"task": task, **_figures(result)}
 
 
-def _figures(result: TaskResult) -> dict[str, float]:
-    names = ("examples", "agreement", "layers_saved", "accuracy_difference")
-    return {name: getattr(result, name) for name in names}
+def _others(parts: Mapping[str, _Part], task: str) -> list[_Part]:
+    return [part for name, part in parts.items() if name != task]
 
 
-def _show(folds: list[dict[str, object]]) -> None:
-    print(f"{'task not calibrated on':28} {'prompts':>8} {'agreement':>10} {'saved':>7}")
-    for fold in folds:
-        saved = f"{fold['layers_saved']:.1%}"
-        print(f"{fold['task']:28} {fold['examples']:8} {fold['agreement']:10.3f} {saved:>7}")
-    prompts = sum(int(str(fold["examples"])) for fold in folds)
-    agreed = sum(float(str(f["agreement"])) * int(str(f["examples"])) for f in folds) / prompts
-    saved = sum(float(str(f["layers_saved"])) for f in folds) / len(folds)
-    low, high = wilson_interval(agreed, prompts)
-    print(f"pooled: agreement {agreed:.4f} ({low:.3f}-{high:.3f}), layers saved {saved:.1%} (mean)")
-
-
-def _by_task(paths: list[Path]) -> dict[str, list[TaskExample]]:
+def _by_task(examples: Sequence[TaskExample]) -> dict[str, list[TaskExample]]:
     groups: dict[str, list[TaskExample]] = defaultdict(list)
-    for example in read_tasks(paths):
+    for example in examples:
         groups[example.task].append(example)
     return groups
 
 
+def _sampled(examples: Sequence[TaskExample], limit: int | None) -> list[TaskExample]:
+    chosen: list[TaskExample] = []
+    for group in _by_task(examples).values():
+        chosen += group if limit is None else random.Random(0).sample(group, min(limit, len(group)))
+    return chosen
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="an engine folder; its exits do not matter")
     parser.add_argument("--calibration", type=Path, nargs="+", required=True)
     parser.add_argument("--test", type=Path, nargs="+", required=True)
-    parser.add_argument("--limit", type=int, help="calibration prompts of each fold")
-    parser.add_argument("--test-limit", type=int, help="test prompts of each fold")
-    parser.add_argument("--target-agreement", type=float, default=0.985)
-    parser.add_argument("--log", type=Path, required=True, help="one JSON line per fold")
+    parser.add_argument("--limit", type=int, help="calibration prompts in all")
+    parser.add_argument("--test-limit", type=int, help="test prompts of each task")
+    parser.add_argument("--target-agreement", type=float, nargs="+", default=[0.985])
+    parser.add_argument("--classifier", nargs="+", default=["svm"])
+    parser.add_argument("--adapters", default="distilled", choices=("distilled", "ridge", "none"))
+    parser.add_argument("--json", type=Path, help="one line per setting is added to this file")
     parser.add_argument("--quiet", action="store_true")
     return parser.parse_args()
 

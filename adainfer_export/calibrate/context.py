@@ -156,7 +156,7 @@ def _draft(
         answer_rows=_ANSWER_ROWS,
         target_agreement=request.target_agreement,
         calibration={
-            "data": [path.name for path in request.files] or ["builtin"],
+            "data": request.data,
             "classifier_difference": float(f"{difference:.2g}"),
         },
     )

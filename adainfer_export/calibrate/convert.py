@@ -67,7 +67,9 @@ def lower_adapter(adapter: Adapter, trust: Trust) -> ir.Model:
     width = len(adapter.bias)
     hidden = graph_input("hidden", [1, "tokens", width])
     graph = GraphBuilder()
-    product = graph.op("MatMul", hidden, graph.const("matrix", adapter.matrix))
+    product = graph.op("MatMul", hidden, graph.half("matrix", adapter.matrix))
+    if adapter.up is not None:
+        product = graph.op("MatMul", product, graph.half("up", adapter.up))
     adapted = graph.op("Add", product, graph.const("bias", adapter.bias))
     read = graph.op("MatMul", hidden, graph.const("trust_weight", trust.weight[:, None]))
     read = graph.op("Add", read, graph.const("trust_bias", [trust.bias]))

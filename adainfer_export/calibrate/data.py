@@ -39,7 +39,9 @@ def load_examples(request: CalibrationRequest) -> list[TaskExample]:
         TaskFileError: a file cannot be read.
         CalibrationError: too few prompts.
     """
-    examples = read_tasks(request.files) if request.files else builtin_examples(request.seed)
+    examples = builtin_examples(request.seed) if request.with_builtin else []
+    if request.files:
+        examples += read_tasks(request.files)
     unique = list({example.prompt: example for example in examples}.values())
     order = _sample([example.task for example in unique], request.limit, request.seed)
     if len(order) < _LEAST:

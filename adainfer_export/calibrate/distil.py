@@ -33,7 +33,6 @@ Int64 = npt.NDArray[np.int64]
 _EPOCHS, _BATCH = 20, 256
 _FEWEST_STEPS, _MOST_STEPS = 100, 1000
 _LEARNING_RATE = 0.01
-_HELD_OUT = 10  # every tenth prompt
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,7 @@ def distil_adapters(
     seed: int,
 ) -> dict[int, Adapter]:
     """Per layer the distilled adapter, or the given one where held-out prompts prefer it."""
-    held_out = traces.prompts % _HELD_OUT == 0
-    train, test = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    train, test = np.flatnonzero(~traces.held_out), np.flatnonzero(traces.held_out)
     if len(train) < _BATCH or len(test) == 0:
         return dict(adapters)
     random = np.random.default_rng(seed)

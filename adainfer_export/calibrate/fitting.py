@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adainfer_runtime import Engine
@@ -17,11 +17,13 @@ from .classifiers import CLASSIFIERS, Entry, ExitClassifier, own_entry
 from .data import Parts, load_examples, split_parts
 from .distil import distil_adapters
 from .head import read_head
+from .low_rank import choose_ranks
 from .predictions import Predictions, predict_candidates, predict_layers
 from .request import CalibrationRequest
 from .ridge import Adapter
 from .scored import CHOICE
 from .select import select_classifiers
+from .self_text import write_texts
 from .traces import (
     AnswerTraces,
     PromptTraces,
@@ -33,7 +35,14 @@ from .traces import (
 )
 from .trust import Trust, cross_fit, fit_trust, with_trust
 
-__all__ = ["Fitted", "FittedGraph", "classifier_entries", "fit_graphs"]
+__all__ = [
+    "Fitted",
+    "FittedGraph",
+    "TracedParts",
+    "classifier_entries",
+    "fit_graphs",
+    "fit_traced",
+]
 
 _LOG = logging.getLogger(__name__)
 _RIDGE = 0.01
@@ -73,6 +82,15 @@ class Fitted:
     graphs: tuple[FittedGraph, ...]
 
 
+@dataclass(frozen=True)
+class TracedParts:
+    """What the first three parts of the data look like inside the model."""
+
+    prompts: PromptTraces
+    classifier: AnswerTraces
+    selection: AnswerTraces
+
+
 def fit_graphs(
     folder: Path, manifest: Manifest, request: CalibrationRequest, reporter: Reporter
 ) -> Fitted:
@@ -82,7 +100,7 @@ def fit_graphs(
         TaskFileError: a task file cannot be read.
         CalibrationError: too few usable prompts, or no room for an exit point.
     """
-    entries = classifier_entries(request)  # before any work: a file may be wrong
+    classifier_entries(request)  # before any work: a file may be wrong
     engine = Engine.of_manifest(folder, manifest)
     parts, skipped = _usable_parts(engine, request)
     if not candidate_layers(engine):
@@ -90,11 +108,26 @@ def fit_graphs(
             "no layer boundary in the upper half of the model to exit at: export with fewer "
             "--layers-per-engine"
         )
-    reporter.begin("tracing prompts", len(parts.adapters))
-    prompts = trace_prompts(engine, parts.adapters, reporter, request.seed)
+    if request.self_texts:
+        texts = write_texts(engine, request.self_texts, request.seed, reporter)
+        parts = replace(parts, adapters=(*parts.adapters, *texts))
+    traced = _trace_parts(engine, parts, reporter, request.seed)
+    return fit_traced(folder, engine, parts, traced, request, reporter, skipped)
+
+
+def fit_traced(
+    folder: Path,
+    engine: Engine,
+    parts: Parts,
+    traced: TracedParts,
+    request: CalibrationRequest,
+    reporter: Reporter,
+    skipped: int = 0,
+) -> Fitted:
+    """Everything that is fitted, on prompts that have been traced; see `fit_graphs`."""
+    entries = classifier_entries(request)
+    prompts, traces, new = traced.prompts, traced.classifier, traced.selection
     adapters = _fit_adapters(folder, engine, prompts, request, reporter)
-    traces = _trace(engine, parts.classifier, reporter, in_context=True)
-    new = _trace(engine, parts.selection, reporter)
     fit, selection = predict_layers(engine, traces, adapters), predict_layers(engine, new, adapters)
     trusts: dict[int, Trust] = {}
     if adapters:  # plain AdaInfer reads nothing off the hidden state but its prediction
@@ -136,17 +169,26 @@ def _fit_adapters(
 ) -> dict[int, Adapter]:
     if request.adapters == "none":
         return {}
-    ridge = {layer: moment.solve(_RIDGE) for layer, moment in prompts.moments.items()}
-    if request.adapters != "distilled":
-        return ridge
-    head = read_head(folder, engine.manifest)
-    if head is None:
+    fitted = {layer: moment.solve(_RIDGE) for layer, moment in prompts.moments.items()}
+    distilled = request.adapters == "distilled"
+    head = read_head(folder, engine.manifest) if distilled else None
+    if head is not None:
+        fitted = distil_adapters(engine, head, prompts.answers, fitted, reporter, request.seed)
+    elif distilled:
         _LOG.warning(
             "adapters and translators stay ridge regressions: the head of this model is more than "
             "a norm and a matrix, and is not distilled through"
         )
-        return ridge
-    return distil_adapters(engine, head, prompts.answers, ridge, reporter, request.seed)
+    return choose_ranks(engine, fitted, prompts, reporter)
+
+
+def _trace_parts(engine: Engine, parts: Parts, reporter: Reporter, seed: int) -> TracedParts:
+    reporter.begin("tracing prompts", len(parts.adapters))
+    return TracedParts(
+        trace_prompts(engine, parts.adapters, reporter, seed),
+        _trace(engine, parts.classifier, reporter, in_context=True),
+        _trace(engine, parts.selection, reporter),
+    )
 
 
 def _trace(

@@ -209,7 +209,7 @@ def _report(folder: Path, manifest: Manifest, parts: Parts) -> Manifest:
 def _figures(request: CalibrationRequest, fitted: Fitted) -> dict[str, Any]:
     agreement = fitted.selection.agrees.mean(axis=0)
     return {
-        "data": [path.name for path in request.files] or ["builtin"],
+        "data": request.data,
         "seed": request.seed,
         "adapters": request.adapters,
         "prompts": {name: len(getattr(fitted.parts, name)) for name in Parts.__dataclass_fields__},

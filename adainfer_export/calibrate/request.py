@@ -14,7 +14,10 @@ class CalibrationRequest:
     """What to calibrate on, and for what.
 
     Attributes:
-        files: task files; empty for the built-in prompts.
+        files: task files; without any, the built-in prompts are taken.
+        builtin: the built-in prompts beside files.
+        self_texts: texts that the model writes itself, which only adapters and translators are
+            fitted on.
         limit: prompts to use at most, a seeded sample of them.
         target_agreement: share of prompts whose answer must equal the full model's.
         adapters: `ridge` fits an affine map per exit point in closed form, `distilled` then
@@ -30,6 +33,8 @@ class CalibrationRequest:
     """
 
     files: tuple[Path, ...] = ()
+    builtin: bool = False
+    self_texts: int = 0
     limit: int | None = None
     target_agreement: float = 0.99
     adapters: Literal["distilled", "ridge", "none"] = "distilled"
@@ -39,3 +44,14 @@ class CalibrationRequest:
     translators: Literal["distilled", "ridge"] = "distilled"
     shortlist: bool = False
     seed: int = 0
+
+    @property
+    def with_builtin(self) -> bool:
+        """Whether the built-in prompts are taken."""
+        return self.builtin or not self.files
+
+    @property
+    def data(self) -> list[str]:
+        """Names of the data, for the manifest."""
+        words = {"builtin": self.with_builtin, "self": self.self_texts > 0}
+        return [word for word, taken in words.items() if taken] + [f.name for f in self.files]

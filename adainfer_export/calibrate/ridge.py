@@ -12,6 +12,7 @@ Only second moments are kept, `[hidden, hidden]` twice per layer, whatever the n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,15 +31,37 @@ _ROWS_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Adapter:
-    """`adapted = hidden @ matrix + bias`; matrix `[hidden, hidden]`, bias `[hidden]`."""
+    """`adapted = hidden @ matrix + bias`; matrix `[hidden, hidden]`, bias `[hidden]`.
+
+    In reduced rank `hidden @ matrix @ up + bias`; matrix `[hidden, rank]`, up `[rank, hidden]`.
+    """
 
     matrix: Float32
     bias: Float32
+    up: Float32 | None = None
+
+    @property
+    def rank(self) -> int:
+        """Dimensions that it passes on."""
+        return int(self.matrix.shape[1])
 
     def apply(self, hidden: Float32) -> Float32:
         """`[rows, hidden]` to the same."""
-        adapted: Float32 = hidden @ self.matrix + self.bias
+        passed: Float32 = hidden @ self.matrix
+        if self.up is not None:
+            passed = passed @ self.up
+        adapted: Float32 = passed + self.bias
         return adapted
+
+    def as_stored(self) -> Adapter:
+        """With its matrices rounded to float16, in which folders hold them."""
+        up = None if self.up is None else _rounded(self.up)
+        return Adapter(_rounded(self.matrix), self.bias, up)
+
+
+def _rounded(matrix: Float32) -> Float32:
+    largest = float(np.finfo(np.float16).max)
+    return np.clip(matrix, -largest, largest).astype(np.float16).astype(np.float32)
 
 
 class Moments:
@@ -58,6 +81,19 @@ class Moments:
         self._xy = np.zeros((width, outputs))
         self._waiting: list[tuple[Float32, Float32, Float32]] = []
 
+    @classmethod
+    def sum_of(cls, parts: Sequence[Moments]) -> Moments:
+        """Of all their rows together; there is one at least, and they are of the same widths."""
+        total = cls(*parts[0]._xy.shape)
+        for part in parts:
+            part._add_waiting()
+            total._weight += part._weight
+            total._x += part._x
+            total._y += part._y
+            total._xx += part._xx
+            total._xy += part._xy
+        return total
+
     def add(self, x: Float32, y: Float32, weight: Float32) -> None:
         """Adds rows: x `[rows, width]`, y `[rows, outputs]`, weight `[rows]`."""
         self._waiting.append((x, y, weight))
@@ -76,6 +112,12 @@ class Moments:
         self._y += weight @ y
         self._xx += weighted.T @ x
         self._xy += weighted.T @ y
+
+    def inputs(self) -> tuple[Float64, Float64]:
+        """Mean `[width]` and covariance `[width, width]` of x."""
+        self._add_waiting()
+        mean = self._x / self._weight
+        return mean, self._xx / self._weight - np.outer(mean, mean)
 
     def solve(self, strength: float) -> Adapter:
         """The adapter for a ridge strength λ (relative to each coordinate's variance).

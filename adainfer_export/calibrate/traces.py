@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +35,7 @@ Int64 = npt.NDArray[np.int64]
 _ANSWER_WEIGHT = 10.0
 _OTHER_POSITIONS = 24
 _EARLIER_ANSWERS = 6
+_HELD_OUT = 10
 _MOST_CANDIDATES = 16
 _MOST_ANSWER_BYTES = 800e6
 
@@ -63,6 +64,26 @@ class AnswerTraces:
     prompts: Int64
     candidates: tuple[tuple[int, ...], ...]
     seconds_per_layer: float
+
+    @property
+    def held_out(self) -> npt.NDArray[np.bool_]:
+        """`[positions]`, those of every tenth prompt: forms of adapters are compared on them."""
+        return np.asarray(self.prompts % _HELD_OUT == 0)
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[AnswerTraces]) -> AnswerTraces:
+        """Those of different prompts at the same layers, numbered anew; times are averaged."""
+        first = np.cumsum([0, *(int(part.prompts.max(initial=0)) for part in parts)])
+        return cls(
+            parts[0].layers,
+            np.concatenate([part.hidden for part in parts]),
+            np.concatenate([part.final for part in parts]),
+            np.concatenate([part.token for part in parts]),
+            tuple(task for part in parts for task in part.tasks),
+            np.concatenate([part.prompts + n for part, n in zip(parts, first, strict=False)]),
+            tuple(tokens for part in parts for tokens in part.candidates),
+            float(np.mean([part.seconds_per_layer for part in parts])),
+        )
 
 
 def candidate_layers(engine: Engine) -> tuple[int, ...]:
@@ -122,17 +143,38 @@ class PromptTraces:
     answers: AnswerTraces
     block_influence: Mapping[int, float]
 
+    @classmethod
+    def concatenate(cls, parts: Sequence[PromptTraces]) -> PromptTraces:
+        """Those of different prompts; influences are averaged."""
+        moments = {
+            layer: Moments.sum_of([part.moments[layer] for part in parts])
+            for layer in parts[0].moments
+        }
+        influence = {
+            layer: float(np.mean([part.block_influence[layer] for part in parts]))
+            for layer in parts[0].block_influence
+        }
+        answers = AnswerTraces.concatenate([part.answers for part in parts])
+        return cls(moments, answers, influence)
+
 
 def trace_prompts(
-    engine: Engine, examples: Iterable[TaskExample], reporter: Reporter, seed: int
+    engine: Engine,
+    examples: Iterable[TaskExample],
+    reporter: Reporter,
+    seed: int,
+    layers: tuple[int, ...] | None = None,
 ) -> PromptTraces:
     """Runs prompts through all layers and keeps second moments, and answers.
 
     Answer positions count ten times as much as a prompt's other positions, of which a sample is
     taken. The answers kept are a sample too, where they would not fit into memory.
+
+    Args:
+        layers: default: all candidate layers.
     """
     width = engine.manifest.model.hidden_size
-    layers = candidate_layers(engine)
+    layers = layers or candidate_layers(engine)
     moments = {layer: Moments(width) for layer in layers}
     random = np.random.default_rng(seed)
     examples = list(examples)
@@ -159,16 +201,22 @@ def trace_prompts(
 
 
 def trace_answers(
-    engine: Engine, examples: Iterable[TaskExample], reporter: Reporter, *, in_context: bool
+    engine: Engine,
+    examples: Iterable[TaskExample],
+    reporter: Reporter,
+    *,
+    in_context: bool,
+    layers: tuple[int, ...] | None = None,
 ) -> AnswerTraces:
     """Hidden states of the answer positions at every candidate layer.
 
     Args:
         in_context: also the answers of a prompt's own examples (to fit on; what is measured or
             chosen on has the prompt as its unit).
+        layers: default: all candidate layers.
     """
     examples = list(examples)
-    kept = _Collector(engine, candidate_layers(engine))
+    kept = _Collector(engine, layers or candidate_layers(engine))
     for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
         rows = answer_positions(ids) if in_context else np.array([len(ids) - 1], np.int64)
         start = time.perf_counter()
