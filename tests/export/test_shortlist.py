@@ -167,8 +167,10 @@ def test_exits_are_confirmed_by_the_full_probe(folder, threshold):
         "mode": "adaptive",
         "threshold": threshold,
     }
-    full = engine.generate("3 17: x 2:", **settings)
-    cheap = engine.generate("3 17: x 2:", decoding=DecodeOptions(probe="shortlist"), **settings)
+    always = DecodeOptions(exit_looks="always")
+    shortlist = DecodeOptions(exit_looks="always", probe="shortlist")
+    full = engine.generate("3 17: x 2:", decoding=always, **settings)
+    cheap = engine.generate("3 17: x 2:", decoding=shortlist, **settings)
     if threshold:
         # Always or never: then both decide alike, and the token is the full probe's.
         assert cheap.tokens == full.tokens

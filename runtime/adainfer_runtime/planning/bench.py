@@ -72,6 +72,7 @@ def measure_times(
         candidates=bench.seconds(lambda: backend.probe_candidates(hidden, tokens)),
         adapter=0.0 if adapted is None else bench.seconds(lambda: backend.adapt(adapted, hidden)),
         classifier=bench.classifier(hidden),
+        shortlist=bench.seconds(lambda: backend.shortlist(hidden)) if manifest.shortlist else None,
         context_rows=context_rows if context else (),
         context=context,
     )
