@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from adainfer_runtime import DecodeCosts, Engine
+from adainfer_runtime.decode_costs import expected_tokens
 from adainfer_runtime.exit_looks import ExitCosts
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.plan_spec import PlanSpec
@@ -116,8 +117,7 @@ def forecasts(costs: DecodeCosts, measured: Measured, second: float) -> list[For
     rows = [_row("off", costs, costs.token, second, depth)]
     for layer, rate in sorted(measured.acceptance.items()):
         drafts = min(range(1, _MOST_DRAFTS + 1), key=lambda n: costs.per_token(layer, n, rate))
-        tokens = sum(rate**n for n in range(drafts + 1))
-        layers = depth * (drafts + 1) / tokens
+        layers = depth * (drafts + 1) / expected_tokens(drafts, rate)
         cost = costs.per_token(layer, drafts, rate)
         name = f"verified, drafts of layer {layer}"
         pays = _pays_from(costs, layer)

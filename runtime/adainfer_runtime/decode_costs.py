@@ -14,7 +14,7 @@ from .manifest import Manifest
 from .plan_spec import Machine, StageTimes
 from .planning.predict import TimePredictor
 
-__all__ = ["DecodeCosts", "decode_costs"]
+__all__ = ["DecodeCosts", "decode_costs", "expected_tokens"]
 
 # Time of N rows in one pass over N passes of one row: SmolLM2, int4, six engines, two cores.
 _ROWS = ((1, 1.0), (2, 0.65), (3, 0.57), (4, 0.51), (6, 0.46), (8, 0.43), (12, 0.40), (64, 0.39))
@@ -119,14 +119,18 @@ class DecodeCosts:
         """Expected cost of a token where each draft is right with a chance of `acceptance`."""
         if drafts == 0:
             return self.token
-        tokens = sum(acceptance**n for n in range(drafts + 1))
-        return self.round(draft_layer, drafts) / tokens
+        return self.round(draft_layer, drafts) / expected_tokens(drafts, acceptance)
 
     def least_confidence(self, draft_layer: int, drafts: int) -> float:
         """The chance of being right at which one draft more, after so many, is worth its row."""
         row = self.batch(drafts + 2) - self.batch(drafts + 1)
         extra = draft_layer + self.overhead + (self.layers - draft_layer + self.probe) * row
         return extra / self.token
+
+
+def expected_tokens(drafts: int, acceptance: float) -> float:
+    """Of a round: its right drafts up to the first wrong one, and the full model's own token."""
+    return sum(acceptance**n for n in range(drafts + 1))
 
 
 def decode_costs(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
-
-from .decode_costs import DecodeCosts
+from .decode_costs import DecodeCosts, expected_tokens
 from .manifest import Manifest
 
 __all__ = [
@@ -107,17 +106,21 @@ class Adaptive:
         return confidence >= self.costs.least_confidence(self.draft_layer, drafts)
 
     def _best(self, acceptance: float) -> int:
-        costs = [self.costs.per_token(self.draft_layer, n, acceptance) for n in self._lengths]
-        return int(np.argmin(costs))
+        # Asked before every token: no more than a few multiplications.
+        costs = [cost / expected_tokens(n, acceptance) for n, cost in enumerate(self._rounds)]
+        return costs.index(min(costs))
 
-    @property
+    @cached_property
     def _worth_trying(self) -> bool:
-        least = self.costs.per_token(self.draft_layer, self._best(1.0), 1.0)
+        drafts = self._best(1.0)
+        least = self._rounds[drafts] / expected_tokens(drafts, 1.0)
         return least < (1.0 - self.least_gain) * self.costs.token
 
-    @property
-    def _lengths(self) -> range:
-        return range(self.most + 1)
+    @cached_property
+    def _rounds(self) -> tuple[float, ...]:
+        """Cost of a round by its drafts; of none: a token of the full model."""
+        drafted = (self.costs.round(self.draft_layer, n) for n in range(1, self.most + 1))
+        return (self.costs.token, *drafted)
 
 
 def default_draft_layer(manifest: Manifest, costs: DecodeCosts) -> int | None:

@@ -59,6 +59,7 @@ class Engine:
         here: Machine | None = None,
     ) -> None:
         self._here = here
+        self._costs: dict[ExitProbe, DecodeCosts] = {}
         self._shadow = shadow
         self.clock = clock
         self.recorder = StatisticsRecorder()
@@ -234,7 +235,11 @@ class Engine:
 
     def decode_costs(self, probe: ExitProbe = "full") -> DecodeCosts:
         """What drafts and looks at exit points cost here, with the probe they use."""
-        return decode_costs(self._manifest, self._here, shortlist=probe == "shortlist")
+        known = self._costs.get(probe)
+        if known is None:
+            known = decode_costs(self._manifest, self._here, shortlist=probe == "shortlist")
+            self._costs[probe] = known
+        return known
 
     def generate(
         self, prompt: str | Sequence[int], **options: Unpack[GenerationKeywords]

@@ -99,15 +99,12 @@ class Paying:
         full = costs.costs.token
         self._may_pay = costs.token(best) < (1.0 - least_gain) * full
         self._idle: int | None = None  # tokens since one that looked did not leave
+        self._pays = self._may_pay and self._expected_to_pay()
 
     def due(self) -> bool:
         """See the class."""
-        if not self._may_pay:
-            return False
-        shares = (self._left / self._tokens).tolist()
-        if self._costs.token(shares) < self._costs.costs.token:
-            return True
-        return self._idle is None or self._idle >= self._retry_every
+        retry = self._idle is None or self._idle >= self._retry_every
+        return self._pays or (self._may_pay and retry)
 
     def record(self, exit_layer: int | None) -> None:
         """Weighs in one more token."""
@@ -120,3 +117,8 @@ class Paying:
             self._left[self._costs.layers.index(exit_layer)] += 1.0
         else:
             self._idle = 0
+        self._pays = self._expected_to_pay()
+
+    def _expected_to_pay(self) -> bool:
+        shares = (self._left / self._tokens).tolist()
+        return self._costs.token(shares) < self._costs.costs.token
