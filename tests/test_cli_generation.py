@@ -13,8 +13,10 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from adainfer_export import ExportRequest, export
@@ -22,8 +24,15 @@ from adainfer_runtime import Engine
 from adainfer_runtime.commands.answers import AnswerPrinter, ExitColours, cancel_on_interrupt
 from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.commands.chat import _lines
-from adainfer_runtime.errors import ChatTemplateError, RequestError
+from adainfer_runtime.commands.generation_arguments import takes_generation_options
+from adainfer_runtime.confidence import ConfidenceDecay
+from adainfer_runtime.decode_options import DecodeOptions, ExitLooks
+from adainfer_runtime.draft_schedule import Fixed
+from adainfer_runtime.errors import ChatTemplateError, ExitUnavailableError, RequestError
+from adainfer_runtime.generation_options import GenerationKeywords
+from adainfer_runtime.kv_fill import KvPolicy
 from adainfer_runtime.results import StreamEvent
+from adainfer_runtime.session import ExitProbe
 
 from .checkpoints import make_checkpoint
 from .runtime.test_chat import CHATML
@@ -76,6 +85,59 @@ def test_run_options_are_those_of_generate(folder, engine):
     assert tuple(data["tokens"]) == expected.tokens
     assert len(data["logprobs"]) == len(expected.tokens)
     assert {"prompt_seconds", "time_to_first_token", "kv_fills"} <= set(data["statistics"])
+
+
+def decoding_of(*arguments):
+    """What a command line hands on."""
+    seen = []
+
+    @takes_generation_options(max_new_tokens=64)
+    def command(options: GenerationKeywords) -> None:
+        seen.append(options["decoding"])
+
+    app = typer.Typer()
+    app.command()(command)
+    done = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return seen[0] if seen else done.output
+
+
+def test_decode_options_of_the_command_line():
+    assert decoding_of() == DecodeOptions()
+    assert decoding_of(
+        "--kv-policy", "propagate", "--probe", "shortlist", "--exit-looks", "always",
+        "--confidence-decay", 4, "--draft-layer", 3, "--drafts", 2, "--max-new-tokens", 20,
+    ) == DecodeOptions(
+        kv_policy="propagate",
+        probe="shortlist",
+        exit_looks="always",
+        confidence=ConfidenceDecay(4.0, 20),
+        draft_layer=3,
+        draft_schedule=Fixed(2),
+    )  # fmt: skip
+    for name, choices in (
+        ("--kv-policy", KvPolicy), ("--probe", ExitProbe), ("--exit-looks", ExitLooks)
+    ):  # fmt: skip
+        for value in get_args(choices):
+            assert isinstance(decoding_of(name, value), DecodeOptions)
+        assert "Invalid value" in decoding_of(name, "none-such")
+    assert "Invalid value" in decoding_of("--drafts", -1)
+
+
+def test_run_drafts_as_asked(folder, engine):
+    arguments = ["--prompt", "hello", "--max-new-tokens", 12, "--json"]
+    off = json.loads(run("run", folder, *arguments).stdout)
+    drafting = ["--mode", "verified", "--draft-layer", 3, "--drafts", 2]
+    done = json.loads(run("run", folder, *arguments, *drafting, "--logprobs", 1).stdout)
+    assert done["text"] == off["text"]
+    assert done.keys() == off.keys()
+    assert done["statistics"]["drafts"]["proposed"] > 0
+    assert len(done["logprobs"]) == 12
+    with pytest.raises(ExitUnavailableError, match="no shortlist: run `adainfer calibrate DIR"):
+        run("run", folder, *arguments, "--probe", "shortlist")
+    with pytest.raises(ExitUnavailableError, match="draft_layer 9 is no boundary between engines"):
+        run("run", folder, *arguments, "--mode", "verified", "--draft-layer", 9)
+    with pytest.raises(ExitUnavailableError, match="kv_policy translated needs a context exit"):
+        run("run", folder, *arguments, "--kv-policy", "translated")
 
 
 def test_run_streams_what_it_would_print(folder):

@@ -1,4 +1,4 @@
-"""The tool that compares mode verified with mode off says so when they differ."""
+"""Tools about generation: verified against off, tables, forecasts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "verify_generation.py"
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
 
 
-def run(*arguments):
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
+def run(tool, *arguments):
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
     return subprocess.run(command, check=False, capture_output=True, text=True)
 
 
@@ -20,7 +22,7 @@ def test_verified_texts_equal_off(tiny, tmp_path):
     arguments = ["--prompts", "3", "--tokens", "16", "--batch", "1,2", "--drafts", "3"]
     arguments += ["--chunk", "7", "--kv-tolerance", "1e-4", "--json", str(out)]
     folder = tiny("llama").folder
-    done = run(folder, *arguments)
+    done = run("verify_generation.py", folder, *arguments)
     assert done.returncode == 0, done.stderr
     report = json.loads(out.read_text())
     assert report["kernel_noise"] < 1e-3
@@ -33,5 +35,51 @@ def test_verified_texts_equal_off(tiny, tmp_path):
     forced = report["runs"][1]
     assert 0 < forced["accepted"] < forced["proposed"]
     strict = [*arguments[:-4], "--kv-tolerance", "-1", "--batch", "1"]
-    done = run(folder, *strict)
+    done = run("verify_generation.py", folder, *strict)
     assert done.returncode == 1  # every cache differs by more than that
+
+
+def measured(name, accepted=None, exits=None):
+    return {"name": name, "accepted": accepted, "exits": exits or {}}
+
+
+def test_gains_are_forecast_for_another_model(tiny, tmp_path):
+    table = tmp_path / "table.json"
+    rows = [
+        measured("off"),
+        measured("verified, full, forced: 1 of layer 15", accepted=0.75),
+        measured("verified, full, forced: 2 of layer 15", accepted=0.1),
+        measured("adaptive, deferred, full, forced", exits={"15": 0.25, "30": 0.75}),
+    ]
+    table.write_text(json.dumps({"layers": 30, "rows": rows}))
+    out, times = tmp_path / "forecast.json", tmp_path / "times.json"
+    folder = tiny("llama").folder  # four layers, not calibrated
+    arguments = [folder, "--measured", table, "--times", times, "--repeats", 2, "--json", out]
+    done = run("decode_forecast.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    off, verified, adaptive = json.loads(out.read_text())
+    assert (off["name"], off["gain"], off["layers_per_token"]) == ("off", 1.0, 4.0)
+    assert verified["name"] == "verified, drafts of layer 2"
+    assert (verified["share"], adaptive["share"]) == (0.75, 0.25)
+    assert adaptive["name"] == "adaptive, exits after 2"
+    kept = json.loads(times.read_text())
+    assert kept["times"]["adapter"] > 0  # made up: this folder has none
+    assert off["tokens_per_second"] == pytest.approx(1.0 / kept["times"]["step"])
+    # The times that were kept give the same forecast: nothing is measured again.
+    before = out.read_text()
+    assert run("decode_forecast.py", *arguments).returncode == 0
+    assert out.read_text() == before
+
+
+def test_the_table_has_what_forecasts_are_made_from(tiny, tmp_path):
+    out = tmp_path / "table.json"
+    done = run(
+        "generation_table.py", tiny("llama").folder, "--prompts", 2, "--tokens", 8,
+        "--rounds", 2, "--json", out,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert content["layers"] == 4
+    (off,) = content["rows"]  # not calibrated: nothing else can be compared
+    assert (off["name"], off["ratio"], off["exits"]) == ("off", 1.0, {"4": 1.0})
+    assert off["text_agreement"] == 1.0

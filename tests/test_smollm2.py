@@ -5,11 +5,26 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from adainfer_export.calibrate.builtin import builtin_examples
 from adainfer_export.sources import resolve
 from adainfer_export.validate import reference_model
-from adainfer_runtime import ClassifierExit, Engine
+from adainfer_runtime import (
+    ClassifierExit,
+    DecodeOptions,
+    Engine,
+    Fixed,
+    NoExit,
+    SamplingOptions,
+)
+from adainfer_runtime.sampling import make_sampler
 
 from .reference import reference_greedy, reference_logits
 
@@ -184,6 +199,65 @@ def test_generate_equals_transformers_on_50_prompts(engine, reference):
     reasons = check_generate(engine, reference, 50)
     print({reason: reasons.count(reason) for reason in set(reasons)})
     assert {"eos", "stop"} <= set(reasons)
+
+
+def check_probabilities(engine, reference, count):
+    """Over the 49,152 tokens, after texts of either model's own: what `generate` would draw from.
+
+    Logits differ by rounding, so a token at a filter's edge may fall on either side of it: what
+    such tokens are worth is counted as a difference.
+    """
+    warpers = {
+        "top_k": (40, TopKLogitsWarper), "top_p": (0.9, TopPLogitsWarper),
+        "min_p": (0.05, MinPLogitsWarper),
+    }  # fmt: skip
+    chosen = [("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p")]
+    worst, kept = 0.0, []
+    for number, ids in enumerate(prompts(engine, count)):
+        session = engine.session()
+        session.extend(ids)
+        mine = session.predict(NoExit()).result.logits
+        theirs = torch.tensor(reference_logits(reference, ids)[-1:])
+        temperature = (1.0, 1.5, 2.5)[number % 3]
+        for names in chosen:
+            options = {name: warpers[name][0] for name in names}
+            sampler = make_sampler(SamplingOptions(temperature=temperature, **options), len(ids))
+            found = sampler.probabilities(mine, ids)
+            steps = [TemperatureLogitsWarper(temperature)]
+            steps += [warpers[name][1](warpers[name][0]) for name in names]
+            scores = LogitsProcessorList(steps)(torch.tensor([ids]), theirs.clone())
+            expected = torch.softmax(scores.double(), -1)[0].numpy()
+            worst = max(worst, float(np.abs(found - expected).sum()) / 2)
+            kept.append(np.count_nonzero(found))
+    print(f"largest total variation on {count} prompts: {worst:.2e}; kept {np.median(kept)}")
+    assert worst <= 1e-3
+    assert min(kept) < 10 < max(kept)  # filters that keep everything, or one token, test nothing
+
+
+def test_sampling_probabilities_equal_transformers(engine, reference):
+    check_probabilities(engine, reference, 3)
+
+
+@pytest.mark.slow
+def test_sampling_probabilities_equal_transformers_on_50_prompts(engine, reference):
+    check_probabilities(engine, reference, 50)
+
+
+def check_logprobs(engine, count):
+    """Mode verified's, with drafts of the 27th layer that are mostly wrong, are mode off's."""
+    options = DecodeOptions(draft_layer=27, draft_schedule=Fixed(3))
+    for ids in prompts(engine, count):
+        settings = {"max_new_tokens": 32, "ignore_eos": True, "logprobs": 3}
+        off = engine.generate(ids, **settings)
+        mine = engine.generate(ids, mode="verified", decoding=options, **settings)
+        assert mine.tokens == off.tokens
+        assert mine.statistics.drafts.proposed > 0
+        for found, full in zip(mine.logprobs, off.logprobs, strict=True):
+            assert found.logprob == pytest.approx(full.logprob, abs=1e-3)
+
+
+def test_verified_logprobs_equal_off(engine):
+    check_logprobs(engine, 2)
 
 
 @pytest.mark.parametrize("policy", ["all", "random"])

@@ -2,10 +2,11 @@
 
     python tools/generation_table.py build/smollm2 --prompts 12 --tokens 64 --rounds 5
 
-Every round gives each row its turn, in rotating order; speeds, prompts included, are medians over
-rounds, ratios are to mode off within the same round. Agreement per token is with the full model's
-token after the row's own text so far; per text it is with mode off's whole text. Rows marked
-`forced` override what the planner would do; the others may choose not to exit or draft at all.
+Every round gives each row its turn at each prompt, in rotating order; speeds, prompts included, are
+medians over rounds, ratios are to mode off within the same round. Agreement per token is with the
+full model's token after the row's own text so far; per text it is with mode off's whole text. Rows
+marked `forced` override what the planner would do; the others may choose not to exit or draft at
+all (`--planned` leaves the former out). The file of `--json` is what `decode_forecast.py` reads.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,9 +32,10 @@ from adainfer_runtime.decode_options import DecodeOptions
 from adainfer_runtime.draft_schedule import Fixed
 from adainfer_runtime.engine import Mode
 from adainfer_runtime.kv_fill import KvPolicy
+from adainfer_runtime.results import DraftCount
 from adainfer_runtime.session import ExitProbe
 
-_FORCED_DRAFTS = (1, 2, 4)
+_FORCED_DRAFTS = (2, 4)
 _DECAY = 4.0
 
 
@@ -45,18 +48,28 @@ class Row:
     options: DecodeOptions
     threshold: float | None = None
 
+    @property
+    def forced(self) -> bool:
+        """Whether it overrides the planner."""
+        return "forced" in self.name
+
 
 @dataclass
 class Measured:
-    """What a row did: texts of the first round, speeds of all."""
+    """What a row did: texts of the first round, seconds of all, by round."""
 
     results: list[GenerationResult] = field(default_factory=list)
-    speeds: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A row of the table; speeds in tokens per second, layers per generated token."""
+    """A row of the table; speeds in tokens per second, layers per generated token.
+
+    Attributes:
+        exits: share of tokens by the layer that gave them.
+        accepted: share of drafts.
+    """
 
     name: str
     tokens_per_second: float
@@ -66,6 +79,8 @@ class Figures:
     token_agreement: float
     text_agreement: float
     accepted_per_pass: float | None
+    accepted: float | None
+    exits: dict[int, float]
 
 
 def main() -> None:
@@ -74,17 +89,22 @@ def main() -> None:
     engine = Engine.load(arguments.folder, threads=arguments.threads)
     prompts = generation_prompts(engine.tokenizer, arguments.prompts)
     rows = list(_rows(engine, arguments.tokens, arguments.forced_threshold))
+    if arguments.planned:
+        rows = [row for row in rows if not row.forced]
     measured = {row.name: Measured() for row in rows}
     for number in range(arguments.rounds):
-        for place in range(len(rows)):
-            row = rows[(place + number) % len(rows)]
-            _turn(engine, row, prompts, arguments.tokens, measured[row.name])
-            print(f"\rround {number + 1}: {row.name:40}", end="", file=sys.stderr, flush=True)
+        _round(engine, rows, prompts, arguments.tokens, measured)
+        print(f"\rround {number + 1}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
-    figures = [_figures(engine, row.name, prompts, measured) for row in rows]
+    new = len(prompts) * arguments.tokens
+    figures = [_figures(engine, row.name, prompts, new, measured) for row in rows]
     _show(figures, arguments)
     if arguments.json:
-        content = {"rows": [asdict(row) for row in figures], "rounds": arguments.rounds}
+        content = {
+            "layers": engine.manifest.depth,
+            "rounds": arguments.rounds,
+            "rows": [asdict(row) for row in figures],
+        }
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
@@ -93,12 +113,14 @@ def _rows(engine: Engine, tokens: int, forced_threshold: float | None) -> Iterat
     yield Row("off", "off", DecodeOptions())
     if manifest.exit is None:
         return
+    if manifest.plan is not None:
+        yield Row("auto", "auto", DecodeOptions())
     probes: tuple[ExitProbe, ...] = ("full", "shortlist") if manifest.shortlist else ("full",)
     for probe in probes:
         plain = DecodeOptions(probe=probe)
         yield Row(f"verified, {probe}", "verified", plain)
         for layer in manifest.exit_points:
-            for drafts in _FORCED_DRAFTS:
+            for drafts in (1, *(_FORCED_DRAFTS if layer == min(manifest.exit_points) else ())):
                 options = replace(plain, draft_layer=layer, draft_schedule=Fixed(drafts))
                 name = f"verified, {probe}, forced: {drafts} of layer {layer}"
                 yield Row(name, "verified", options)
@@ -118,50 +140,65 @@ def _adaptive_rows(
         options = replace(plain, kv_policy=policy)
         name = f"adaptive, {policy}, {plain.probe}"
         yield Row(name, "adaptive", options)
-        yield Row(f"{name}, falling", "adaptive", replace(options, confidence=decay))
+        always = replace(options, exit_looks="always")
+        yield Row(f"{name}, forced", "adaptive", always)
+        yield Row(f"{name}, forced, falling", "adaptive", replace(always, confidence=decay))
         if forced_threshold is not None:
-            yield Row(f"{name}, forced: {forced_threshold}", "adaptive", options, forced_threshold)
+            yield Row(f"{name}, forced: {forced_threshold}", "adaptive", always, forced_threshold)
 
 
-def _turn(
-    engine: Engine, row: Row, prompts: list[list[int]], tokens: int, measured: Measured
+def _round(
+    engine: Engine,
+    rows: list[Row],
+    prompts: list[list[int]],
+    tokens: int,
+    measured: dict[str, Measured],
 ) -> None:
-    start = time.perf_counter()
-    results = [
-        engine.generate(
-            prompt,
-            max_new_tokens=tokens,
-            mode=row.mode,
-            threshold=row.threshold,
-            ignore_eos=True,
-            decoding=row.options,
-        )
-        for prompt in prompts
-    ]
-    seconds = time.perf_counter() - start
-    measured.speeds.append(len(prompts) * tokens / seconds)
-    if not measured.results:
-        measured.results = results
+    """Every prompt by every row, in an order that rotates: a machine's speed drifts."""
+    for row in rows:
+        measured[row.name].seconds.append(0.0)
+    for number, prompt in enumerate(prompts):
+        first = (number + len(measured["off"].seconds)) % len(rows)
+        for row in (*rows[first:], *rows[:first]):
+            start = time.perf_counter()
+            result = engine.generate(
+                prompt,
+                max_new_tokens=tokens,
+                mode=row.mode,
+                threshold=row.threshold,
+                ignore_eos=True,
+                decoding=row.options,
+            )
+            mine = measured[row.name]
+            mine.seconds[-1] += time.perf_counter() - start
+            if len(mine.seconds) == 1:
+                mine.results.append(result)
 
 
 def _figures(
-    engine: Engine, name: str, prompts: list[list[int]], measured: dict[str, Measured]
+    engine: Engine,
+    name: str,
+    prompts: list[list[int]],
+    new: int,
+    measured: dict[str, Measured],
 ) -> Figures:
     mine, off = measured[name], measured["off"]
-    ratios = [own / base for own, base in zip(mine.speeds, off.speeds, strict=True)]
+    ratios = [base / own for own, base in zip(mine.seconds, off.seconds, strict=True)]
     same = [a.tokens == b.tokens for a, b in zip(mine.results, off.results, strict=True)]
     depth = engine.manifest.depth
-    passes = sum(result.statistics.drafts.passes for result in mine.results)
-    accepted = sum(result.statistics.drafts.accepted for result in mine.results)
+    drafts = sum((result.statistics.drafts for result in mine.results), DraftCount())
+    exits = Counter(layer for result in mine.results for layer in result.exit_layers)
     return Figures(
         name,
-        statistics.median(mine.speeds),
+        new / statistics.median(mine.seconds),
         statistics.median(ratios),
         depth * (1.0 - float(np.mean([r.decode_layers_saved for r in mine.results]))),
         float(np.mean([result.compute_saved for result in mine.results])),
         float(np.mean(list(_agreement(engine, prompts, mine.results, off.results)))),
         float(np.mean(same)),
-        accepted / passes if passes else None,
+        drafts.accepted / drafts.passes if drafts.passes else None,
+        drafts.accepted / drafts.proposed if drafts.proposed else None,
+        {layer: count / new for layer, count in sorted(exits.items())},
     )
 
 
@@ -217,6 +254,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--forced-threshold", type=float, help="also adaptive rows with this threshold"
     )
+    parser.add_argument("--planned", action="store_true", help="leave forced rows out")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     return parser.parse_args()
 

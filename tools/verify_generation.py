@@ -7,7 +7,8 @@ wrong tokens at random places. Kernels may sum one row and several in different 
 measures how far the gap between the two best logits moves by that, and says of every token that
 differs whether the full model (one row at a time, over the same text before) holds it within that
 noise of its own. Ends with status 1 if a token does not, or if a KV cache differs by more than
-`--kv-tolerance` after a text that is the same.
+`--kv-tolerance` after a text that is the same. Prompts are taken group by group, each through every
+batch size; what is known so far is printed after each group, and `--first` goes on from there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,14 +36,20 @@ from adainfer_runtime.results import DraftCount
 from adainfer_runtime.sampling import Greedy, Sampler
 from adainfer_runtime.verified import Draft, Drafter, ExitDrafter, VerifiedDecoder
 
+_GROUP = 24  # prompts: a multiple of the usual batches
+_SOURCES = ("exit", "forced")
+
 
 @dataclass(frozen=True)
 class Reference:
-    """Mode off's text, and how far logits moved when several rows were computed at once."""
+    """Mode off's text and KV cache (by layer), and how far logits moved when several rows were
+    computed at once.
+    """
 
     prompt: list[int]
     tokens: tuple[int, ...]
     noise: float
+    cache: list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 
 
 @dataclass(frozen=True)
@@ -79,25 +87,43 @@ def main() -> None:
         type(engine.backend).max_rows = arguments.chunk  # type: ignore[misc]
     layer = arguments.draft_layer or _default_layer(engine)
     prompts = generation_prompts(engine.tokenizer, arguments.prompts)
-    references = []
-    for number, prompt in enumerate(prompts, 1):
-        references.append(_reference(engine, prompt, arguments.tokens, arguments.drafts))
-        print(f"\rmode off: {number}/{len(prompts)}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    noise = max(reference.noise for reference in references)
-    report = {"draft_layer": layer, "kernel_noise": noise, "runs": []}
-    print(f"kernel noise (largest move of the gap between the two best logits): {noise:.3g}")
-    failed = False
-    for at_once in arguments.batch:
-        for source in ("exit", "forced"):
-            found = _compare_all(engine, references, layer, source, at_once, arguments)
-            run = _summary(found, noise, arguments.kv_tolerance)
-            failed |= bool(run["wrong"])
-            report["runs"].append({"batch": at_once, "drafts_from": source, **run})
-            print(f"batch {at_once}, drafts of the {source}: {json.dumps(run)}")
-    if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+    runs = [(at_once, source) for at_once in arguments.batch for source in arguments.drafts_from]
+    found: dict[tuple[int, str], list[Comparison]] = {run: [] for run in runs}
+    noise, failed = 0.0, False
+    for start in range(arguments.first, len(prompts), _GROUP):
+        group = prompts[start : start + _GROUP]
+        references = [
+            _reference(engine, prompt, arguments.tokens, arguments.drafts) for prompt in group
+        ]
+        noise = max(noise, *(reference.noise for reference in references))
+        for at_once, source in runs:
+            found[at_once, source] += _compare_all(
+                engine, references, layer, source, at_once, arguments
+            )
+        report = _report(found, layer, noise, arguments.kv_tolerance)
+        failed = any(run["wrong"] for run in report["runs"])
+        _print(report, arguments.first, start + len(group))
+        if arguments.json:
+            arguments.json.write_text(json.dumps(report, indent=1) + "\n")
     sys.exit(1 if failed else 0)
+
+
+def _report(
+    found: dict[tuple[int, str], list[Comparison]], layer: int, noise: float, tolerance: float
+) -> dict[str, Any]:
+    runs = [
+        {"batch": at_once, "drafts_from": source, **_summary(comparisons, noise, tolerance)}
+        for (at_once, source), comparisons in found.items()
+    ]
+    return {"draft_layer": layer, "kernel_noise": noise, "runs": runs}
+
+
+def _print(report: dict[str, Any], first: int, end: int) -> None:
+    print(f"prompts {first + 1} to {end}, drafts of layer {report['draft_layer']}")
+    noise = report["kernel_noise"]
+    print(f"kernel noise (largest move of the gap between the two best logits): {noise:.3g}")
+    for run in report["runs"]:
+        print(json.dumps(run), flush=True)
 
 
 def _reference(engine: Engine, prompt: list[int], new: int, drafts: int) -> Reference:
@@ -110,7 +136,12 @@ def _reference(engine: Engine, prompt: list[int], new: int, drafts: int) -> Refe
         logits.append(result.logits)
         if len(tokens) < new:
             session.extend([result.token])
-    return Reference(prompt, tuple(tokens), _noise(engine, prompt, tokens, logits, drafts + 1))
+    cache = [
+        (key.copy(), value.copy())
+        for key, value in map(session.kv, range(1, engine.manifest.depth + 1))
+    ]
+    noise = _noise(engine, prompt, tokens, logits, drafts + 1)
+    return Reference(prompt, tuple(tokens), noise, cache)
 
 
 def _noise(
@@ -166,7 +197,7 @@ def _text(
     done = yield from stream(session, decoder, request, engine.manifest.max_seq_len)
     compared = _shortfalls(engine, reference, done.tokens)
     if not compared.differing:
-        difference = _cache_difference(engine, session, len(reference.prompt))
+        difference = _cache_difference(session, reference)
         compared = replace(compared, cache_difference=difference)
     return replace(compared, drafts=decoder.drafts)
 
@@ -186,19 +217,13 @@ def _shortfalls(engine: Engine, reference: Reference, tokens: tuple[int, ...]) -
     return Comparison(differing, max(shortfalls), None, DraftCount())
 
 
-def _cache_difference(engine: Engine, session: Session, prompt: int) -> float:
-    """The largest between this session's K and V and mode off's, which come one by one."""
-    off = engine.session()
-    off.extend(session.tokens[:prompt])
-    off.complete()
-    for token in session.tokens[prompt:]:
-        off.extend([token])
-        off.complete()
+def _cache_difference(session: Session, reference: Reference) -> float:
+    """The largest between this session's K and V and mode off's, which came one by one."""
     session.complete()
     return max(
         float(np.abs(mine - full).max())
-        for layer in range(1, engine.manifest.model.num_layers + 1)
-        for mine, full in zip(session.kv(layer), off.kv(layer), strict=True)
+        for layer, cache in enumerate(reference.cache, 1)
+        for mine, full in zip(session.kv(layer), cache, strict=True)
     )
 
 
@@ -236,6 +261,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=100, help="of a hundred that there are")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens of each")
     parser.add_argument("--batch", type=_numbers, default=[1], help="texts at once, such as 1,3,8")
+    parser.add_argument("--first", type=int, default=0, help="prompts to leave out at the start")
+    parser.add_argument(
+        "--drafts-from", nargs="+", choices=_SOURCES, default=_SOURCES, help="default: both"
+    )
     parser.add_argument("--drafts", type=int, default=4, help="of every round")
     parser.add_argument("--draft-layer", type=int, help="default: the deepest exit point")
     parser.add_argument("--wrong", type=float, default=0.25, help="share of forced wrong drafts")

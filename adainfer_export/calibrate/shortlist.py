@@ -4,8 +4,8 @@ With normed final hidden states h of second moment C and the head W, the rank-r 
 the logits W h least, in the mean square over h, is W C^½ V Vᵀ C^-½, where V are the first r
 eigenvectors of C^½ Wᵀ W C^½. (A plain SVD of W, blind to what h look like, is of no use.)
 
-Proposed are the best tokens of the best chunks of the vocabulary: a TopK over all of it would cost
-as much as the head.
+A TopK over the whole vocabulary would cost as much as the head. The k best tokens stand in the k
+chunks of it with the highest maxima, so that two small ones find them.
 """
 
 from __future__ import annotations
@@ -74,13 +74,14 @@ def with_shortlist(files: Files, manifest: Manifest, parts: Parts, reporter: Rep
     low_rank = _least_rank(head, fitted_on, _hidden(engine, parts.classifier, reporter))
     if low_rank is None:
         return manifest
-    model = lower_shortlist(low_rank, head, precision, _ROWS)
+    rows = min(_ROWS, manifest.model.vocab_size)
+    model = lower_shortlist(low_rank, head, precision, rows)
     path = files.save("exit/shortlist.onnx", serialise(model))
     spec = ShortlistSpec(
         file=path,
         rank=low_rank.rank,
-        rows=_ROWS,
-        multiply_adds=multiply_adds(model.graph) + _ROWS * manifest.model.hidden_size,
+        rows=rows,
+        multiply_adds=multiply_adds(model.graph) + rows * manifest.model.hidden_size,
         recall={},
     )
     record = {path: files.written[path]}
@@ -130,14 +131,9 @@ def _least_rank(head: Head, fitted_on: Float32, tried_on: Float32) -> LowRankHea
             return None
         low_rank = _cut(head, down, back, rank)
         logits = (normed @ low_rank.down @ low_rank.up.T).astype(np.float32)
-        chunks, width = _chunks(logits.shape[1])
-        table = _padded(logits, chunks * width).reshape(len(logits), chunks, width)
-        best = table.max(axis=2)
-        place, chunk = tokens % width, tokens // width
-        first = table.argmax(axis=2)[np.arange(len(tokens)), chunk] == place
-        own = best[np.arange(len(tokens)), chunk]
-        among = (best > own[:, None]).sum(axis=1) < min(_ROWS, chunks)
-        if float((first & among).mean()) >= _ENOUGH_RECALL:
+        own = logits[np.arange(len(tokens)), tokens]
+        before = (logits > own[:, None]).sum(axis=1)
+        if float((before < _ROWS).mean()) >= _ENOUGH_RECALL:
             return low_rank
     return None
 
@@ -163,13 +159,15 @@ def lower_shortlist(low_rank: LowRankHead, head: Head, precision: Precision, row
     table = graph.op("Reshape", table, graph.ints([chunks, span]))
     maxima = graph.op("ReduceMax", table, graph.ints([-1]), keepdims=0)
     best = graph.top(maxima, min(rows, chunks))
-    place = graph.op("ArgMax", table, axis=-1, keepdims=0)
-    place = graph.op("Gather", place, best, axis=0)
-    candidates = graph.op("Add", graph.op("Mul", best, graph.ints([span])), place)
+    among = graph.op("Reshape", graph.op("Gather", table, best, axis=0), graph.ints([-1]))
+    place = graph.top(among, rows)
+    chunk = graph.op("Gather", best, graph.op("Div", place, graph.ints([span])), axis=0)
+    inside = graph.op("Mod", place, graph.ints([span]))
+    candidates = graph.op("Add", graph.op("Mul", chunk, graph.ints([span])), inside)
     total = graph.op("ReduceLogSumExp", flat, graph.ints([0]), keepdims=1)
     outputs = [
         graph.output(graph.op("Identity", flat), "logits", [vocabulary]),
-        graph.output(candidates, "candidates", [min(rows, chunks)], ir.DataType.INT64),
+        graph.output(candidates, "candidates", [rows], ir.DataType.INT64),
         graph.output(total, "log_sum_exp", [1]),
     ]
     return graph.model("shortlist", [hidden], outputs, opset=24)  # of its norm
@@ -265,8 +263,3 @@ def _chunks(vocabulary: int) -> tuple[int, int]:
     """(chunks, width): sixteen chunks for every row that is scored, if there are enough tokens."""
     width = max(2, vocabulary // (16 * _ROWS))
     return -(-vocabulary // width), width
-
-
-def _padded(logits: Float32, width: int) -> Float32:
-    missing = width - logits.shape[1]
-    return np.pad(logits, ((0, 0), (0, missing)), constant_values=-np.inf) if missing else logits

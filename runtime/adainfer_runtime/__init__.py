@@ -3,8 +3,9 @@
 from .batch import BatchScheduler, TakeTurns
 from .confidence import ConfidenceDecay
 from .conversation import Conversation
+from .decode_costs import DecodeCosts
 from .decode_options import DecodeOptions
-from .draft_schedule import Adaptive, DecodeCosts, Fixed
+from .draft_schedule import Adaptive, Fixed
 from .engine import Engine
 from .errors import AdaInferError
 from .exit_policy import ClassifierExit, ExitPolicy, FixedExit, NoExit

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from .confidence import ConfidenceDecay, DecayingExit
+from .decode_costs import DecodeCosts
 from .decoding import Decoder, PolicyDecoder
-from .draft_schedule import DecodeCosts, DraftSchedule
+from .draft_schedule import DraftSchedule
 from .errors import ExitUnavailableError
+from .exit_looks import Always, ExitCosts, Looks, Paying
 from .exit_policy import ClassifierExit, ExitPolicy
 from .kv_fill import KvPolicy
-from .manifest import Manifest
+from .manifest import ExitSpec, Manifest
+from .planning.choose import shares_at
 from .results import NO_DRAFTS, DraftCount
 from .sampling import Sampler
 from .session import ExitProbe, Session
 from .verified import EXPECTED_ACCEPTANCE, VerifiedDecoder, verified_decoder
 
-__all__ = ["DEFAULT_OPTIONS", "DecodeOptions", "drafts_of", "make_decoder"]
+__all__ = ["DEFAULT_OPTIONS", "DecodeOptions", "ExitLooks", "drafts_of", "make_decoder"]
+
+
+ExitLooks = Literal["paying", "always"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,10 @@ class DecodeOptions:
             cheaper, and never has the last word.
         draft_layer: exit point that drafts in mode `verified`; default: by expected cost.
         draft_schedule: how many drafts; default: by their acceptance so far and their cost.
-        costs: measured costs for that choice; default: by multiply-adds.
+        exit_looks: whether a token of mode `adaptive` after the first looks at exit points:
+            `paying` while that is expected to save time, `always` at each.
+        costs: that drafts and looks are judged by; default: the plan's measured times where they
+            are of this machine, else multiply-adds.
         acceptance: share of drafts expected to be right before any was judged.
     """
 
@@ -40,6 +50,7 @@ class DecodeOptions:
     probe: ExitProbe = "full"
     draft_layer: int | None = None
     draft_schedule: DraftSchedule | None = None
+    exit_looks: ExitLooks = "paying"
     costs: DecodeCosts | None = None
     acceptance: float = EXPECTED_ACCEPTANCE
 
@@ -54,13 +65,17 @@ def make_decoder(
     sampler: Sampler,
     limit: int,
     options: DecodeOptions,
+    costs: DecodeCosts,
     *,
     verified: bool,
+    with_logits: bool = False,
 ) -> Decoder:
     """A decoder on a session.
 
     Args:
         limit: positions that the session may come to hold: prompt and new tokens but the last.
+        costs: of this engine with the options' probe, where the options have none.
+        with_logits: every token is wanted with the logits that it was taken from.
 
     Raises:
         ExitUnavailableError: mode `verified` has nothing to draft with, or there is no shortlist.
@@ -72,17 +87,21 @@ def make_decoder(
         )
     if not verified:
         schedule = _schedule(policy, manifest, options.confidence)
-        return PolicyDecoder(session, policy, sampler, options.kv_policy, schedule, options.probe)
+        looks = _looks(policy, manifest, options, options.costs or costs)
+        return PolicyDecoder(
+            session, policy, sampler, options.kv_policy, schedule, options.probe, looks
+        )
     return verified_decoder(
         session,
         manifest,
         sampler,
         limit,
+        options.costs or costs,
         draft_layer=options.draft_layer,
         schedule=options.draft_schedule,
-        costs=options.costs,
         probe=options.probe,
         acceptance=options.acceptance,
+        with_logits=with_logits,
     )
 
 
@@ -91,9 +110,32 @@ def _schedule(
 ) -> DecayingExit | None:
     if decay is None or not isinstance(policy, ClassifierExit):
         return None  # nothing exits, or always at the same layer
+    spec = _spec_of(policy, manifest)
+    return DecayingExit.of(policy, decay, spec.thresholds if spec else ())
+
+
+def _looks(
+    policy: ExitPolicy, manifest: Manifest, options: DecodeOptions, costs: DecodeCosts
+) -> Looks:
+    if options.exit_looks == "always" or not isinstance(policy, ClassifierExit):
+        return Always()
+    spec = _spec_of(policy, manifest)
+    if spec is None or policy.kind == "context":
+        return Always()
+    layers = tuple(check.layer for check in policy.checks)
+    shares = shares_at(spec, policy.threshold) if spec.exit_shares else (0.0,) * len(layers)
+    exits = ExitCosts(
+        costs,
+        layers,
+        fills=options.kv_policy != "deferred",
+        confirmed=options.probe == "shortlist",
+    )
+    return Paying(exits, shares)
+
+
+def _spec_of(policy: ClassifierExit, manifest: Manifest) -> ExitSpec | None:
     specs = manifest.named_exits.values()
-    grids = {spec.classifier.graph: spec.thresholds for spec in specs if spec.classifier}
-    return DecayingExit.of(policy, decay, grids.get(policy.graph, ()))
+    return next((s for s in specs if s.classifier and s.classifier.graph == policy.graph), None)
 
 
 def drafts_of(decoder: Decoder) -> DraftCount:

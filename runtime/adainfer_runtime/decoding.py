@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from .backends import ProbeResult
 from .confidence import ExitSchedule
+from .exit_looks import Always, Looks
 from .exit_policy import ExitPolicy, NoExit
 from .kv_fill import KvPolicy
 from .sampling import Sampler
@@ -58,6 +59,7 @@ class PolicyDecoder:
 
     Args:
         schedule: in place of the policy, another one for every token.
+        looks: whether tokens after the first look at exit points at all.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class PolicyDecoder:
         kv_policy: KvPolicy = "deferred",
         schedule: ExitSchedule | None = None,
         exit_probe: ExitProbe = "full",
+        looks: Looks | None = None,
     ) -> None:
+        self._looks = looks or Always()
         self._exit_probe: ExitProbe = exit_probe
         self._kv_policy: KvPolicy = kv_policy
         self._schedule = schedule
@@ -82,16 +86,23 @@ class PolicyDecoder:
         """Predicts after the last position."""
         policy = self._schedule.at(self._steps) if self._schedule else self._policy
         self._steps += 1
+        later = self._last is not None
         if self._last is not None:
             self._session.extend([self._last])
-            if any(check.kind == "context" for check in policy.checks):
-                # Translated K,V answer one question; the KV policy says what follows is over.
+            if self._refuses(policy):
                 policy = NoExit()
         prediction = self._session.predict(
             policy, kv_policy=self._kv_policy, exit_probe=self._exit_probe
         )
+        if later:
+            self._looks.record(prediction.exit_layer if policy.checks else None)
         self._last = take(self._sampler, prediction.result, self._session)
         return Emitted(self._last, prediction.exit_layer, prediction.result.logits)
+
+    def _refuses(self, policy: ExitPolicy) -> bool:
+        # Translated K,V answer one question; the KV policy says what follows is over.
+        over_context = any(check.kind == "context" for check in policy.checks)
+        return over_context or not self._looks.due()
 
     def close(self) -> None:
         """Nothing to take back."""

@@ -1,95 +1,25 @@
-"""How many tokens to draft before the full model confirms them: what drafts cost, and gain."""
+"""How many tokens to draft before the full model confirms them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
-import numpy as np
-
+from .decode_costs import DecodeCosts, expected_tokens
 from .manifest import Manifest
 
 __all__ = [
     "Acceptance",
     "Adaptive",
-    "DecodeCosts",
     "DraftSchedule",
     "Fixed",
     "agreement_by_layer",
     "default_draft_layer",
 ]
 
-# Time of N rows in one pass over N passes of one row: SmolLM2, int4, six engines, two cores.
-_ROWS = ((1, 1.0), (2, 0.65), (3, 0.57), (4, 0.51), (6, 0.46), (8, 0.43), (12, 0.40), (64, 0.39))
 _UNKNOWN_AGREEMENT = 0.6
-
-
-@dataclass(frozen=True)
-class DecodeCosts:
-    """What decoding costs, in layers of one row.
-
-    Attributes:
-        layers: of the full model.
-        probe: final norm and LM head of one row.
-        adapter: of one row.
-        rows: (N, time of N rows in one pass over N passes of one row), ascending from N = 1;
-            in between it is interpolated.
-        draft_probe: the probe that drafts use, where it is another.
-    """
-
-    layers: int
-    probe: float
-    adapter: float = 0.0
-    rows: tuple[tuple[int, float], ...] = _ROWS
-    draft_probe: float | None = None
-
-    @classmethod
-    def of_manifest(cls, manifest: Manifest, *, shortlist: bool = False) -> DecodeCosts:
-        """By multiply-adds: what can be said without a measurement.
-
-        Args:
-            shortlist: drafts use the folder's shortlist, where it has one.
-        """
-        stages = manifest.layer_stages
-        layer = sum(stage.multiply_adds for stage in stages) / manifest.depth
-        spec = manifest.shortlist
-        adapters = [point.multiply_adds for point in manifest.exit_points.values()]
-        return cls(
-            manifest.depth,
-            manifest.probe.multiply_adds / layer,
-            max(adapters, default=0) / layer,
-            draft_probe=spec.multiply_adds / layer if shortlist and spec else None,
-        )
-
-    def batch(self, rows: int) -> float:
-        """Time of so many rows in one pass; one row takes 1."""
-        numbers, relative = zip(*self.rows, strict=True)
-        return rows * float(np.interp(rows, numbers, relative))
-
-    @property
-    def token(self) -> float:
-        """A token of the full model."""
-        return self.layers + self.probe
-
-    def round(self, draft_layer: int, drafts: int) -> float:
-        """So many drafts, one after the other, and the pass that confirms them."""
-        check = self.adapter + (self.probe if self.draft_probe is None else self.draft_probe)
-        deeper = (self.layers - draft_layer + self.probe) * self.batch(drafts + 1)
-        return (drafts + 1) * draft_layer + drafts * check + deeper
-
-    def per_token(self, draft_layer: int, drafts: int, acceptance: float) -> float:
-        """Expected cost of a token where each draft is right with a chance of `acceptance`."""
-        if drafts == 0:
-            return self.token
-        tokens = sum(acceptance**n for n in range(drafts + 1))
-        return self.round(draft_layer, drafts) / tokens
-
-    def least_confidence(self, draft_layer: int, drafts: int) -> float:
-        """The chance of being right at which one draft more, after so many, is worth its row."""
-        row = self.batch(drafts + 2) - self.batch(drafts + 1)
-        extra = draft_layer + (self.layers - draft_layer + self.probe) * row
-        return extra / self.token
 
 
 class Acceptance:
@@ -155,32 +85,42 @@ class Adaptive:
 
     Where even drafts that are always right would not pay, nothing is ever drafted. Where the
     acceptance is too low, one draft is tried at the start and every `retry_every` tokens, and
-    again as long as it is right, so that a text which is easy, or becomes so, is noticed: each
-    that is wrong costs about one token of the full model.
+    again as long as it is right, so that a text which is easy, or becomes so, is noticed. None is
+    tried where even drafts that are always right would save less than `least_gain`.
     """
 
     costs: DecodeCosts
     draft_layer: int
     most: int = 7
     retry_every: int = 64
+    least_gain: float = 0.05
 
     def length(self, acceptance: Acceptance) -> int:
         """See the class."""
         best = self._best(acceptance.rate)
         due = acceptance.idle is None or acceptance.idle >= self.retry_every
-        return 1 if best == 0 and due and self._best(1.0) else best
+        return 1 if best == 0 and due and self._worth_trying else best
 
     def keeps(self, confidence: float, drafts: int) -> bool:
         """Whether the draft is likelier right than its row in the deeper layers costs."""
         return confidence >= self.costs.least_confidence(self.draft_layer, drafts)
 
     def _best(self, acceptance: float) -> int:
-        costs = [self.costs.per_token(self.draft_layer, n, acceptance) for n in self._lengths]
-        return int(np.argmin(costs))
+        # Asked before every token: no more than a few multiplications.
+        costs = [cost / expected_tokens(n, acceptance) for n, cost in enumerate(self._rounds)]
+        return costs.index(min(costs))
 
-    @property
-    def _lengths(self) -> range:
-        return range(self.most + 1)
+    @cached_property
+    def _worth_trying(self) -> bool:
+        drafts = self._best(1.0)
+        least = self._rounds[drafts] / expected_tokens(drafts, 1.0)
+        return least < (1.0 - self.least_gain) * self.costs.token
+
+    @cached_property
+    def _rounds(self) -> tuple[float, ...]:
+        """Cost of a round by its drafts; of none: a token of the full model."""
+        drafted = (self.costs.round(self.draft_layer, n) for n in range(1, self.most + 1))
+        return (self.costs.token, *drafted)
 
 
 def default_draft_layer(manifest: Manifest, costs: DecodeCosts) -> int | None:

@@ -13,16 +13,25 @@ from .batch import BatchScheduler, TakeTurns
 from .certificate import device_class, device_option
 from .choose import Chosen, choose, join_label
 from .conversation import Conversation
+from .decode_costs import DecodeCosts, decode_costs
 from .engine_folder import load_manifest, verify_files
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
 from .generation_options import GenerationKeywords, GenerationOptions
 from .manifest import Manifest
 from .mode_policies import Mode, PolicyFactory, Strictness
-from .planning import ModeForecast, RequestShape, TimePredictor, forecast_modes, pick_mode
+from .planning import (
+    Machine,
+    ModeForecast,
+    RequestShape,
+    TimePredictor,
+    forecast_modes,
+    machine,
+    pick_mode,
+)
 from .profile import ProfiledBackend, StageClock, measuring
 from .results import ChoiceResult, GenerationResult, StreamEvent
-from .session import Session
+from .session import ExitProbe, Session
 from .shadow import ShadowEntry, ShadowMonitor
 from .statistics import EngineStatistics, StatisticsRecorder
 from .text_request import finish, prepare
@@ -49,7 +58,10 @@ class Engine:
         shadow: ShadowMonitor | None = None,
         clock: StageClock | None = None,
         device: str = "cpu",
+        here: Machine | None = None,
     ) -> None:
+        self._here = here
+        self._costs: dict[ExitProbe, DecodeCosts] = {}
         self._shadow = shadow
         self._device = device
         self._device_class = device_class(device)
@@ -123,7 +135,8 @@ class Engine:
         )
         shadow = None if shadow_every is None else ShadowMonitor(shadow_every)
         clock = StageClock() if profile else None
-        return cls(manifest, backend, load_tokenizer(folder, manifest), shadow, clock, device)
+        tokenizer, here = load_tokenizer(folder, manifest), machine(threads, device)
+        return cls(manifest, backend, tokenizer, shadow, clock, device, here)
 
     @property
     def manifest(self) -> Manifest:
@@ -241,6 +254,14 @@ class Engine:
         layers = self._manifest.model.num_layers
         predictor = TimePredictor(plan.times, layers, self._backend.max_rows)
         return forecast_modes(self._policies, predictor, shape, strictness)
+
+    def decode_costs(self, probe: ExitProbe = "full") -> DecodeCosts:
+        """What drafts and looks at exit points cost here, with the probe they use."""
+        known = self._costs.get(probe)
+        if known is None:
+            known = decode_costs(self._manifest, self._here, shortlist=probe == "shortlist")
+            self._costs[probe] = known
+        return known
 
     def generate(
         self, prompt: str | Sequence[int], **options: Unpack[GenerationKeywords]

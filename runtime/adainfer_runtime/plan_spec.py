@@ -29,7 +29,7 @@ class StageTimes(_Record):
             to: of a pass of one position, and of many.
         step: a generated token, all of it, after `step_past` positions.
         probe, adapter, classifier: one position.
-        candidates: a probe over a handful of rows.
+        candidates: a probe over a handful of rows; `shortlist` the low-rank one, if there is any.
         context_rows: positions of a prompt, ascending; `context` is parallel to it.
         context: by exit layer: translation, and the last positions through the layers above.
     """
@@ -45,6 +45,7 @@ class StageTimes(_Record):
     candidates: float
     adapter: float
     classifier: float
+    shortlist: float | None = None
     context_rows: tuple[int, ...] = ()
     context: dict[int, tuple[float, ...]] = {}
 

@@ -93,7 +93,9 @@ class TextRequest:
             sampler,
             len(tokens) + options.max_new_tokens - 1,
             options.decoding,
+            self.engine.decode_costs(options.decoding.probe),
             verified=options.mode == "verified",
+            with_logits=options.logprobs is not None,
         )
         done = yield from stream(
             session,

@@ -16,11 +16,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .decode_costs import DecodeCosts
 from .decoding import Emitted, take
 from .draft_schedule import (
     Acceptance,
     Adaptive,
-    DecodeCosts,
     DraftSchedule,
     Fixed,
     default_draft_layer,
@@ -41,6 +41,7 @@ __all__ = [
     "verified_decoder",
 ]
 
+Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 # Agreement over texts, not over answers: SmolLM2 after 24 of 30 layers.
@@ -94,6 +95,8 @@ class VerifiedDecoder:
 
     Args:
         limit: positions that the session may come to hold.
+        with_logits: emit the full model's logits with every token. (With a sampler that draws they
+            are there anyway; without one, tokens alone are read.)
     """
 
     def __init__(
@@ -104,7 +107,10 @@ class VerifiedDecoder:
         schedule: DraftSchedule,
         limit: int,
         acceptance: Acceptance | None = None,
+        *,
+        with_logits: bool = False,
     ) -> None:
+        self._with_logits = with_logits
         self._session = session
         self._sampler = sampler
         self._drafter = drafter
@@ -147,13 +153,15 @@ class VerifiedDecoder:
             else:
                 self._acceptance.record_idle()
             return (self._full_step(),)
-        accepted, last = self._judge(drafts, base)
+        accepted, last, logits = self._judge(drafts, base)
         session.roll_back(base + accepted)
         wrong = accepted < len(drafts)
         self._acceptance.record(accepted + (wrong or declined), accepted)
         self._count += DraftCount(len(drafts), accepted, 1)
-        kept = [Emitted(draft.token, draft.layer) for draft in drafts[:accepted]]
-        return [*kept, Emitted(last, session.depth)]
+        kept = [(draft.token, draft.layer) for draft in drafts[:accepted]]
+        tokens = [*kept, (last, session.depth)]
+        rows = [None] * len(tokens) if logits is None else logits
+        return [Emitted(*token, row) for token, row in zip(tokens, rows, strict=False)]
 
     def _propose(self, base: int) -> tuple[list[Draft], bool]:
         """Drafts that now stand in the sequence, and whether one was not worth verifying."""
@@ -170,17 +178,25 @@ class VerifiedDecoder:
     def _full_step(self) -> Emitted:
         prediction = self._session.predict(NoExit())
         token = take(self._sampler, prediction.result, self._session)
-        return Emitted(token, prediction.exit_layer)
+        return Emitted(token, prediction.exit_layer, prediction.result.logits)
 
-    def _judge(self, drafts: Sequence[Draft], base: int) -> tuple[int, int]:
-        """How many drafts stand, and the full model's token behind them."""
-        if self._sampler.plain:
+    def _judge(
+        self, drafts: Sequence[Draft], base: int
+    ) -> tuple[int, int, Sequence[Float32] | None]:
+        """How many drafts stand, the full model's token behind them, and its logits
+        `[vocab_size]` for each of these places, if any were computed.
+        """
+        if self._sampler.plain and not self._with_logits:
             tokens = self._session.verify_tokens(base - 1)
-            accepted = next(
-                (i for i, draft in enumerate(drafts) if draft.token != tokens[i]), len(drafts)
-            )
-            return accepted, int(tokens[accepted])
-        logits = self._session.verify_logits(base - 1)
+            return *_agreed(drafts, tokens), None
+        logits = list(self._session.verify_logits(base - 1))
+        if self._sampler.plain:
+            return *_agreed(drafts, np.argmax(logits, axis=1)), logits
+        return *self._draw(drafts, base, logits), logits
+
+    def _draw(
+        self, drafts: Sequence[Draft], base: int, logits: Sequence[Float32]
+    ) -> tuple[int, int]:
         before = self._session.tokens
         for i, draft in enumerate(drafts):
             full = self._sampler.probabilities(logits[i], before[: base + i])
@@ -189,6 +205,12 @@ class VerifiedDecoder:
                 return i, token
         full = self._sampler.probabilities(logits[len(drafts)], before)
         return len(drafts), self._sampler.draw(full)
+
+
+def _agreed(drafts: Sequence[Draft], tokens: npt.NDArray[np.int64]) -> tuple[int, int]:
+    wrong = (i for i, draft in enumerate(drafts) if draft.token != tokens[i])
+    accepted = next(wrong, len(drafts))
+    return accepted, int(tokens[accepted])
 
 
 def _accept_or_replace(draft: Draft, full: Float64, sampler: Sampler) -> int | None:
@@ -211,12 +233,13 @@ def verified_decoder(
     manifest: Manifest,
     sampler: Sampler,
     limit: int,
+    costs: DecodeCosts,
     *,
     draft_layer: int | None = None,
     schedule: DraftSchedule | None = None,
-    costs: DecodeCosts | None = None,
     probe: ExitProbe = "full",
     acceptance: float = EXPECTED_ACCEPTANCE,
+    with_logits: bool = False,
 ) -> VerifiedDecoder:
     """The decoder of a request in mode `verified`.
 
@@ -224,14 +247,12 @@ def verified_decoder(
         draft_layer: where drafts are made; default: the exit point expected to cost least. A folder
             whose calibration said "do not exit" drafts nothing.
         schedule: default: `Adaptive`.
-        costs: default: by multiply-adds.
         probe: that drafts are made with.
         acceptance: share of drafts that are expected to be right before any was judged.
 
     Raises:
         ExitUnavailableError: nothing to draft with, or no engine ends at `draft_layer`.
     """
-    costs = costs or DecodeCosts.of_manifest(manifest, shortlist=probe == "shortlist")
     if draft_layer is None:
         draft_layer = default_draft_layer(manifest, costs)
         if draft_layer is None and manifest.exit is None:
@@ -253,4 +274,5 @@ def verified_decoder(
         schedule or Adaptive(costs, draft_layer),
         limit,
         Acceptance(acceptance),
+        with_logits=with_logits,
     )

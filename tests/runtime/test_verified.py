@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from adainfer_runtime.decode_costs import DecodeCosts
 from adainfer_runtime.decode_options import DecodeOptions
-from adainfer_runtime.draft_schedule import Acceptance, Adaptive, DecodeCosts, Fixed
+from adainfer_runtime.draft_schedule import Acceptance, Adaptive, Fixed
 from adainfer_runtime.errors import ExitUnavailableError
 from adainfer_runtime.generate import GenerateRequest, generate
 from adainfer_runtime.results import DraftCount
@@ -169,6 +170,35 @@ def test_requests_in_mode_verified(tiny, variant):
     assert (adaptive.tokens, adaptive.statistics.drafts) == (off.tokens, DraftCount())
     assert adaptive.layers_saved == 0.0
     assert adaptive.compute_saved < 0.0  # that look is counted
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "seed": 3}])
+def test_logprobs_are_the_full_models(tiny, sampling):
+    """Of accepted drafts, of what replaced wrong ones and of what followed them: every token's
+    are those that mode off gives after the same text.
+    """
+    engine = tiny("llama").engine
+    settings = {"max_new_tokens": 24, "ignore_eos": True, "logprobs": 5}
+    options = DecodeOptions(draft_layer=3, draft_schedule=Fixed(3))
+    done = engine.generate(PROMPT, mode="verified", decoding=options, **settings, **sampling)
+    drafts = done.statistics.drafts
+    assert 0 < drafts.accepted < drafts.proposed
+    session = engine.session()
+    session.extend([*PROMPT, *done.tokens[:-1]])
+    full = session.log_probs(len(PROMPT) - 1)
+    for found, row, token in zip(done.logprobs, full, done.tokens, strict=True):
+        assert found.token == token
+        assert found.logprob == pytest.approx(row[token], abs=1e-4)
+        tokens, logprobs = zip(*found.alternatives, strict=True)
+        np.testing.assert_allclose(logprobs, row[list(tokens)], atol=1e-4)
+        np.testing.assert_allclose(logprobs, np.sort(row)[:-6:-1], atol=1e-4)
+    if not sampling:
+        off = engine.generate(PROMPT, **settings)
+        assert done.tokens == off.tokens
+        for mine, theirs in zip(done.logprobs, off.logprobs, strict=True):
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            # To one rounding error: equal ones may change places.
+            assert dict(mine.alternatives) == pytest.approx(dict(theirs.alternatives), abs=1e-4)
 
 
 def test_what_cannot_draft(tiny):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -36,6 +37,8 @@ Examples:
     adainfer chat engines/
 
     adainfer chat engines/ --system "Answer in one sentence." --temperature 0.7 --show-exits
+
+    adainfer chat engines/ --mode adaptive --exit-looks always --kv-policy propagate --show-exits
 
     printf 'Name a fruit.\\nAnother one.\\n' | adainfer chat engines/ --json
 """
@@ -136,7 +139,7 @@ def _lines(note: Callable[[str], None]) -> Iterator[str]:
         yield from (line.strip() for line in typer.get_text_stream("stdin"))
         return
     with suppress(ImportError):
-        pass  # noqa: F401: `input` uses it once it is there
+        import_module("readline")  # `input` uses it once it is there
     note(_HELP)
     while True:
         try:

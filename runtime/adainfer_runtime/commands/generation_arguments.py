@@ -11,6 +11,18 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from ..generation_options import GenerationKeywords
+from .decode_arguments import (
+    ConfidenceDecayOption,
+    DraftLayerOption,
+    DraftsOption,
+    ExitLooksChoice,
+    ExitLooksOption,
+    KvPolicyChoice,
+    KvPolicyOption,
+    ProbeChoice,
+    ProbeOption,
+    decode_options,
+)
 from .options import LevelOption, ThresholdOption
 
 __all__ = ["ModeChoice", "takes_generation_options"]
@@ -49,6 +61,12 @@ def _collect(
     ),
     threshold: ThresholdOption = None,
     level: LevelOption = None,
+    kv_policy: KvPolicyOption = KvPolicyChoice.deferred,
+    probe: ProbeOption = ProbeChoice.full,
+    exit_looks: ExitLooksOption = ExitLooksChoice.paying,
+    confidence_decay: ConfidenceDecayOption = None,
+    draft_layer: DraftLayerOption = None,
+    drafts: DraftsOption = None,
     temperature: Annotated[
         float, typer.Option(help="0 is greedy.", rich_help_panel=_SAMPLING)
     ] = 0.0,
@@ -91,6 +109,15 @@ def _collect(
         "frequency_penalty": frequency_penalty,
         "presence_penalty": presence_penalty,
         "seed": seed,
+        "decoding": decode_options(
+            kv_policy=kv_policy,
+            probe=probe,
+            exit_looks=exit_looks,
+            confidence_decay=confidence_decay,
+            draft_layer=draft_layer,
+            drafts=drafts,
+            max_new_tokens=max_new_tokens,
+        ),
     }
 
 

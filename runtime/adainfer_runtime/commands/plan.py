@@ -165,6 +165,8 @@ def _times_table(spec: PlanSpec) -> Table:
         "adapter": times.adapter,
         "classifier": times.classifier,
     }
+    if times.shortlist is not None:
+        singles["shortlist"] = times.shortlist
     for name, seconds in singles.items():
         table.add_row(name, _milliseconds(seconds), f"{seconds / one:.2f}")
     for layer, checks in times.context.items():

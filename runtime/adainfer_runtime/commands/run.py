@@ -42,6 +42,11 @@ Examples:
     adainfer run engines/ --mode adaptive --labels positive,negative \\
         --prompt "Review: a delight. Sentiment: positive. Review: dull. Sentiment:"
 
+    adainfer run engines/ --prompt "Once upon a time" --mode verified --draft-layer 24 --drafts 4
+
+    adainfer run engines/ --prompt "1, 2, 3," --mode adaptive --exit-looks always \\
+        --kv-policy propagate --probe shortlist
+
     adainfer run engines/ --prompt - --json < prompt.txt
 """
 

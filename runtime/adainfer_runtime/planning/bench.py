@@ -43,13 +43,21 @@ def machine(threads: int | None, device: str = "cpu") -> Machine:
 
 
 def measure_times(
-    engine: Engine, *, repeats: int = 7, on_step: Callable[[str], None] = lambda name: None
+    engine: Engine,
+    *,
+    repeats: int = 7,
+    most_rows: int | None = None,
+    on_step: Callable[[str], None] = lambda name: None,
 ) -> StageTimes:
     """Medians over `repeats` runs; what is timed are the calls that requests make, from an idle
     device to an idle device: on a GPU a call alone only asks.
+
+    Args:
+        most_rows: positions of the largest pass (large models: decode asks for few).
     """
     bench = _Bench(engine, repeats)
     manifest, most = engine.manifest, min(engine.backend.max_rows, engine.manifest.max_seq_len)
+    most = most if most_rows is None else min(most, most_rows)
     rows = _rows(most, manifest.quantisation.wide_rows if manifest.quantisation else None)
     passes = []
     for count in rows:
@@ -71,13 +79,14 @@ def measure_times(
         layer=tuple(seconds.layer for seconds in passes),
         embed=tuple(seconds.embed for seconds in passes),
         pair_one=bench.attention(1, past),
-        pair_many=bench.attention(past, past),
+        pair_many=bench.attention(min(past, most), past),
         step=bench.step(past),
         step_past=past,
         probe=passes[0].probe,
         candidates=bench.seconds(lambda: backend.probe_candidates(hidden, tokens)),
         adapter=0.0 if adapted is None else bench.seconds(lambda: backend.adapt(adapted, hidden)),
         classifier=bench.classifier(hidden),
+        shortlist=bench.seconds(lambda: backend.shortlist(hidden)) if manifest.shortlist else None,
         context_rows=context_rows if context else (),
         context=context,
     )

@@ -12,7 +12,7 @@ from ..manifest import CombinedExitSpec, ExitSpec, Manifest
 from ..mode_policies import Mode, PolicyFactory, Strictness
 from .predict import RequestShape, TimePredictor
 
-__all__ = ["ModeForecast", "exit_shares", "forecast_modes", "pick_mode"]
+__all__ = ["ModeForecast", "exit_shares", "forecast_modes", "pick_mode", "shares_at"]
 
 # A gain below this is within what a forecast knows.
 _LEAST_GAIN = 0.01
@@ -65,7 +65,11 @@ def exit_shares(spec: ExitSpec | CombinedExitSpec, strictness: Strictness) -> tu
     """Of held-out prompts, the share that leaves at each check at the threshold that applies, or
     at the next safer one that was looked at.
     """
-    threshold, _ = strictness.of(spec)
+    return shares_at(spec, strictness.of(spec)[0])
+
+
+def shares_at(spec: ExitSpec | CombinedExitSpec, threshold: float) -> tuple[float, ...]:
+    """The same for a threshold of the spec's scores."""
     grid: Iterable[float] = (
         spec.thresholds if isinstance(spec, ExitSpec) else (-n for n in range(len(spec.path)))
     )
