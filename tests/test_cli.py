@@ -94,6 +94,7 @@ def test_eval(folder, tmp_path):
     )  # fmt: skip
     assert "shortgpt:1" in done.stdout
     assert (tmp_path / "plots" / "agreement.png").stat().st_size > 1000
+    assert isinstance(json.loads((tmp_path / "plots" / "curves.json").read_text()), list)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1 + 4 * 5
 
 

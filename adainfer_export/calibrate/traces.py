@@ -253,7 +253,7 @@ def trace_contexts(
         with engine.borrow() as session:
             session.extend(ids)
             positions = rows.tolist()
-            per_layer = {n: session.answers_over_translation(n, positions) for n in layers}
+            per_layer = {n: session.answers_over_context(n, positions) for n in layers}
             session.complete()
             final = session.hidden()[rows].copy()
         kept.seconds += time.perf_counter() - start

@@ -84,16 +84,17 @@ class Chain:
         filled = self.ledger.filled
         return filled[above - 1] == self.length and filled[above] == filled[-1] < self.length
 
-    def answers_over_translation(
-        self, layer: int, positions: Sequence[int], rows: int
-    ) -> tuple[Float32, int]:
-        """Final hidden states `[positions, hidden_size]` of ascending positions, each over the
-        translated context before it, and how many positions were translated.
+    def answers_over_context(
+        self, layer: int, positions: Sequence[int], rows: int, filler: KvFiller
+    ) -> Float32:
+        """Final hidden states `[positions, hidden_size]` of ascending positions, each over a
+        context before it that stopped at the boundary `layer`.
 
-        The positions that wait at the boundary `layer` get translated K,V in the layers above; the
-        first token's are computed, for they depend on it alone. Then each position runs through
-        those layers together with those right before it, `rows` in all. All of it is written where
-        the exact K,V will stand, and counts as not filled: whoever goes deeper computes it anew.
+        The positions that wait there, up to the last asked for, get the filler's K,V in the layers
+        above; the first token's are computed, for they depend on it alone. Then each position runs
+        through those layers together with those right before it, `rows` in all. All of it is
+        written where the exact K,V will stand, and counts as not filled: whoever goes deeper
+        computes it anew.
         """
         above = self._last_layers.index(layer) + 1
         first, last = self.ledger.filled[-1], positions[-1]
@@ -101,18 +102,20 @@ class Chain:
         rows = min(rows, self._backend.max_rows)
         tails = [min(position, max(start, position + 1 - rows)) for position in positions]
         if start < tails[-1]:
-            translated = self._backend.translate(layer, self._pending[start : tails[-1]], start)
-            for number, (key, value) in translated.items():
+            upper = range(layer + 1, self._last_layers[-1] + 1)
+            found, compute = filler.fill(layer, upper, self._pending[start : tails[-1]], start)
+            for number, (key, value) in found.items():
                 self._buffers.write_kv(number, start, key, value)
+            self.ledger.record_probe(compute, 0)
         if first == 0 < last:
             self._place_first_token(layer, above)
-        # From the last one down: a tail's own K,V take the place of translated ones, which the
+        # From the last one down: a tail's own K,V take the place of filled ones, which the
         # positions before it do not see.
         answers = [
             self._run_aside(above, tail, position + 1)
             for tail, position in zip(reversed(tails), reversed(positions), strict=True)
         ]
-        return np.stack(answers[::-1]), max(0, tails[-1] - start)
+        return np.stack(answers[::-1])
 
     def _fill(self, waiting: range, filler: KvFiller) -> None:
         groups = [

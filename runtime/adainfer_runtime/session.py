@@ -77,7 +77,6 @@ class Session:
         self._chain = Chain(backend, manifest)
         self._width = manifest.model.hidden_size
         self._probe_cost = manifest.probe.multiply_adds
-        self._translation_costs = {n: p.multiply_adds for n, p in manifest.context_points.items()}
         self._answer_rows = manifest.context_exit.answer_rows if manifest.context_exit else 1
         self._adapter_costs = {n: p.multiply_adds for n, p in manifest.exit_points.items()}
 
@@ -271,7 +270,7 @@ class Session:
         """One check of the last position, which must stand at the check's boundary."""
         ledger = self._chain.ledger
         if check.kind == "context":
-            (hidden,) = self._answers_over_translation(check.layer, (self.length - 1,))
+            (hidden,) = self.answers_over_context(check.layer, (self.length - 1,))
             return ExitEvidence(self._probe(hidden, None), 0.0)
         ledger.record_probe(self._adapter_costs.get(check.layer, 0), 0)
         adapted, trust = self._backend.adapt(check.layer, self._chain.last_hidden())
@@ -281,34 +280,27 @@ class Session:
         ledger.record_probe(spec.multiply_adds if spec else 0, 0)
         return ExitEvidence(self._backend.shortlist(adapted), trust, shortlisted=True)
 
-    def answers_over_translation(
-        self, exit_layer: int, positions: Sequence[int]
+    def answers_over_context(
+        self, exit_layer: int, positions: Sequence[int], kv_policy: KvPolicy = "translated"
     ) -> npt.NDArray[np.float32]:
         """What a context exit makes of some positions: final hidden states `[positions,
-        hidden_size]`, each over the translated context before it. For fitting.
+        hidden_size]`, each over the context before it. For fitting, and to compare.
 
         Args:
             positions: ascending, from 1 on.
+            kv_policy: where the layers above find the context's K and V.
 
         Raises:
             RequestError: the folder has no context exit there, or positions are past it.
+            ExitUnavailableError: it lacks what the KV policy needs.
         """
-        if exit_layer not in self._translation_costs:
+        filler = find_filler(kv_policy, self._backend, self._manifest)
+        if filler is None or exit_layer not in self._manifest.context_points:
             raise RequestError(f"layer {exit_layer} is no point of a context exit")
         self.advance(exit_layer)
         if not self._chain.can_translate(exit_layer):
             raise RequestError("a context exit needs a new session: positions are past it")
-        return self._answers_over_translation(exit_layer, positions)
-
-    def _answers_over_translation(
-        self, exit_layer: int, positions: Sequence[int]
-    ) -> npt.NDArray[np.float32]:
-        hidden, translated = self._chain.answers_over_translation(
-            exit_layer, positions, self._answer_rows
-        )
-        compute = translated * self._translation_costs[exit_layer]
-        self._chain.ledger.record_probe(compute, 0)
-        return hidden
+        return self._chain.answers_over_context(exit_layer, positions, self._answer_rows, filler)
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""

@@ -25,7 +25,9 @@ from adainfer_runtime.backends.ort_cpu import open_session
 from adainfer_runtime.chain import Chain
 from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.errors import ExitUnavailableError, RequestError
+from adainfer_runtime.evaluation.curves import measure_curves
 from adainfer_runtime.exit_policy import ExitCheck
+from adainfer_runtime.kv_fill import Translate
 from adainfer_runtime.tasks import TaskExample
 
 from ..runtime.test_parity import PROMPT
@@ -61,7 +63,8 @@ def test_over_exact_keys_and_values_the_answer_is_the_full_models(tiny, layer):
     chain.admit(np.array(PROMPT))
     chain.advance(layer)
     assert chain.can_translate(layer)
-    answer = chain.answers_over_translation(layer, [chain.length - 1], rows=1)[0][0]
+    maps = Translate(backend, {layer: 100})
+    answer = chain.answers_over_context(layer, [chain.length - 1], 1, maps)[0]
     np.testing.assert_allclose(answer, full.hidden()[-1], atol=1e-4)
     # The first token is computed, the last one is the question.
     assert backend.asked == [(layer, 1, len(PROMPT) - 2)]
@@ -75,7 +78,7 @@ def test_over_exact_keys_and_values_the_answer_is_the_full_models(tiny, layer):
     chain.admit(np.array(PROMPT))
     chain.advance(layer)
     np.testing.assert_array_equal(
-        chain.answers_over_translation(layer, [chain.length - 1], rows=1)[0][0], answer
+        chain.answers_over_context(layer, [chain.length - 1], 1, maps)[0], answer
     )
     assert chain.ledger.count.executed - before == layer * len(PROMPT) + 4 - layer
 
@@ -92,13 +95,15 @@ def test_answers_in_a_context_see_nothing_behind_them(tiny, rows):
     together = Chain(backend, engine.manifest)
     together.admit(np.array(PROMPT))
     together.advance(2)
-    answers, translated = together.answers_over_translation(2, positions, rows)
-    assert translated == max(0, len(PROMPT) - rows - 1)  # neither the first nor the last few
+    maps = Translate(backend, {2: 100})
+    answers = together.answers_over_context(2, positions, rows, maps)
+    translated = max(0, len(PROMPT) - rows - 1)  # neither the first nor the last few
+    assert backend.asked == ([(2, 1, translated)] if translated else [])
     for position, answer in zip(positions, answers, strict=True):
         alone = Chain(backend, engine.manifest)
         alone.admit(np.array(PROMPT[: position + 1]))
         alone.advance(2)
-        (expected,), _ = alone.answers_over_translation(2, [position], rows)
+        (expected,) = alone.answers_over_context(2, [position], rows, maps)
         np.testing.assert_allclose(answer, expected, atol=1e-4)
     exact = engine.session()
     exact.extend(PROMPT)
@@ -263,3 +268,25 @@ def test_learned_positions_are_translated_without_rotation(tiny, variant):
 def test_layers_that_differ_are_not_translated(tiny, variant):
     made = tiny(variant)
     assert read_rotary(made.folder, made.engine.manifest) is None
+
+
+def test_curves_with_and_without_translation(folder):
+    """A score of -1e9 stops at the first point: what is saved does not depend on K and V."""
+    engine = Engine.load(folder)
+    prompts = [TaskExample(prompt=f"{n} 17: x 2: y 1{n}:", task="t") for n in range(8)]
+    curves = {curve.method: curve for curve in measure_curves(engine, prompts)}
+    assert {"context", "propagated"} <= set(curves)
+    first = 1.0 - engine.policy("context").exit_layers[0] / 4
+    for name in ("context", "propagated"):
+        assert curves[name].layers_saved[0] == 0.0 and curves[name].agreement[0] == 1.0
+        assert max(curves[name].layers_saved) == pytest.approx(first)
+    session = engine.session()
+    session.extend(engine.tokenizer.encode("3 17: x 2: y 17: z 11: and 3"))
+    layer, last = engine.policy("context").exit_layers[0], session.length - 1
+    over = {
+        policy: session.answers_over_context(layer, [last], policy)
+        for policy in ("translated", "propagate")
+    }
+    assert np.abs(over["translated"] - over["propagate"]).max() > 1e-4
+    with pytest.raises(RequestError, match="is no point of a context exit"):
+        session.answers_over_context(layer, [last], "deferred")

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from ..backends import ExitEvidence
 from ..engine import Engine
-from ..exit_policy import ClassifierExit, path_places
+from ..exit_policy import ClassifierExit, ExitCheck, path_places
 from ..tasks import TaskExample
 
 __all__ = ["Curve", "measure_curves"]
@@ -34,7 +35,9 @@ def measure_curves(
 ) -> tuple[Curve, ...]:
     """Takes every check of every prompt once; one curve per exit graph, and of combined exits.
 
-    With context exits, prompts of one token are left out: they have no context.
+    With context exits, prompts of one token are left out: they have no context. There is a further
+    curve then, `propagated`: the same exits over K and V that the layers' own weights make of the
+    context's hidden states (CALM, arXiv 2207.07061), not the translators.
     """
     manifest = engine.manifest
     policies = {kind: engine.policy("adaptive", classifier=kind) for kind in manifest.exit_graphs}
@@ -44,6 +47,9 @@ def measure_curves(
     if not graphs:
         return ()
     checks = {check for policy in graphs.values() for check in policy.checks}
+    propagated = graphs.get("context") if manifest.kv_fills else None
+    if propagated is not None:
+        graphs["propagated"] = propagated
     scores: dict[str, list[tuple[float, ...]]] = {name: [] for name in graphs}
     agrees: dict[str, list[list[bool]]] = {name: [] for name in graphs}
     tasks = []
@@ -56,9 +62,11 @@ def measure_curves(
         with engine.borrow() as session:
             session.extend(ids)
             (seen,) = session.observe(checks)
+        over_propagated = _propagated(engine, ids, propagated) if propagated is not None else {}
         for name, policy in graphs.items():
-            scores[name].append(policy.scores(seen.evidence))
-            tokens = [seen.evidence[check].result.token for check in policy.checks]
+            evidence = over_propagated if name == "propagated" else seen.evidence
+            scores[name].append(policy.scores(evidence))
+            tokens = [evidence[check].result.token for check in policy.checks]
             agrees[name].append([token == seen.full.token for token in tokens])
     weights, total = _task_weights(tasks), manifest.model.num_layers
     looks = {
@@ -68,6 +76,18 @@ def measure_curves(
     if (combined := manifest.combined_exit) is not None:
         looks["combined"] = _combine(looks[combined.answer], looks["context"], combined.path)
     return tuple(_curve(name, seen, total, weights) for name, seen in looks.items())
+
+
+def _propagated(
+    engine: Engine, ids: Sequence[int], policy: ClassifierExit
+) -> dict[ExitCheck, ExitEvidence]:
+    evidence = {}
+    with engine.borrow() as session:
+        session.extend(ids)
+        for check in policy.checks:
+            (hidden,) = session.answers_over_context(check.layer, (len(ids) - 1,), "propagate")
+            evidence[check] = ExitEvidence(engine.backend.probe(hidden), trust=0.0)
+    return evidence
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ _LEAST_AGREEMENT = 0.9
 
 
 def draw_plots(folder: Path, result: Evaluation, curves: Sequence[Curve]) -> list[Path]:
-    """Writes `agreement.png`, and one `exits-METHOD.png` per method that exits; their paths.
+    """Writes `agreement.png`, its curves' values as `curves.json`, and one `exits-METHOD.png` per
+    method that exits; their paths.
 
     Raises:
         RequestError: matplotlib is not installed, or the folder cannot be written.
@@ -26,6 +29,9 @@ def draw_plots(folder: Path, result: Evaluation, curves: Sequence[Curve]) -> lis
     try:
         folder.mkdir(parents=True, exist_ok=True)
         written = [_draw_agreement(figure(figsize=(7, 5)), folder, result, curves)]
+        values = folder / "curves.json"
+        values.write_text(json.dumps([asdict(curve) for curve in curves]) + "\n")
+        written.append(values)
         for method in result.methods:
             if len(method.mean.exits) > 1:
                 written.append(_draw_exits(figure, folder, method, result.num_layers))
