@@ -86,7 +86,8 @@ def distil_translators(
     if left_out:
         _LOG.warning(
             "context exits after layers %s keep ridge translators: the layers above them, as target"
-            " %s has them, cannot be trained through (unknown operators, or more than 2 GB)",
+            " %s has them, cannot be trained through (other operators than are known, sliding "
+            "windows, or more than 2 GB)",
             ", ".join(map(str, left_out)),
             engine.manifest.target,
         )
