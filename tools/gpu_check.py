@@ -4,7 +4,8 @@
 
 Exports SmolLM2-135M for every target that this machine can run (see `adainfer doctor`), builds
 TensorRT plans, compares tokens, hidden states and caches with the same graphs on the CPU, and
-measures prompt and decode speed and the stage times that the planner reads (`adainfer bench`). Each step may fail alone: its error is kept.
+measures prompt and decode speed and the stage times that the planner reads (`adainfer bench`). Each
+step may fail alone: its error is kept.
 """
 
 from __future__ import annotations

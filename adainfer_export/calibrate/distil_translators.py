@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from adainfer_runtime import Engine
 from adainfer_runtime.manifest import Manifest
@@ -87,7 +88,8 @@ def distil_translators(
     if left_out:
         _LOG.warning(
             "context exits after layers %s keep ridge translators: the layers above them, as target"
-            " %s has them, cannot be trained through (unknown operators, or more than 2 GB)",
+            " %s has them, cannot be trained through (other operators than are known, sliding "
+            "windows, or more than 2 GB)",
             ", ".join(map(str, left_out)),
             engine.manifest.target,
         )
@@ -112,9 +114,15 @@ def _read_upper(folder: Path, manifest: Manifest, layer: int) -> list[TorchStage
     specs = [stage for stage in manifest.cut if stage.first_layer > layer]
     if 4 * sum(spec.multiply_adds for spec in specs) > _MOST_WEIGHT_BYTES:
         return None
+    if manifest.positions is not None and _has_windows(folder / manifest.positions.file):
+        return None  # which layer sees how far stands in that stage's masks
     stages = [read_torch_stage(folder / spec.file) for spec in specs]
     known = [stage for stage in stages if stage is not None]
     return known if len(known) == len(stages) else None
+
+
+def _has_windows(path: Path) -> bool:
+    return any(name.startswith("window.") for name in ir.load(path).graph.initializers)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ and V.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,24 +16,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..quantise import dequantise_blocks
+from .standard_attention import AttentionSpec, FoundAttention, find_attentions
 
 __all__ = ["Attend", "AttentionSpec", "TorchStage", "read_torch_stage"]
-
-
-@dataclass(frozen=True)
-class AttentionSpec:
-    """One GroupQueryAttention: heads, scale, and what it attends to.
-
-    Attributes:
-        window: positions that each attends to, itself included; None for all before it.
-        softcap: scores become `softcap · tanh(score / softcap)`; 0 leaves them.
-    """
-
-    heads: int
-    kv_heads: int
-    scale: float
-    window: int | None
-    softcap: float
 
 
 # q [..., heads · head_dim], k and v [..., kv_heads · head_dim] before rotary, to [..., heads · d].
@@ -44,11 +28,13 @@ Attend = Callable[[AttentionSpec, Any, Any, Any], Any]
 class TorchStage:
     """`hidden [..., hidden_size]` to the same after the stage's layers."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, attentions: Sequence[FoundAttention] = ()) -> None:
+        """Attentions in standard operators are given; the others are operators themselves."""
         import torch
 
         self._torch = torch
-        self._nodes = [node for node in graph if node.op_type != "Constant"]
+        self._standard = {found.result: found for found in attentions}
+        self._nodes = _needed_nodes(graph, self._standard)
         self._constants = dict(self._read_constants(graph))
         self._output = graph.outputs[0]
 
@@ -58,6 +44,11 @@ class TorchStage:
         for node in self._nodes:
             if node.op_type == "GroupQueryAttention":
                 values[node.outputs[0]] = self._attention(node, values, attend)
+                continue
+            if found := self._standard.get(node.outputs[0]):
+                operands = (found.query, found.key, found.value)
+                taken = [self._get(values, operand) for operand in operands]
+                values[found.result] = attend(found.spec, *taken)
                 continue
             inputs = [
                 hidden if value is not None and value.name == "hidden" else self._get(values, value)
@@ -91,6 +82,10 @@ class TorchStage:
                 bits = node.attributes["bits"].as_int()
                 matrix = dequantise_blocks(codes, scales, cast(Any, bits))
                 packed[str(cast(ir.Value, node.inputs[1]).name)] = matrix
+            elif node.op_type == "DequantizeLinear":
+                codes, scales = (np.asarray(_tensor(v), np.float32) for v in node.inputs[:2])
+                steps = np.repeat(scales, len(codes) // len(scales), axis=0)
+                packed[str(cast(ir.Value, node.inputs[0]).name)] = (codes * steps).T
         for name, value in graph.initializers.items():
             if name in packed:
                 yield name, self._torch.from_numpy(packed[name].T.copy())
@@ -107,12 +102,30 @@ class TorchStage:
 def read_torch_stage(path: Path) -> TorchStage | None:
     """None where the graph holds an operator that is not known here."""
     graph = ir.load(path).graph
-    known = {*_OPERATORS, "GroupQueryAttention", "Constant"}
-    if any(node.op_type not in known for node in graph):
+    attentions = find_attentions(graph)
+    if attentions is None:
         return None
-    if any(len(node.inputs) > 3 for node in graph if node.op_type == "MatMulNBits"):
+    standard = {found.result: found for found in attentions}
+    nodes = _needed_nodes(graph, standard)
+    known = {*_OPERATORS, "GroupQueryAttention"}
+    if any(node.op_type not in known and node.outputs[0] not in standard for node in nodes):
+        return None
+    if any(len(node.inputs) > 3 for node in nodes if node.op_type == "MatMulNBits"):
         return None  # zero points, which only graphs have that were split as they are
-    return TorchStage(graph)
+    return TorchStage(graph, attentions)
+
+
+def _needed_nodes(graph: ir.Graph, attentions: Mapping[ir.Value, FoundAttention]) -> list[ir.Node]:
+    """In their order; of an attention in standard operators the one that gives its result."""
+    wanted: set[ir.Value | None] = {graph.outputs[0]}
+    found = []
+    for node in reversed(list(graph)):
+        if node.op_type == "Constant" or not wanted & set(node.outputs):
+            continue
+        found.append(node)
+        inside = attentions.get(node.outputs[0])
+        wanted.update(node.inputs if inside is None else (inside.query, inside.key, inside.value))
+    return found[::-1]
 
 
 def _attention_spec(node: ir.Node) -> AttentionSpec:
@@ -172,6 +185,13 @@ _OPERATORS: dict[str, _Operator] = {
     "Relu": lambda torch, _, i: [torch.relu(i[0])],
     "Sigmoid": lambda torch, _, i: [torch.sigmoid(i[0])],
     "Split": _split,
+    "Swish": lambda torch, _, i: [torch.nn.functional.silu(i[0])],
+    # RMSNorm in its parts, over the last axis.
+    "ReduceMean": lambda _, __, i: [i[0].mean(dim=-1, keepdim=True)],
+    "Sqrt": lambda torch, _, i: [torch.sqrt(i[0])],
+    "Div": lambda _, __, i: [i[0] / i[1]],
+    # Its weight is unpacked beforehand.
+    "DequantizeLinear": lambda _, __, i: [i[0]],
     "Cast": lambda _, __, i: [i[0]],  # between 16 and 32 bits: all is float32 here
     "QuickGelu": _quick_gelu,
 }

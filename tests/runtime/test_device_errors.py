@@ -10,10 +10,12 @@ import pytest
 
 from adainfer_export.build import BuildRequest, build_plans
 from adainfer_export.progress import SilentReporter
-from adainfer_runtime import Engine
+from adainfer_runtime import Engine, certificate
 from adainfer_runtime.backends.ort_cuda import require_cuda_libraries, require_cuda_sessions
-from adainfer_runtime.devices import find_gpu
-from adainfer_runtime.errors import DeviceError, StageError
+from adainfer_runtime.certificate import certified_threshold, device_class, device_option
+from adainfer_runtime.devices import GpuInfo, find_gpu
+from adainfer_runtime.errors import DeviceError, ExitUnavailableError, StageError
+from adainfer_runtime.manifest import Certificate, CertificateLevel
 from adainfer_runtime.planning import machine, measure_times
 
 PROMPT = [5, 17, 200, 43]
@@ -33,6 +35,27 @@ def test_targets_name_the_devices_that_they_run_on(tiny):
     made = tiny("llama")
     with pytest.raises(DeviceError, match="target 'ort-cpu' run on cpu, not on 'cuda'"):
         Engine.load(made.folder, device="cuda")
+
+
+def test_device_classes_name_the_gpus_architecture(monkeypatch):
+    assert device_class() == device_class("cpu")
+    assert device_class().startswith("cpu-")
+    assert device_option(device_class()) == ""
+    orin = GpuInfo("Orin", 87, 8 << 30, "12.6")
+    for gpu, name in ((orin, "gpu-sm87"), (None, "gpu-unknown")):
+        monkeypatch.setattr(certificate, "find_gpu", lambda gpu=gpu: gpu)
+        assert device_class("cuda") == name
+        assert device_option(name) == " --device cuda"
+
+
+def test_a_cpus_certificate_says_nothing_of_a_gpu():
+    level = CertificateLevel(level=0.02, confidence=0.95, prompts=500, threshold=0.5)
+    made = Certificate(
+        target="tensorrt", precision="fp16", device_class="cpu-x86_64", data=(), levels=(level,)
+    )
+    assert certified_threshold(made, 0.02, "cpu-x86_64") == 0.5
+    with pytest.raises(ExitUnavailableError, match=r"of cpu-x86_64, this is gpu-sm87.*cuda` here"):
+        certified_threshold(made, 0.02, "gpu-sm87")
 
 
 @pytest.mark.parametrize("providers", [["CPUExecutionProvider"], []])
