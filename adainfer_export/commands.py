@@ -302,6 +302,7 @@ def run_calibrate(
     json_output: JsonOption = False,
 ) -> None:
     """Fit the exit graph of an engine folder again."""
+    _log_warnings()
     request = _calibration(
         calibration,
         calibration_limit,

@@ -51,6 +51,14 @@ def test_shots(files, tmp_path):
     assert all(item.answer == " z" and item.labels == (" x", " y", " z") for item in made)
 
 
+def test_shots_from_other_files(files, tmp_path):
+    out = tmp_path / "out.jsonl"
+    arguments = ("adainfer", "tasks", "shots", files[0], "--from", files[0], "--from", files[1])
+    command(*arguments, "--shots", 2, "--out", out)
+    assert {len(parse_prompt(item).shots) for item in read_tasks([out])} == {2}
+    fails("pool holds 0", "shots", files[0], "--from", files[1], "--shots", 2, "--out", "x.jsonl")
+
+
 def test_shots_json_and_copies(files, tmp_path):
     out = tmp_path / "out.jsonl"
     arguments = ("adainfer", "tasks", "shots", files[0], "--shots", 3, "--copies", 2, "--json")

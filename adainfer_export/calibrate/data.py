@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from .builtin import builtin_examples
 from .request import CalibrationRequest
 
 __all__ = ["PARTS", "Parts", "load_examples", "prompt_hash", "split_parts"]
+
+_LOG = logging.getLogger(__name__)
 
 # Share of the prompts that each part gets, within every task.
 PARTS = {"adapters": 0.35, "classifier": 0.25, "selection": 0.15, "certification": 0.25}
@@ -43,6 +46,12 @@ def load_examples(request: CalibrationRequest) -> list[TaskExample]:
     if request.files:
         examples += read_tasks(request.files)
     unique = list({example.prompt: example for example in examples}.values())
+    if len(unique) < len(examples):
+        _LOG.warning(
+            "%d of %d prompts are there twice: each is used once, in one part of the data",
+            len(examples) - len(unique),
+            len(examples),
+        )
     order = _sample([example.task for example in unique], request.limit, request.seed)
     if len(order) < _LEAST:
         raise CalibrationError(

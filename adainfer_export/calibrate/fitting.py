@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from adainfer_runtime import Engine
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.tasks import TaskExample
@@ -127,6 +129,7 @@ def fit_traced(
     """Everything that is fitted, on prompts that have been traced; see `fit_graphs`."""
     entries = classifier_entries(request)
     prompts, traces, new = traced.prompts, traced.classifier, traced.selection
+    _check_answers(new)
     adapters = _fit_adapters(folder, engine, prompts, request, reporter)
     fit, selection = predict_layers(engine, traces, adapters), predict_layers(engine, new, adapters)
     trusts: dict[int, Trust] = {}
@@ -150,6 +153,7 @@ def fit_traced(
 
 def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, int]:
     examples = load_examples(request)
+    _check_labels(engine, examples)
     usable = [example for example in examples if fits(engine, example)]
     skipped = len(examples) - len(usable)
     if skipped * 2 > len(examples):
@@ -158,6 +162,25 @@ def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, i
             f"{engine.manifest.max_seq_len} positions: export with a larger --max-seq-len"
         )
     return split_parts(usable), skipped
+
+
+def _check_labels(engine: Engine, examples: list[TaskExample]) -> None:
+    for example in examples:
+        tokens = engine.label_tokens(example.prompt, example.labels or ())
+        for label, found in zip(example.labels or (), tokens, strict=True):
+            if not any(engine.tokenizer.has_text(token) for token in found):
+                raise CalibrationError(
+                    f"task {example.task}: the label {label!r} is no token of this model's"
+                )
+
+
+def _check_answers(traces: AnswerTraces) -> None:
+    """A constant answer must not pass for a good exit: nothing could be told from it."""
+    if len(np.unique(traces.token)) == 1:
+        raise CalibrationError(
+            f"the model gives one and the same answer to all {len(traces.token)} prompts that "
+            "exits would be judged on: give prompts with different answers"
+        )
 
 
 def _fit_adapters(

@@ -81,19 +81,26 @@ class ShotPool:
 
 
 def recombine(
-    examples: Sequence[TaskExample], *, shots: int, copies: int = 1, seed: int = 0
+    examples: Sequence[TaskExample],
+    *,
+    shots: int,
+    copies: int = 1,
+    seed: int = 0,
+    shots_from: Sequence[TaskExample] | None = None,
 ) -> list[TaskExample]:
     """New few-shot prompts from the queries and solved examples of given ones.
 
     The shots of a task are drawn, all with the same chance, from the solved blocks of all its
     prompts and from its queries joined with their own answers. So examples that must stay apart,
-    such as those for fitting and for testing, belong in different calls.
+    such as those for fitting and for testing, belong in different calls; or `shots_from` says
+    whose blocks and answered queries may become shots.
 
     Args:
         shots: solved examples in each prompt, as many as wanted of the same task.
         copies: prompts per query, with different draws; see the module's note on what certificates
             make of them. Prompts that come out equal are dropped, so a small pool gives fewer.
         seed: the same seed and examples give the same prompts.
+        shots_from: the examples that shots are drawn from; default: the given ones.
 
     Returns:
         the prompts in the order of their queries, with the queries' answer, labels and task.
@@ -102,11 +109,12 @@ def recombine(
         TaskFileError: a prompt does not consist of solved blocks and a query.
         RequestError: more shots than a task's pool holds, or a count that makes no sense.
     """
-    queries: list[TaskExample] = []
-    blocks: dict[str, list[str]] = defaultdict(list)
-    for example in examples:
+    queries = [
+        example.model_copy(update={"prompt": parse_prompt(example).query}) for example in examples
+    ]
+    blocks: dict[str, list[str]] = defaultdict(list, {query.task: [] for query in queries})
+    for example in examples if shots_from is None else shots_from:
         parsed = parse_prompt(example)
-        queries.append(example.model_copy(update={"prompt": parsed.query}))
         blocks[example.task] += parsed.shots
         if example.answer is not None and example.answer.strip():
             blocks[example.task].append(parsed.query + example.answer)

@@ -62,7 +62,7 @@ def test_adapter_graph_equals_its_map(tmp_path):
     random = np.random.default_rng(0)
     adapter = Adapter(
         random.normal(size=(8, 8)).astype(np.float32), random.normal(size=8).astype(np.float32)
-    )
+    ).as_stored()
     import onnx_ir as ir
 
     trust = Trust(random.normal(size=8).astype(np.float32), 0.5)
@@ -313,6 +313,39 @@ def test_too_few_and_too_long_prompts(folder, tmp_path):
     path.write_text("\n".join(json.dumps({"prompt": f"{i} " + "x" * 400}) for i in range(70)))
     with pytest.raises(CalibrationError, match="70 of 70 prompts are longer"):
         calibrated(folder, files=(path,))
+
+
+def test_labels_that_are_no_tokens(folder, tmp_path, monkeypatch):
+    path = tmp_path / "labels.jsonl"
+    line = {"prompt": "x", "labels": ["a", "b"], "task": "t"}
+    path.write_text("\n".join(json.dumps({**line, "prompt": f"{i}:"}) for i in range(70)))
+    before = load_manifest(folder)
+    monkeypatch.setattr(Engine, "label_tokens", lambda *_: [[1], []])
+    with pytest.raises(CalibrationError, match="task t: the label 'b' is no token"):
+        calibrated(folder, files=(path,))
+    assert load_manifest(folder) == before
+
+
+def test_answers_of_one_class_calibrate_nothing(folder, tmp_path, monkeypatch):
+    from adainfer_export.calibrate import fitting
+
+    before, traced = load_manifest(folder), fitting.trace_answers
+
+    def constant(*arguments, **settings):
+        traces = traced(*arguments, **settings)
+        return replace(traces, token=np.zeros_like(traces.token))
+
+    monkeypatch.setattr(fitting, "trace_answers", constant)
+    with pytest.raises(CalibrationError, match="one and the same answer to all 18 prompts"):
+        calibrated(folder)
+    assert load_manifest(folder) == before
+
+
+def test_duplicates_are_named_and_used_once(tmp_path, caplog):
+    path = tmp_path / "twice.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i % 70}"}) for i in range(100)))
+    assert len(load_examples(CalibrationRequest(files=(path,)))) == 70
+    assert "30 of 100 prompts are there twice" in caplog.text
 
 
 def test_engine_without_boundary_to_exit_at(tiny, tmp_path):

@@ -102,6 +102,17 @@ def test_the_pool_holds_solved_blocks_and_answered_queries():
     }  # fmt: skip
 
 
+def test_shots_can_come_from_other_examples_alone():
+    test = [example([("a", "1")], f"q{n}", " t", task="one") for n in range(3)]
+    pool = [example([(f"c{n}", "2")], f"d{n}", " 3", task="one") for n in range(4)]
+    for made in recombine(test, shots=5, shots_from=pool):
+        *solved, query = made.prompt.split("\n\n")
+        assert query[3] == "q"
+        assert {block[3] for block in solved} <= {"c", "d"}
+    with pytest.raises(RequestError, match="pool holds 0"):
+        recombine(test, shots=1, shots_from=[example([("a", "b")], "c", task="other")])
+
+
 def test_unanswered_queries_are_no_shots():
     examples = [item.model_copy(update={"answer": None}) for item in colours(3)]
     assert all("query" not in shot for item in recombine(examples, shots=3)

@@ -23,6 +23,8 @@ Examples:
     adainfer tasks shots news.jsonl --shots 10 --out news-10.jsonl
 
     adainfer tasks shots a.jsonl b.jsonl --shots 3 --copies 4 --out fitting.jsonl
+
+    adainfer tasks shots news.test.jsonl --from news.calibration.jsonl --shots 20 --out test.jsonl
 """
 _DATASET_EXAMPLES = """
 Examples:
@@ -54,6 +56,10 @@ def run_shots(
     copies: Annotated[
         int, typer.Option(help="Prompts per query, with different draws.", min=1)
     ] = 1,
+    shots_from: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="Task files that shots are drawn from instead; repeatable."),
+    ] = None,
     seed: SeedOption = 0,
     force: ForceOption = False,
     json_output: JsonOption = False,
@@ -61,14 +67,16 @@ def run_shots(
     """Recombine few-shot prompts: each query again, with shots drawn anew from its task.
 
     Every solved example of the files may become a shot, queries with their answers too: keep
-    files for fitting and for testing in different calls.
+    files for fitting and for testing in different calls, or name with `--from` those that shots
+    may come from.
 
     Prompts that share a query or shots are not independent, so a certificate made from several
     copies of the same query says less than its count of prompts suggests. Copies are for fitting;
     for certifying use `--copies 1`.
     """
     _check_out(out, force)
-    examples = recombine(read_tasks(files), shots=shots, copies=copies, seed=seed)
+    pool = read_tasks(shots_from) if shots_from else None
+    examples = recombine(read_tasks(files), shots=shots, copies=copies, seed=seed, shots_from=pool)
     _write(out, examples, shots, seed, json_output)
 
 

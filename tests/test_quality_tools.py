@@ -1,0 +1,66 @@
+"""The tools that compare exits over tasks and shots, on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOLS = Path(__file__).resolve().parents[1] / "tools"
+
+
+@pytest.fixture
+def files(tmp_path):
+    for part, start in (("calibration", 0), ("test", 50)):
+        for task in ("one", "two"):
+            lines = (
+                {
+                    "prompt": f"Q: {n}\nA: {n % 3}\n\nQ: {start + n}{task[0]}\nA:",
+                    "answer": f" {n % 3}",
+                    "task": task,
+                }
+                for n in range(start, start + 45)
+            )
+            path = tmp_path / f"{task}.{part}.jsonl"
+            path.write_text("\n".join(map(json.dumps, lines)))
+    return [
+        *("--calibration", *sorted(tmp_path.glob("*.calibration.jsonl"))),
+        *("--test", *sorted(tmp_path.glob("*.test.jsonl"))),
+    ]
+
+
+def run(tool, *arguments):
+    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_leave_one_task_out(tiny, files, tmp_path):
+    out = tmp_path / "folds.json"
+    arguments = ("--test-limit", 4, "--adapters", "ridge", "--target-agreement", 0.6, "--quiet")
+    text = run("leave_one_task_out.py", tiny("llama").folder, *files, *arguments, "--json", out)
+    assert text.count("pooled: agreement") == 2
+    folds = json.loads(out.read_text())["folds"]
+    assert [fold["task"] for fold in folds] == ["one", "two"]
+    assert {fold["test"]["prompts"] for fold in folds} == {4}
+    assert {fold["held_out"]["prompts"] for fold in folds} == {11}  # a quarter of 45
+
+
+def test_shots_table(tiny, files, tmp_path):
+    work = tmp_path / "work"
+    arguments = (tiny("llama").folder, *files, "--work", work, "--shots", 1, 2, "--limit", 3)
+    table = run("shots_table.py", *arguments, "--target-agreement", 0.6, "--quiet")
+    rows = [line.split(" | ") for line in table.splitlines()[2:]]
+    assert [row[0].strip("| ") for row in rows] == [
+        "off", "svm, adapters", "crf, adapters", "threshold, adapters",
+        "svm, plain AdaInfer", "crf, plain AdaInfer", "one layer for all", "shortgpt",
+    ]  # fmt: skip
+    assert {len(row) for row in rows} == {7}
+    answers = len((work / "adapted-1.jsonl").read_text().splitlines())
+    again = run("shots_table.py", *arguments, "--target-agreement", 0.6, "--quiet")
+    assert again == table
+    assert len((work / "adapted-1.jsonl").read_text().splitlines()) == answers
