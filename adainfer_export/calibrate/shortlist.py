@@ -66,8 +66,7 @@ class LowRankHead:
 
     def logits(self, normed: Float32) -> Float32:
         """`[rows, vocab]`."""
-        approximate: Float32 = normed @ self.down @ self.up.T + self.offset
-        return approximate
+        return np.asarray(normed @ self.down @ self.up.T + self.offset, np.float32)
 
 
 def with_shortlist(files: Files, manifest: Manifest, parts: Parts, reporter: Reporter) -> Manifest:
