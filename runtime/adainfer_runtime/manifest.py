@@ -302,8 +302,8 @@ class ShortlistSpec(_Record):
     """A low-rank LM head that proposes `rows` tokens, to be scored exactly by `candidates`.
 
     `file` takes `hidden` and gives its own logits `[vocab_size]`, their `log_sum_exp` and
-    `candidates`. `recall` is the share of held-out positions at which the best of them is the
-    head's own token, by the layer that the (adapted) hidden states are of. `multiply_adds` counts
+    `candidates`. `recall` is the share of held-out positions at which the head's own token
+    is among them, by the layer that the (adapted) hidden states are of. `multiply_adds` counts
     both steps.
     """
 
