@@ -47,6 +47,7 @@ _BITS: Literal[8] = 8
 _ENOUGH_RECALL = 0.99
 _POSITIONS = 24  # of every prompt
 _VOCABULARY_AT_ONCE = 8192
+_ROWS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
@@ -163,12 +164,24 @@ def _least_rank(head: Head, fitted_on: Float32, tried_on: Float32) -> LowRankHea
         if 2 * rank > head.norm_weight.shape[0]:
             return None
         low_rank = _cut(head, directions, rank)
-        logits = low_rank.logits(normed)
-        own = logits[np.arange(len(tokens)), tokens]
-        before = (logits > own[:, None]).sum(axis=1)
-        if float((before < _ROWS).mean()) >= _ENOUGH_RECALL:
+        if float((_tokens_before(low_rank, normed, tokens) < _ROWS).mean()) >= _ENOUGH_RECALL:
             return low_rank
     return None
+
+
+def _tokens_before(
+    low_rank: LowRankHead, normed: Float32, tokens: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """How many tokens the low-rank head prefers to each row's own; some rows at a time, for logits
+    of all would take gigabytes.
+    """
+    before = []
+    for first in range(0, len(normed), _ROWS_AT_ONCE):
+        rows = slice(first, first + _ROWS_AT_ONCE)
+        logits = low_rank.logits(normed[rows])
+        own = np.take_along_axis(logits, tokens[rows, None], axis=1)
+        before.append((logits > own).sum(axis=1))
+    return np.concatenate(before)
 
 
 def lower_shortlist(low_rank: LowRankHead, head: Head, precision: Precision, rows: int) -> ir.Model:
