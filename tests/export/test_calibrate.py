@@ -320,7 +320,8 @@ def test_labels_that_are_no_tokens(folder, tmp_path, monkeypatch):
     line = {"prompt": "x", "labels": ["a", "b"], "task": "t"}
     path.write_text("\n".join(json.dumps({**line, "prompt": f"{i}:"}) for i in range(70)))
     before = load_manifest(folder)
-    monkeypatch.setattr(Engine, "label_tokens", lambda *_: [[1], []])
+    known = Engine.load(folder).tokenizer.encode_continuation("a")
+    monkeypatch.setattr(Engine, "label_tokens", lambda *_: [known, []])
     with pytest.raises(CalibrationError, match="task t: the label 'b' is no token"):
         calibrated(folder, files=(path,))
     assert load_manifest(folder) == before
