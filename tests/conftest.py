@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from adainfer_export import ExportRequest, export
 from adainfer_runtime import Engine
 
 from .checkpoints import make_checkpoint
+
+# Nothing is timed: a busy machine is no failure.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 SHARED_TASKS = Path(__file__).resolve().parents[2] / "shared" / "tasks"
 

@@ -4,8 +4,9 @@
     python tools/kill_and_resume.py build/llama2 build/killed --kills 10
 
 First an export that nobody disturbs (or `--undisturbed DIR`, which is at hand), then one that gets
-SIGKILL at random moments, each after it resumed the one before. Every file must have the same
-sha256 in the end.
+SIGKILL at random moments, each after it resumed the one before: in the middle of one of its data
+files, drawn at random, however fast the machine is. Every file must have the same sha256 in the
+end.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ def main() -> None:
     args.out.mkdir(parents=True)
     if args.undisturbed is None:
         finish(start(args.model, whole))
-    seconds = writing_time(whole)
-    print(f"undisturbed: {seconds:.1f} s of writing", flush=True)
-    moments = random.Random(args.seed)
-    for number in range(args.kills):
-        done = kill_once(args.model, killed, moments.uniform(0, seconds / args.kills))
-        print(f"kill {number + 1}: {done} files were finished", flush=True)
+    files, moments = len(list((whole / "stages").glob("*.data"))), random.Random(args.seed)
+    if args.kills > files - 2:
+        sys.exit(f"{args.kills} kills are too many for {files} data files: every one is to get on")
+    for after in sorted(moments.sample(range(1, files - 1), args.kills)):
+        done = kill_once(args.model, killed, after, moments.random())
+        print(f"killed with {done} of {files} data files finished", flush=True)
     finish(start(args.model, killed))
     manifest = load_manifest(killed)
     verify_files(killed, manifest, sha256=True)
@@ -63,24 +64,22 @@ def finish(export: subprocess.Popen[bytes]) -> None:
         sys.exit("the export failed")
 
 
-def writing_time(whole: Path) -> float:
-    """Seconds from the first finished data file to the last one."""
-    moments = [path.stat().st_mtime for path in (whole / "stages").glob("*.data")]
-    return max(moments) - min(moments)
-
-
-def kill_once(model: str, out: Path, delay: float) -> int:
-    """Kills an export some seconds after its first new file; files finished by then."""
+def kill_once(model: str, out: Path, after: int, part: float) -> int:
+    """Kills an export once `after` data files are finished, and a part (0 … 1) of the time that a
+    file takes; files finished by then.
+    """
     before = finished(out)
     export = start(model, out)
     wait_for_writing(export, out)
-    while finished(out) <= before and export.poll() is None:  # every round gets further
+    begun = time.monotonic()
+    while finished(out) < after and export.poll() is None:
         time.sleep(0.02)
-    time.sleep(delay)
+    file_seconds = (time.monotonic() - begun) / max(1, finished(out) - before)
+    time.sleep(part * file_seconds)
     export.kill()
     export.wait()
     if out.exists():
-        sys.exit("the export was faster than the kill: give more layers or fewer kills")
+        sys.exit("the export was faster than the kill: give more layers")
     return finished(out)
 
 
