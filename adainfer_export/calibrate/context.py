@@ -10,8 +10,10 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from adainfer_runtime import Engine
 from adainfer_runtime.exit_policy import ExitCheck
@@ -27,6 +29,7 @@ from .data import Parts
 from .distil_translators import distil_translators
 from .exit_files import Files, write_classifier
 from .head import read_head
+from .kept import KeptSteps
 from .predictions import Predictions, predict_layers
 from .request import CalibrationRequest
 from .scored import CONTEXT
@@ -74,6 +77,7 @@ def fit_context(
     entries: Mapping[str, Entry],
     request: CalibrationRequest,
     reporter: Reporter,
+    kept: KeptSteps,
 ) -> FittedContext | None:
     """Translators, and a classifier on the answers over them; None where nothing seems to pay.
 
@@ -91,15 +95,17 @@ def fit_context(
         )
     if rotary is None or not layers:
         return None
-    reporter.begin("fitting translators", len(parts.adapters))
     engine = Engine.of_manifest(files.folder, bare)
-    translators, lessons = fit_translators(engine, rotary, parts.adapters, layers, reporter)
-    head = read_head(files.folder, bare) if request.translators == "distilled" else None
-    if head is not None:
-        translators = distil_translators(
-            engine, files.folder, head, rotary, translators, lessons, reporter, request.seed
-        )
-    del lessons
+
+    def fit_maps() -> dict[str, npt.NDArray[np.float32]]:
+        fitted = _fit_translators(engine, files.folder, rotary, layers, parts, request, reporter)
+        return {f"{name}_{n}": part for n, t in fitted.items() for name, part in t.parts.items()}
+
+    arrays = kept.arrays("translators", fit_maps)
+    translators = {
+        layer: Translator(layer, arrays[f"matrix_{layer}"], arrays[f"bias_{layer}"])
+        for layer in layers
+    }
     points = {
         layer: _write_translator(files, translator, rotary, bare)
         for layer, translator in translators.items()
@@ -126,6 +132,25 @@ def fit_context(
         spec = spec.model_copy(update={"calibration": figures})
         return FittedContext(spec, classifier, selection)
     return None
+
+
+def _fit_translators(
+    engine: Engine,
+    folder: Path,
+    rotary: Rotary | Unrotated,
+    layers: tuple[int, ...],
+    parts: Parts,
+    request: CalibrationRequest,
+    reporter: Reporter,
+) -> dict[int, Translator]:
+    reporter.begin("fitting translators", len(parts.adapters))
+    translators, lessons = fit_translators(engine, rotary, parts.adapters, layers, reporter)
+    head = read_head(folder, engine.manifest) if request.translators == "distilled" else None
+    if head is None:
+        return translators
+    return distil_translators(
+        engine, folder, head, rotary, translators, lessons, reporter, request.seed
+    )
 
 
 def _write_translator(

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from adainfer_runtime import Engine
 from adainfer_runtime.manifest import Manifest
@@ -19,6 +21,7 @@ from .classifiers import CLASSIFIERS, Entry, ExitClassifier, own_entry
 from .data import Parts, load_examples, split_parts
 from .distil import distil_adapters
 from .head import read_head
+from .kept import KeptSteps
 from .low_rank import choose_ranks
 from .predictions import Predictions, predict_candidates, predict_layers
 from .request import CalibrationRequest
@@ -85,6 +88,40 @@ class Fitted:
 
 
 @dataclass(frozen=True)
+class FittedMaps:
+    """What is fitted to the first part of the data; `block_influence`: see `PromptTraces`."""
+
+    adapters: Mapping[int, Adapter]
+    block_influence: Mapping[int, float]
+
+    def arrays(self) -> dict[str, npt.NDArray[Any]]:
+        """By name, to be kept."""
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "influence_layers": np.array(list(self.block_influence), np.int64),
+            "influence": np.array(list(self.block_influence.values())),
+            "layers": np.array(list(self.adapters), np.int64),
+        }
+        for layer, adapter in self.adapters.items():
+            parts = {"matrix": adapter.matrix, "bias": adapter.bias, "up": adapter.up}
+            arrays |= {f"{name}_{layer}": part for name, part in parts.items() if part is not None}
+        return arrays
+
+    @classmethod
+    def of_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> FittedMaps:
+        """What `arrays` gave."""
+        adapters = {
+            layer: Adapter(
+                arrays[f"matrix_{layer}"], arrays[f"bias_{layer}"], arrays.get(f"up_{layer}")
+            )
+            for layer in arrays["layers"].tolist()
+        }
+        influence = zip(
+            arrays["influence_layers"].tolist(), arrays["influence"].tolist(), strict=True
+        )
+        return cls(adapters, dict(influence))
+
+
+@dataclass(frozen=True)
 class TracedParts:
     """What the first three parts of the data look like inside the model."""
 
@@ -94,7 +131,11 @@ class TracedParts:
 
 
 def fit_graphs(
-    folder: Path, manifest: Manifest, request: CalibrationRequest, reporter: Reporter
+    folder: Path,
+    manifest: Manifest,
+    request: CalibrationRequest,
+    reporter: Reporter,
+    kept: KeptSteps,
 ) -> Fitted:
     """Traces prompts through all layers and fits everything that is fitted.
 
@@ -113,8 +154,18 @@ def fit_graphs(
     if request.self_texts:
         texts = write_texts(engine, request.self_texts, request.seed, reporter)
         parts = replace(parts, adapters=(*parts.adapters, *texts))
-    traced = _trace_parts(engine, parts, reporter, request.seed)
-    return fit_traced(folder, engine, parts, traced, request, reporter, skipped)
+    classifier = _trace(engine, parts.classifier, reporter, in_context=True)
+    selection = _trace(engine, parts.selection, reporter)
+    _check_answers(selection)
+
+    def fit_maps() -> dict[str, npt.NDArray[Any]]:
+        reporter.begin("tracing prompts", len(parts.adapters))
+        prompts = trace_prompts(engine, parts.adapters, reporter, request.seed)
+        adapters = _fit_adapters(folder, engine, prompts, request, reporter)
+        return FittedMaps(adapters, prompts.block_influence).arrays()
+
+    maps = FittedMaps.of_arrays(kept.arrays("adapters", fit_maps))
+    return _fit_exits(engine, parts, maps, classifier, selection, request, reporter, skipped)
 
 
 def fit_traced(
@@ -127,10 +178,25 @@ def fit_traced(
     skipped: int = 0,
 ) -> Fitted:
     """Everything that is fitted, on prompts that have been traced; see `fit_graphs`."""
-    entries = classifier_entries(request)
-    prompts, traces, new = traced.prompts, traced.classifier, traced.selection
-    _check_answers(new)
-    adapters = _fit_adapters(folder, engine, prompts, request, reporter)
+    _check_answers(traced.selection)
+    adapters = _fit_adapters(folder, engine, traced.prompts, request, reporter)
+    maps = FittedMaps(adapters, traced.prompts.block_influence)
+    classifier, selection = traced.classifier, traced.selection
+    return _fit_exits(engine, parts, maps, classifier, selection, request, reporter, skipped)
+
+
+def _fit_exits(
+    engine: Engine,
+    parts: Parts,
+    maps: FittedMaps,
+    traces: AnswerTraces,
+    new: AnswerTraces,
+    request: CalibrationRequest,
+    reporter: Reporter,
+    skipped: int,
+) -> Fitted:
+    """Classifiers over adapters, fitted on `traces` and chosen by `new`."""
+    entries, adapters = classifier_entries(request), maps.adapters
     fit, selection = predict_layers(engine, traces, adapters), predict_layers(engine, new, adapters)
     trusts: dict[int, Trust] = {}
     if adapters:  # plain AdaInfer reads nothing off the hidden state but its prediction
@@ -147,8 +213,8 @@ def fit_traced(
         best = tuple(select_classifiers(fit, choices, target, seed, entries).values())[:1]
         graphs += tuple(FittedGraph(CHOICE, classifier, choices) for classifier in best)
     reporter.step()
-    maps = {layer: (adapter, trusts[layer]) for layer, adapter in adapters.items()}
-    return Fitted(parts, skipped, maps, prompts.block_influence, selection, graphs)
+    with_trusts = {layer: (adapter, trusts[layer]) for layer, adapter in adapters.items()}
+    return Fitted(parts, skipped, with_trusts, maps.block_influence, selection, graphs)
 
 
 def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, int]:
@@ -203,15 +269,6 @@ def _fit_adapters(
             "a norm and a matrix, and is not distilled through"
         )
     return choose_ranks(engine, fitted, prompts, reporter)
-
-
-def _trace_parts(engine: Engine, parts: Parts, reporter: Reporter, seed: int) -> TracedParts:
-    reporter.begin("tracing prompts", len(parts.adapters))
-    return TracedParts(
-        trace_prompts(engine, parts.adapters, reporter, seed),
-        _trace(engine, parts.classifier, reporter, in_context=True),
-        _trace(engine, parts.selection, reporter),
-    )
 
 
 def _trace(

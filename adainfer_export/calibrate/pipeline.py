@@ -14,6 +14,7 @@ import numpy.typing as npt
 from adainfer_runtime import Engine
 from adainfer_runtime.certificate import device_class
 from adainfer_runtime.engine_folder import write_manifest
+from adainfer_runtime.errors import AdaInferError
 from adainfer_runtime.manifest import CombinedExitSpec, ExitSpec, Manifest
 from adainfer_runtime.plan_spec import PlanSpec
 from adainfer_runtime.planning import machine, measure_times
@@ -26,6 +27,7 @@ from .context import FittedContext, fit_context
 from .data import Parts, prompt_hash
 from .exit_files import Files, write_exits, write_report
 from .fitting import Fitted, classifier_entries, fit_graphs
+from .kept import KeptSteps, identity_of
 from .request import CalibrationRequest
 from .scored import CHOICE, CONTEXT, Scored, observe, score_predictions
 from .select import Outcome, choose_threshold, outcome_figures
@@ -40,19 +42,37 @@ def calibrate(
     """Fits exit graphs to the engine in a folder and writes their files beside the stages.
 
     The folder's manifest is not touched: the caller writes the one that is returned. New files
-    carry their content's hash in their names, so that an engine that is in use keeps its own.
+    carry their content's hash in their names, so that an engine that is in use keeps its own. One
+    that is killed leaves what it had fitted for the next, see `kept`.
 
     Raises:
         TaskFileError: a task file cannot be read.
         CalibrationError: too few usable prompts, or no room for an exit point.
     """
+    kept = KeptSteps(folder, identity_of(manifest.uncalibrated(), request))
+    try:
+        calibrated = _calibrate(folder, manifest, request, reporter, kept)
+    except AdaInferError:
+        kept.discard()  # the same data would fail again
+        raise
+    kept.discard()
+    return calibrated
+
+
+def _calibrate(
+    folder: Path,
+    manifest: Manifest,
+    request: CalibrationRequest,
+    reporter: Reporter,
+    kept: KeptSteps,
+) -> Manifest:
     in_use, manifest = manifest, manifest.uncalibrated()
-    fitted = fit_graphs(folder, manifest, request, reporter)
+    fitted = fit_graphs(folder, manifest, request, reporter, kept)
     files = Files(folder)
     context = None
     if request.context_exit:
         entries = classifier_entries(request)
-        context = fit_context(files, manifest, fitted.parts, entries, request, reporter)
+        context = fit_context(files, manifest, fitted.parts, entries, request, reporter, kept)
     draft = ExitSpec(
         points=(), target_agreement=request.target_agreement, calibration=_figures(request, fitted)
     )

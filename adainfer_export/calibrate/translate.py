@@ -107,6 +107,11 @@ class Translator:
     matrix: Float32
     bias: Float32
 
+    @property
+    def parts(self) -> dict[str, Float32]:
+        """Its arrays by name."""
+        return {"matrix": self.matrix, "bias": self.bias}
+
 
 @dataclass(frozen=True)
 class ContextLesson:
