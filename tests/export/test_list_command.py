@@ -41,14 +41,14 @@ def test_what_a_user_leaves_open_is_the_recipes():
 
     known = ExitSettings(target_agreement=0.9, classifiers=("crf",), adapters="ridge", note="x")
     fixed = {"context_exit": False, "translators": TranslatorChoice.ridge, "shortlist": False}
-    open_ = (["builtin"], None, None, None, None, None)
+    open_ = (["builtin"], None, 0, None, None, None, None)
     request = _calibration(*open_, **fixed, known=known)
     assert (request.target_agreement, request.classifiers, request.adapters) == (
         0.9,
         ("crf",),
         "ridge",
     )
-    given = (["builtin"], None, 0.8, AdapterChoice.none, None, None)
+    given = (["builtin"], None, 0, 0.8, AdapterChoice.none, None, None)
     request = _calibration(*given, **fixed, known=known)
     assert (request.target_agreement, request.adapters) == (0.8, "none")
     request = _calibration(*open_, **fixed)
