@@ -121,7 +121,7 @@ def fit_context(
         spec = _draft(files, points, classifier, request)
         figures = {
             **spec.calibration,
-            "check_layers": round(selection.check_layers, 3),
+            "check_layers": selection.checks_by_layer,
             "agreement_by_layer": {
                 str(layer): round(float(share), 4)
                 for layer, share in zip(
@@ -149,7 +149,7 @@ def _fit_translators(
     if head is None:
         return translators
     return distil_translators(
-        engine, folder, head, rotary, translators, lessons, reporter, request.seed
+        engine, folder, head, rotary, translators, lessons, _ANSWER_ROWS, reporter, request.seed
     )
 
 
@@ -191,7 +191,7 @@ def _predict(
     engine: Engine,
     examples: tuple[TaskExample, ...],
     layers: tuple[int, ...],
-    check_layers: float,
+    check_layers: tuple[float, ...],
     reporter: Reporter,
     *,
     in_context: bool,
@@ -205,25 +205,27 @@ def _predict(
 
 def _check_layers(
     engine: Engine, examples: tuple[TaskExample, ...], layers: tuple[int, ...]
-) -> float:
-    """Time of one look in layers: what prompts take with all of them, beyond a plain run."""
+) -> tuple[float, ...]:
+    """Time of each look in layers: what it takes of a prompt's run."""
     prompts = [engine.tokenizer.encode(example.prompt) for example in examples[-_TIMED:]]
-    checks = [ExitCheck(layer, "context") for layer in layers]
-    taken = np.array([_seconds(engine, ids, checks) for ids in prompts if len(ids) > 1])
+    taken = np.array([_seconds(engine, ids, layers) for ids in prompts if len(ids) > 1])
     if not taken.size:
-        return 0.0
-    plain, looking = (float(seconds) for seconds in np.median(taken, axis=0))
-    layer = plain / engine.manifest.model.num_layers
-    return max(0.0, (looking - plain) / len(layers) / layer)
+        return (0.0,) * len(layers)
+    *looks, whole = np.median(taken, axis=0).tolist()
+    layer = max(whole - sum(looks), 1e-9) / engine.manifest.model.num_layers
+    return tuple(look / layer for look in looks)
 
 
-def _seconds(engine: Engine, ids: list[int], checks: Sequence[ExitCheck]) -> tuple[float, float]:
-    """Of a prompt's answer without checks, and with all of them."""
-    taken = []
-    for wanted in ((), checks):
-        with engine.borrow() as session:
-            session.extend(ids)
-            start = time.perf_counter()
-            session.observe(wanted)
-            taken.append(time.perf_counter() - start)
-    return taken[0], taken[1]
+def _seconds(engine: Engine, ids: list[int], layers: Sequence[int]) -> tuple[float, ...]:
+    """Of a look at each layer, and of the whole run with all of them."""
+    looks = []
+    with engine.borrow() as session:
+        session.extend(ids)
+        start = time.perf_counter()
+        for layer in layers:
+            session.advance(layer)
+            before = time.perf_counter()
+            session.look(ExitCheck(layer, "context"))
+            looks.append(time.perf_counter() - before)
+        session.complete()
+        return (*looks, time.perf_counter() - start)

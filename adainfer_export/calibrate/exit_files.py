@@ -68,7 +68,7 @@ def write_exits(
                 "threshold": 0.0,
                 "calibration": {
                     **draft.calibration,
-                    "check_layers": round(graph.selection.check_layers, 3),
+                    "check_layers": graph.selection.checks_by_layer,
                     "classifier_difference": float(f"{difference:.2g}"),
                 },
             }

@@ -122,9 +122,9 @@ def _observe(
     reporter: Reporter,
 ) -> dict[str, Scored]:
     """The certification part at every check, as the graphs run."""
-    checks = {graph.name: graph.selection.check_layers for graph in fitted.graphs}
+    checks = {g.name: g.selection.at(g.classifier.layers).check_layers for g in fitted.graphs}
     if context:
-        checks[CONTEXT] = context.selection.check_layers
+        checks[CONTEXT] = context.selection.at(context.classifier.layers).check_layers
     if not checks:
         return {}
     reporter.begin("certifying", len(fitted.parts.certification))
@@ -237,7 +237,7 @@ def _figures(request: CalibrationRequest, fitted: Fitted) -> dict[str, Any]:
         "block_influence": {
             str(layer): float(f"{value:.4g}") for layer, value in fitted.block_influence.items()
         },
-        "check_layers": round(fitted.selection.check_layers, 3),
+        "check_layers": fitted.selection.checks_by_layer,
         "agreement_by_layer": {
             str(layer): round(float(value), 4)
             for layer, value in zip(fitted.selection.layers, agreement, strict=True)

@@ -38,11 +38,12 @@ class Predictions:
         final: `[prompts]`, the full model's answer.
         token, top_prob, gap: `[prompts, layers]`.
         trust: `[prompts, layers]`, see `trust`; None where it was not fitted.
-        check_layers: time of one check (adapter, probe) in units of one layer over one prompt.
+        check_layers: `[layers]`, time of one check (adapter, probe; of a context exit translator,
+            answer rows and probe) in units of one layer over one prompt.
         prompts: `[prompts]`, number of the prompt that each answer is from: the answers of a
             prompt's own examples come before its own, under the same number. None: one each.
-        exit_check_layers: what the check of an exit that is taken costs. An answer exit's is the
-            answer's own probe, which the full model pays too: 0.
+        exit_check_layers: `[layers]`, what the check of an exit that is taken costs. An answer
+            exit's is the answer's own probe, which the full model pays too: 0.
     """
 
     layers: tuple[int, ...]
@@ -52,10 +53,10 @@ class Predictions:
     token: npt.NDArray[np.int64]
     top_prob: Float32
     gap: Float32
-    check_layers: float
+    check_layers: tuple[float, ...]
+    exit_check_layers: tuple[float, ...]
     trust: Float32 | None = None
     prompts: npt.NDArray[np.int64] | None = None
-    exit_check_layers: float = 0.0
 
     def rows(self, chosen: npt.NDArray[np.int64] | Bool) -> Predictions:
         """Only these answers."""
@@ -95,8 +96,16 @@ class Predictions:
             token=self.token[:, columns],
             top_prob=self.top_prob[:, columns],
             gap=self.gap[:, columns],
+            check_layers=tuple(self.check_layers[column] for column in columns),
+            exit_check_layers=tuple(self.exit_check_layers[column] for column in columns),
             trust=None if self.trust is None else self.trust[:, columns],
         )
+
+    @property
+    def checks_by_layer(self) -> dict[str, float]:
+        """`check_layers`, as reports have them."""
+        pairs = zip(self.layers, self.check_layers, strict=True)
+        return {str(layer): round(check, 3) for layer, check in pairs}
 
     def with_trust(self, trust: Float32) -> Predictions:
         """The same with another trust."""
@@ -148,6 +157,8 @@ def predict_layers(
             adapted = adapter.apply(hidden) if adapter else hidden
             features = engine.backend.probe_features(adapted)
             token[rows, column], top_prob[rows, column], gap[rows, column] = features
+    check = _check_seconds(engine, traces, adapters) / traces.seconds_per_layer
+    points = len(traces.layers)
     return Predictions(
         traces.layers,
         engine.manifest.model.num_layers,
@@ -156,7 +167,8 @@ def predict_layers(
         token,
         top_prob,
         gap,
-        _check_seconds(engine, traces, adapters) / traces.seconds_per_layer,
+        (check,) * points,
+        (0.0,) * points,
         prompts=traces.prompts,
     )
 
@@ -186,13 +198,14 @@ def predict_candidates(
             seconds.append(time.perf_counter() - start)
             token[index, column] = result.token
             top_prob[index, column], gap[index, column] = result.top_prob, result.gap
+    check = float(np.median(seconds)) / traces.seconds_per_layer if seconds else 0.0
     return replace(
         vocabulary.rows(rows),
         final=final,
         token=token,
         top_prob=top_prob,
         gap=gap,
-        check_layers=float(np.median(seconds)) / traces.seconds_per_layer if seconds else 0.0,
+        check_layers=(check,) * len(traces.layers),
     )
 
 

@@ -120,8 +120,8 @@ def score_predictions(classifier: ExitClassifier, predictions: Predictions) -> S
         classifier.scores(predictions),
         chosen.agrees,
         chosen.tasks,
-        (chosen.check_layers,) * len(chosen.layers),
-        (chosen.exit_check_layers,) * len(chosen.layers),
+        chosen.check_layers,
+        chosen.exit_check_layers,
         chosen.groups,
     )
 
@@ -129,7 +129,7 @@ def score_predictions(classifier: ExitClassifier, predictions: Predictions) -> S
 def observe(
     engine: Engine,
     examples: Iterable[TaskExample],
-    check_layers: Mapping[str, float],
+    check_layers: Mapping[str, tuple[float, ...]],
     reporter: Reporter,
     against: Literal["model", "gold"] = "model",
 ) -> dict[str, Scored]:
@@ -139,12 +139,13 @@ def observe(
     more.
 
     Args:
-        check_layers: of each graph, see `Scored`; graphs without one get 0.
+        check_layers: of each graph's checks, see `Scored`; of graphs that are not in it 0.
         against: with `gold` an exit agrees unless it spoils an answer that the full model has
             right; every example must have an answer.
     """
     watches = {
-        name: _Watch(policy, check_layers.get(name, 0.0)) for name, policy in _policies(engine)
+        name: _Watch(policy, check_layers.get(name, (0.0,) * len(policy.checks)))
+        for name, policy in _policies(engine)
     }
     checks = {check for watch in watches.values() for check in watch.policy.checks}
     answers = {check for check in checks if check.kind == "answer"}
@@ -178,7 +179,7 @@ def _policies(engine: Engine) -> Iterable[tuple[str, ExitPolicy]]:
 class _Watch:
     """One exit graph, prompt after prompt."""
 
-    def __init__(self, policy: ExitPolicy, check_layers: float) -> None:
+    def __init__(self, policy: ExitPolicy, check_layers: tuple[float, ...]) -> None:
         assert isinstance(policy, ClassifierExit)  # it has an exit graph
         self.policy = policy
         self._check_layers = check_layers
@@ -206,8 +207,8 @@ class _Watch:
             np.array(self._scores, np.float64).reshape(shape),
             np.array(self._agrees, np.bool_).reshape(shape),
             tuple(self._tasks),
-            (self._check_layers,) * len(layers),
-            (self._check_layers if pays_twice else 0.0,) * len(layers),
+            self._check_layers,
+            self._check_layers if pays_twice else (0.0,) * len(layers),
             np.array(self._prompts, np.int64),
         )
 

@@ -8,7 +8,7 @@ left out: its K and V depend on the token alone, are unlike all others, and are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -129,6 +129,10 @@ class ContextLesson:
     answers: npt.NDArray[np.int64]
     final: Float32
     first: Mapping[int, Float32]
+
+    def answering(self, chosen: Sequence[int] | npt.NDArray[np.int64]) -> ContextLesson:
+        """With these of its answers."""
+        return replace(self, answers=self.answers[chosen], final=self.final[chosen])
 
 
 def read_rotary(folder: Path, manifest: Manifest) -> Rotary | Unrotated | None:

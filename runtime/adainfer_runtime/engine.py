@@ -23,6 +23,7 @@ from .mode_policies import Mode, PolicyFactory, Strictness
 from .planning import (
     Machine,
     ModeForecast,
+    RecentExits,
     RequestShape,
     TimePredictor,
     forecast_modes,
@@ -67,6 +68,7 @@ class Engine:
         self._device_class = device_class(device)
         self.clock = clock
         self.recorder = StatisticsRecorder()
+        self.recent = RecentExits()
         self._manifest = manifest
         self._backend = backend if clock is None else ProfiledBackend(backend, clock)
         self._tokenizer = tokenizer
@@ -253,7 +255,7 @@ class Engine:
             )
         layers = self._manifest.model.num_layers
         predictor = TimePredictor(plan.times, layers, self._backend.max_rows)
-        return forecast_modes(self._policies, predictor, shape, strictness)
+        return forecast_modes(self._policies, predictor, shape, strictness, self.recent)
 
     def decode_costs(self, probe: ExitProbe = "full") -> DecodeCosts:
         """What drafts and looks at exit points cost here, with the probe they use."""
@@ -383,7 +385,9 @@ class Engine:
         tokens = self.label_tokens(prompt, labels)
         with self.borrow() as session:
             limit = self._manifest.max_seq_len
-            return choose(session, self._tokens(prompt), tokens, policy, limit)
+            done = choose(session, self._tokens(prompt), tokens, policy, limit)
+        self.recent.record(policy, done.exit_layer)
+        return done
 
     def label_tokens(
         self, prompt: str | Sequence[int], labels: Sequence[str]

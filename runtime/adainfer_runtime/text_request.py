@@ -105,6 +105,8 @@ class TextRequest:
             TextStream(self.engine.tokenizer, tokens, options.stop_strings),
             partial(measuring, self.engine.clock, stage_seconds),
         )
+        if done.exit_layers:
+            self.engine.recent.record(self.policy, done.exit_layers[0])
         if options.greedy and done.first_token is not None:
             self.engine.compare(self.policy, tokens, done.first_token)
         statistics = _statistics(done, len(tokens), reused, waited, stage_seconds)

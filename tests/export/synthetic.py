@@ -26,7 +26,8 @@ def synthetic(prompts: int = 600, seed: int = 0, noise: float = 0.0) -> Predicti
         token,
         probability.astype(np.float32),
         (probability * 0.9).astype(np.float32),
-        0.1,
+        (0.1, 0.1, 0.1),
+        (0.0, 0.0, 0.0),
         (agrees + random.normal(size=agrees.shape)).astype(np.float32),
     )
 

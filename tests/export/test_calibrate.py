@@ -142,8 +142,22 @@ def test_too_few_prompts_give_no_exit():
 def test_selection_finds_paying_exits_and_refuses_dear_ones():
     fit, selection = synthetic(500, 0), synthetic(400, 1)
     assert list(select_classifiers(fit, selection, 0.98, 0, SVM)) == ["svm"]
-    dear = replace(selection, check_layers=50.0)
+    dear = replace(selection, check_layers=(50.0,) * len(selection.layers))
     assert select_classifiers(fit, dear, 0.98, 0, SVM) == {}
+
+
+def test_points_whose_checks_are_dear_are_left_out():
+    """Each point has its own price: a context exit's falls with the layers above it."""
+    fit, selection = synthetic(500, 0), synthetic(400, 1)
+    dear_first = replace(selection, check_layers=(50.0, 0.1, 0.1))
+    (chosen,) = select_classifiers(fit, selection, 0.98, 0, SVM).values()
+    assert 4 in chosen.layers
+    prices = {"check_layers": (50.0, 0.1, 0.1), "exit_check_layers": (50.0, 0.0, 0.0)}
+    dear = [replace(predictions, **prices) for predictions in (fit, selection)]
+    (chosen,) = select_classifiers(*dear, 0.98, 0, SVM).values()
+    assert 4 not in chosen.layers
+    scored = score_predictions(chosen, dear_first)
+    assert scored.check_layers == (0.1,) * len(chosen.layers)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,19 @@ from adainfer_runtime import Engine
 from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.engine_folder import load_manifest, write_manifest
 from adainfer_runtime.errors import ExitUnavailableError, RequestError
-from adainfer_runtime.exit_policy import ExitCheck
+from adainfer_runtime.evaluation.answers import ask
+from adainfer_runtime.evaluation.methods import Method
+from adainfer_runtime.exit_policy import ExitCheck, NoExit
 from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec
 from adainfer_runtime.plan_spec import Machine, PlanSpec, StageTimes
-from adainfer_runtime.planning import RequestShape, TimePredictor, machine, measure_times
+from adainfer_runtime.planning import (
+    RecentExits,
+    RequestShape,
+    TimePredictor,
+    machine,
+    measure_times,
+)
+from adainfer_runtime.tasks import TaskExample
 
 # A layer takes 1 s + 1 s for 10 positions; other times are powers of ten, to be told apart.
 TIMES = StageTimes(
@@ -157,3 +166,50 @@ def test_bench_and_plan_commands(tiny, tmp_path):
     assert "8 prompt tokens, 1 new token(s)" in shown.stdout
     wrong = run(build_app(), ["plan", str(folder), "--prompt-tokens", "x"])
     assert isinstance(wrong.exception, RequestError)
+
+
+def test_auto_stops_looking_where_requests_do_not_exit_and_tries_again(tiny):
+    """Held-out prompts are of other tasks than a request may be of."""
+    engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))), **FREE | {"probe": 1.0})
+    shape = RequestShape(10)
+    policy = engine.policy("auto", shape=shape)
+    assert policy.checks
+    for _ in range(40):
+        engine.recent.record(policy, 4)
+    assert engine.policy("auto", shape=shape).checks == ()
+    tries = 0
+    for _ in range(200):
+        asked = engine.policy("auto", shape=shape)
+        tries += bool(asked.checks)
+        engine.recent.record(asked, 4)
+    assert tries == 200 // 33
+    for _ in range(33):
+        asked = engine.policy("auto", shape=shape)
+        engine.recent.record(asked, 2 if asked.checks else 4)
+    assert all(engine.policy("auto", shape=shape).checks for _ in range(3))  # another task
+
+
+def test_recent_exits_are_of_a_threshold_and_count_by_check(tiny):
+    engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))))
+    recent = RecentExits(memory=0.5, weight=1.0, retry_every=3)
+    policy, stricter = (engine.policy("adaptive", threshold=threshold) for threshold in (0.0, 1.0))
+    assert recent.shares(policy, (0.5,)) == (0.5,)
+    recent.record(policy, 2)
+    recent.record(policy, 4)  # the one before counts half now
+    assert recent.shares(policy, (0.5,)) == pytest.approx(((0.5 + 0.5) / (1.0 + 1.5),))
+    assert recent.shares(stricter, (0.5,)) == (0.5,)
+    for _ in range(3):
+        assert recent.shares(policy, (0.5,)) != (0.5,)
+        recent.record(NoExit(), 4)
+    assert recent.shares(policy, (0.5,)) == (0.5,)  # nobody asked it for long
+
+
+def test_every_way_to_ask_is_recorded(tiny):
+    engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))))
+    seen = []
+    engine.recent.record = lambda policy, layer: seen.append((policy.checks, layer))
+    engine.generate([5, 6, 7], max_new_tokens=2, ignore_eos=True)
+    engine.choose("abc", ["x", "y"])
+    method = Method.of("off", engine, NoExit())
+    ask(method, TaskExample(prompt="abc", task="t"), labels_only=False)
+    assert seen == [((), 4)] * 3

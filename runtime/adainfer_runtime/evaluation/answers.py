@@ -63,6 +63,7 @@ def _greedy_token(method: Method, example: TaskExample) -> Answer:
         prediction = session.predict(policy)
         seconds = time.perf_counter() - start
         count = session.count - before
+    method.engine.recent.record(policy, prediction.exit_layer)
     return Answer(
         method=method.name,
         prompt=prompt_key(example),

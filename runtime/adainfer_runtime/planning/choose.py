@@ -11,6 +11,7 @@ from ..exit_policy import ExitPolicy
 from ..manifest import CombinedExitSpec, ExitSpec, Manifest
 from ..mode_policies import Mode, PolicyFactory, Strictness
 from .predict import RequestShape, TimePredictor
+from .recent import RecentExits
 
 __all__ = ["ModeForecast", "exit_shares", "forecast_modes", "pick_mode", "shares_at"]
 
@@ -33,8 +34,11 @@ def forecast_modes(
     predictor: TimePredictor,
     shape: RequestShape,
     strictness: Strictness,
+    recent: RecentExits,
 ) -> tuple[ModeForecast, ...]:
-    """Every mode that the folder has at this strictness, `off` first."""
+    """Every mode that the folder has at this strictness, `off` first; requests leave as held-out
+    prompts did, and as those did that came lately.
+    """
     off = ModeForecast("off", policies.of_mode("off", strictness), (), predictor.off(shape))
     found = [off]
     for mode, spec in _specs(policies.manifest, shape):
@@ -48,7 +52,7 @@ def forecast_modes(
             continue
         if not policy.checks or not spec.exit_shares:
             continue
-        shares = exit_shares(spec, strictness)
+        shares = recent.shares(policy, exit_shares(spec, strictness))
         seconds = predictor.exits(policy.checks, shares, shape)
         found.append(ModeForecast(mode, policy, shares, seconds))
     return tuple(found)
