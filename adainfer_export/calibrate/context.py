@@ -149,7 +149,7 @@ def _fit_translators(
     if head is None:
         return translators
     return distil_translators(
-        engine, folder, head, rotary, translators, lessons, _ANSWER_ROWS, reporter, request.seed
+        engine, folder, head, rotary, translators, lessons, reporter, request.seed
     )
 
 

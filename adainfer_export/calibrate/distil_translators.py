@@ -2,14 +2,18 @@
 
 Ridge regression gives every direction of every layer's K and V the same weight; the answer position
 attends to some. So the maps are trained through what follows them: the frozen layers above the exit
-point run the answer's rows over the translated K and V (`torch_stage`, with the weights that the
+point run the answer position over the translated K and V (`torch_stage`, with the weights that the
 engine has), and Adam lowers the loss of `head_network` between what comes out and the full model's
 distribution. Nothing of the model is changed (SwiftKV, arXiv 2410.03960, trains its K,V weights).
 
-Every answer of a few-shot prompt is a question of its own: it and the few positions before it run
-through the layers, over the translated context before them and the first token, as they do when it
-counts. (Were those positions translated too, the maps would learn to tell of the question, which
-they need not know.) Prompts that were held out decide per exit point whether the ridge map is kept.
+Every answer of a few-shot prompt is a question of its own: it attends to the translated context
+before it, to the first token, and to itself. (The few positions before it, which run through the
+layers as well when it counts, are translated here: eight times the work, and no better maps.)
+Prompts that were held out decide per exit point whether the ridge map is kept.
+
+It takes many prompts. On SmolLM2 (int4, 12 tasks, 400 held-out prompts, a context of 17 of 30
+layers) 0.74 of the answers agree by ridge, 0.77 after training on 700 prompts, 0.81 on 2,000; over
+8 answer rows 0.76, 0.79 and 0.83. Low-rank updates do as well, larger steps worse.
 """
 
 from __future__ import annotations
@@ -40,9 +44,8 @@ _LOG = logging.getLogger(__name__)
 Float32 = npt.NDArray[np.float32]
 
 _EPOCHS, _BATCH = 4, 8
-_MOST_STEPS = 400
+_MOST_STEPS = 1000
 _LEARNING_RATE = 2e-4
-_ANSWERS = 2  # of a prompt, drawn anew each time: a lesson's other answers are much like them
 _HELD_OUT = 10  # every tenth prompt
 _FEWEST_PROMPTS = 100
 # Maps below are hopeless, above there is nothing to gain: neither is worth the time.
@@ -58,7 +61,6 @@ def distil_translators(
     rotary: Rotary | Unrotated,
     translators: Mapping[int, Translator],
     lessons: Sequence[ContextLesson],
-    answer_rows: int,
     reporter: Reporter,
     seed: int,
 ) -> dict[int, Translator]:
@@ -66,9 +68,6 @@ def distil_translators(
 
     Points are left as they are where the layers above hold an operator that torch is not taught, or
     too many weights to be held in float32, with a warning; all of them with too few prompts.
-
-    Args:
-        answer_rows: positions, the answer's the last, that run through the layers above.
     """
     train = [lesson for index, lesson in enumerate(lessons) if index % _HELD_OUT]
     test = list(lessons[::_HELD_OUT])
@@ -84,9 +83,7 @@ def distil_translators(
         if upper is None:
             left_out.append(layer)
             continue
-        course = _Course(
-            engine, network, _Upper(upper, layer, answer_rows, rotary, engine.manifest)
-        )
+        course = _Course(engine, network, _Upper(upper, layer, rotary, engine.manifest))
         agreement = course.agreement(translator, test)
         if _WORTH_IT[0] <= agreement <= _WORTH_IT[1]:
             courses[layer] = (course, agreement)
@@ -132,24 +129,24 @@ def _has_windows(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some prompts, padded: hidden `[b, t, width]`, answers `[b, a]`, which of them are there, and
-    the first token's K and V `[b, layers above, kv_heads, head_dim]`.
+    """Some prompts, padded: hidden `[b, t, width]`, answers `[b, a]`, which of them are there and
+    the prompt's own, and the first token's K and V `[b, layers above, kv_heads, head_dim]`.
     """
 
     hidden: Any
     answers: Any
     there: Any
+    own: Any
     first_key: Any
     first_value: Any
 
 
 @dataclass(frozen=True)
 class _Upper:
-    """The layers above an exit point, over translated K and V; each answer has so many rows."""
+    """The layers above an exit point, over translated K and V."""
 
     stages: Sequence[TorchStage]
     exit_layer: int
-    answer_rows: int
     rotary: Rotary | Unrotated
     manifest: Manifest
     _tables: list[Any] = field(default_factory=list)
@@ -163,16 +160,16 @@ class _Upper:
         longest = max(len(lesson.hidden[self.exit_layer]) for lesson in lessons)
         most = max(len(lesson.answers) for lesson in lessons)
         hidden = np.zeros((len(lessons), longest, width), np.float32)
-        answers = np.ones((len(lessons), most), np.int64)
-        there = np.zeros((len(lessons), most), np.bool_)
+        answers = np.zeros((len(lessons), most), np.int64)
+        there, own = (np.zeros((len(lessons), most), np.bool_) for _ in range(2))
         first = np.zeros((2, len(lessons), above, kv.num_heads, kv.head_dim), np.float32)
         for row, lesson in enumerate(lessons):
             states, count = lesson.hidden[self.exit_layer], len(lesson.answers)
             hidden[row, : len(states)] = states
-            answers[row, :count], there[row, :count] = lesson.answers, True
+            answers[row, :count], there[row, :count], own[row, count - 1] = lesson.answers, 1, 1
             for index in range(above):
                 first[:, row, index] = lesson.first[self.exit_layer + 1 + index]
-        parts = (hidden, answers, there, first[0], first[1])
+        parts = (hidden, answers, there, own, first[0], first[1])
         return _Batch(*(torch.from_numpy(part) for part in parts))
 
     def answer(self, batch: _Batch, matrix: Any, bias: Any) -> Any:
@@ -187,17 +184,14 @@ class _Upper:
         here = (cos[:longest, None, None], sin[:longest, None, None])
         key = torch.cat([batch.first_key[:, None], _rotate(table[:, 1:, :, 0], *_rest(here))], 1)
         value = torch.cat([batch.first_value[:, None], table[:, 1:, :, 1]], 1)
-        tail = _Tail.before(batch.answers, self.answer_rows)
-        index = tail.positions.flatten(1)
-        hidden = torch.gather(
-            batch.hidden, 1, index[..., None].expand(-1, -1, batch.hidden.shape[2])
-        )
-        angles = (cos[index][:, :, None], sin[index][:, :, None])
+        index = batch.answers[..., None].expand(-1, -1, batch.hidden.shape[2])
+        hidden = torch.gather(batch.hidden, 1, index)
+        angles = (cos[batch.answers][:, :, None], sin[batch.answers][:, :, None])
+        distance = batch.answers[..., None] - torch.arange(longest)
         for number, stage in enumerate(self.stages):
-            attend = _Attention(key[:, :, number], value[:, :, number], angles, tail)
+            attend = _Attention(key[:, :, number], value[:, :, number], angles, distance)
             hidden = stage(hidden, attend)
-        answers = hidden.view(*tail.positions.shape, -1)[:, :, -1]
-        return answers[batch.there]
+        return hidden[batch.there]
 
     def _rotary_tables(self) -> list[Any]:
         if not self._tables:
@@ -218,83 +212,39 @@ def _rest(tables: tuple[Any, Any]) -> tuple[Any, Any]:
 
 
 @dataclass(frozen=True)
-class _Tail:
-    """The rows of answers: positions `[b, a, r]`, ascending, the answer's own the last, and the
-    first of them `[b, a]`. (Rows of answers near a prompt's beginning repeat their first position.)
-    """
-
-    positions: Any
-    start: Any
-
-    @classmethod
-    def before(cls, answers: Any, rows: int) -> _Tail:
-        """Of answers at positions `[b, a]`; the first token is context, whatever follows it."""
-        import torch
-
-        start = (answers + 1 - rows).clamp(min=1).minimum(answers)
-        positions = answers[..., None] - torch.arange(rows - 1, -1, -1)
-        return cls(positions.maximum(start[..., None]), start)
-
-    def sees_context(self, length: int, window: int | None) -> Any:
-        """`[b, a, r, t]`, whether a row attends to the translated position t."""
-        import torch
-
-        seen = torch.arange(length) < self.start[..., None, None]
-        if window is not None:
-            seen = seen & (self.positions[..., None] - torch.arange(length) < window)
-        return seen.expand(*self.positions.shape, length)
-
-    def sees_itself(self, window: int | None) -> Any:
-        """`[b, a, r, r]`, whether a row attends to another of the same answer."""
-        import torch
-
-        rows = self.positions.shape[-1]
-        distance = self.positions[..., :, None] - self.positions[..., None, :]
-        # Of a repeated first position the last one counts.
-        repeated = torch.zeros_like(self.positions, dtype=torch.bool)
-        repeated[..., :-1] = self.positions[..., :-1] == self.positions[..., 1:]
-        seen = torch.ones(rows, rows, dtype=torch.bool).tril() & ~repeated[..., None, :]
-        seen = seen | torch.eye(rows, dtype=torch.bool)  # repeated rows, which nobody reads
-        return seen if window is None else seen & (distance < window)
-
-
-@dataclass(frozen=True)
 class _Attention:
-    """Attention of answers' rows to a context and to one another.
+    """Attention of answers to a context and to themselves.
 
-    key, value `[b, t, kv_heads, head_dim]` (rotated); angles of the rows `[b, a · r, 1, d/2]`.
+    key, value `[b, t, kv_heads, head_dim]` (rotated); angles of the answers `[b, a, 1, d/2]`;
+    distance `[b, a, t]` from each answer back to each context position.
     """
 
     key: Any
     value: Any
     angles: tuple[Any, Any]
-    tail: _Tail
+    distance: Any
 
     def __call__(self, spec: AttentionSpec, query: Any, key: Any, value: Any) -> Any:
         import torch
 
-        batch, answers, rows = self.tail.positions.shape
-        count, width = query.shape[1], query.shape[-1] // spec.heads
-        query = _rotate(query.view(batch, count, spec.heads, width), *self.angles)
-        key = _rotate(key.view(batch, count, spec.kv_heads, width), *self.angles)
-        groups = (batch, answers, rows, spec.kv_heads, spec.heads // spec.kv_heads, width)
-        own = (batch, answers, rows, spec.kv_heads, width)
-        query, key, value = query.view(groups), key.view(own), value.view(own)
-        before = torch.einsum("barkgd,btkd->barkgt", query, self.key)
-        among = torch.einsum("barkgd,bakjd->barkgj", query, key.transpose(2, 3))
-        length = self.key.shape[1]
-        seen = torch.cat(
-            [self.tail.sees_context(length, spec.window), self.tail.sees_itself(spec.window)], -1
-        )
-        scores = torch.cat([before, among], dim=-1) * spec.scale
+        rows, answers, _ = query.shape
+        width = query.shape[-1] // spec.heads
+        groups = (rows, answers, spec.kv_heads, spec.heads // spec.kv_heads, width)
+        query = _rotate(query.view(rows, answers, spec.heads, width), *self.angles).view(groups)
+        key = _rotate(key.view(rows, answers, spec.kv_heads, width), *self.angles)
+        value = value.view(rows, answers, spec.kv_heads, 1, width)
+        before = torch.einsum("bakgd,btkd->bakgt", query, self.key)
+        itself = (query * key[:, :, :, None]).sum(dim=-1, keepdim=True)
+        seen = self.distance > 0
+        if spec.window is not None:
+            seen = seen & (self.distance < spec.window)
+        scores = torch.cat([before, itself], dim=-1) * spec.scale
         if spec.softcap:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
-        weights = torch.softmax(scores.masked_fill(~seen[:, :, :, None, None], -torch.inf), dim=-1)
-        mixed = torch.einsum("barkgt,btkd->barkgd", weights[..., :length], self.value)
-        mixed = mixed + torch.einsum(
-            "barkgj,bakjd->barkgd", weights[..., length:], value.transpose(2, 3)
-        )
-        return mixed.reshape(batch, count, -1)
+        seen = torch.cat([seen, torch.ones_like(seen[..., :1])], dim=-1)[:, :, None, None]
+        weights = torch.softmax(scores.masked_fill(~seen, -torch.inf), dim=-1)
+        mixed = torch.einsum("bakgt,btkd->bakgd", weights[..., :-1], self.value)
+        return (mixed + weights[..., -1:] * value).reshape(rows, answers, -1)
 
 
 def _rotate(value: Any, cos: Any, sin: Any) -> Any:
@@ -317,11 +267,11 @@ class _Course:
         matrix, bias = torch.from_numpy(translator.matrix), torch.from_numpy(translator.bias)
         hits: list[bool] = []
         for first in range(0, len(lessons), _BATCH):
-            own = [lesson.answering([-1]) for lesson in lessons[first : first + _BATCH]]
+            batch = self._upper.batch(lessons[first : first + _BATCH])
             with torch.no_grad():
-                hidden = self._upper.answer(self._upper.batch(own), matrix, bias)
+                hidden = self._upper.answer(batch, matrix, bias)[batch.own[batch.there]]
             found = predicted_tokens(self._engine, hidden.numpy())
-            final = np.concatenate([lesson.final for lesson in own])
+            final = np.stack([lesson.final[-1] for lesson in lessons[first : first + _BATCH]])
             hits += (found == predicted_tokens(self._engine, final)).tolist()
         return float(np.mean(hits))
 
@@ -342,8 +292,7 @@ class _Course:
         optimiser = torch.optim.Adam([moved, shift], lr=_LEARNING_RATE)
         steps = min(_MOST_STEPS, _EPOCHS * len(lessons) // _BATCH)
         falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0 - step / steps)
-        for prompts in _batches(lessons, steps, random):
-            rows = [_some_answers(prompt, random) for prompt in prompts]
+        for rows in _batches(lessons, steps, random):
             batch = self._upper.batch(rows)
             target, best = self._network.teach(np.concatenate([row.final for row in rows]))
             hidden = self._upper.answer(batch, matrix + moved / into * out, bias + shift * out)
@@ -354,11 +303,6 @@ class _Course:
         with torch.no_grad():
             trained = (matrix + moved / into * out).numpy(), (bias + shift * out).numpy()
         return replace(start, matrix=trained[0], bias=trained[1])
-
-
-def _some_answers(lesson: ContextLesson, random: np.random.Generator) -> ContextLesson:
-    count = len(lesson.answers)
-    return lesson.answering(np.sort(random.permutation(count)[:_ANSWERS]))
 
 
 def _batches(

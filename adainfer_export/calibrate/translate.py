@@ -8,7 +8,7 @@ left out: its K and V depend on the token alone, are unlike all others, and are 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from adainfer_runtime import Engine
+from adainfer_runtime.backends.host_memory import memory_limit
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.session import Session
 from adainfer_runtime.tasks import TaskExample
@@ -39,7 +40,8 @@ __all__ = [
 Float32 = npt.NDArray[np.float32]
 
 _RIDGE = 0.01
-_MOST_LESSON_BYTES = 800_000_000
+_LESSON_SHARE = 8  # of the memory: an eighth
+_LEAST_LESSON_BYTES = 800_000_000
 
 
 @dataclass(frozen=True)
@@ -130,10 +132,6 @@ class ContextLesson:
     final: Float32
     first: Mapping[int, Float32]
 
-    def answering(self, chosen: Sequence[int] | npt.NDArray[np.int64]) -> ContextLesson:
-        """With these of its answers."""
-        return replace(self, answers=self.answers[chosen], final=self.final[chosen])
-
 
 def read_rotary(folder: Path, manifest: Manifest) -> Rotary | Unrotated | None:
     """What was done to the keys in the cache. None where layers differ in that or in their heads,
@@ -208,7 +206,7 @@ def fit_translators(
         layer: Moments(manifest.model.hidden_size, (total - layer) * per_layer) for layer in layers
     }
     lessons: list[ContextLesson] = []
-    budget = _MOST_LESSON_BYTES
+    budget = max(_LEAST_LESSON_BYTES, (memory_limit() or 0) // _LESSON_SHARE)
     for example in examples:
         ids = engine.tokenizer.encode(example.prompt)
         with engine.borrow() as session:

@@ -28,7 +28,7 @@ class RecentExits:
 
     A request weighs `memory` times as much as the one after it, and what was known beforehand
     counts as `weight` requests. A policy that `retry_every` requests passed over is worth one try,
-    and a request that leaves then makes what was seen before it forgotten: other prompts are coming.
+    and a request that leaves then makes what was seen before it forgotten: others are coming now.
     Threads may share it.
     """
 
