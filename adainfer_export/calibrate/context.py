@@ -23,6 +23,7 @@ from adainfer_runtime.tasks import TaskExample
 from ..cost import multiply_adds
 from ..graph_builder import serialise
 from ..progress import Reporter
+from .affine import AffineMap
 from .classifiers import Entry, ExitClassifier
 from .classifiers.threshold import ThresholdClassifier
 from .data import Parts
@@ -99,12 +100,15 @@ def fit_context(
 
     def fit_maps() -> dict[str, npt.NDArray[np.float32]]:
         fitted = _fit_translators(engine, files.folder, rotary, layers, parts, request, reporter)
-        return {f"{name}_{n}": part for n, t in fitted.items() for name, part in t.parts.items()}
+        return {
+            name: part
+            for layer, translator in fitted.items()
+            for name, part in translator.affine.as_stored().arrays(str(layer)).items()
+        }
 
     arrays = kept.arrays("translators", fit_maps)
     translators = {
-        layer: Translator(layer, arrays[f"matrix_{layer}"], arrays[f"bias_{layer}"])
-        for layer in layers
+        layer: Translator(layer, AffineMap.of_arrays(arrays, str(layer))) for layer in layers
     }
     points = {
         layer: _write_translator(files, translator, rotary, bare)

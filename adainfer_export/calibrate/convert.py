@@ -23,9 +23,9 @@ from adainfer_runtime.backends.ort_cpu import open_session
 
 from ..errors import LoweringError
 from ..graph_builder import GraphBuilder, graph_input
+from .affine import AffineMap
 from .classifiers import FittedClassifier
 from .predictions import LOG_ODDS_CLIP, log_odds
-from .ridge import Adapter
 from .trust import Trust
 
 __all__ = ["STATE_SIZE", "check_parity", "lower_adapter", "lower_classifier"]
@@ -62,7 +62,7 @@ def lower_classifier(classifier: FittedClassifier) -> ir.Model:
     return graph.model("classifier", [token, *inputs.values(), state], outputs)
 
 
-def lower_adapter(adapter: Adapter, trust: Trust) -> ir.Model:
+def lower_adapter(adapter: AffineMap, trust: Trust) -> ir.Model:
     """`hidden [1, tokens, hidden_size]` to `adapted` of the same shape and `trust [1, tokens]`."""
     width = len(adapter.bias)
     hidden = graph_input("hidden", [1, "tokens", width])

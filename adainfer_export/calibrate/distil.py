@@ -20,9 +20,9 @@ import numpy.typing as npt
 from adainfer_runtime import Engine
 
 from ..progress import Reporter
+from .affine import AffineMap
 from .head import Head
 from .head_network import HeadNetwork, considered_tokens
-from .ridge import Adapter
 from .traces import AnswerTraces
 
 __all__ = ["distil_adapters", "predicted_tokens"]
@@ -48,10 +48,10 @@ def distil_adapters(
     engine: Engine,
     head: Head,
     traces: AnswerTraces,
-    adapters: Mapping[int, Adapter],
+    adapters: Mapping[int, AffineMap],
     reporter: Reporter,
     seed: int,
-) -> dict[int, Adapter]:
+) -> dict[int, AffineMap]:
     """Per layer the distilled adapter, or the given one where held-out prompts prefer it."""
     train, test = np.flatnonzero(~traces.held_out), np.flatnonzero(traces.held_out)
     if len(train) < _BATCH or len(test) == 0:
@@ -84,8 +84,8 @@ def predicted_tokens(engine: Engine, hidden: Float32) -> Int64:
 
 
 def _distil(
-    network: HeadNetwork, start: Adapter, lesson: _Lesson, random: np.random.Generator
-) -> Adapter:
+    network: HeadNetwork, start: AffineMap, lesson: _Lesson, random: np.random.Generator
+) -> AffineMap:
     """Adam with a falling rate, in coordinates of unit variance."""
     import torch
 
@@ -106,4 +106,4 @@ def _distil(
         optimiser.step()
         falling.step()
     moved = matrix + delta.detach() / scale[:, None]
-    return Adapter(moved.numpy(), bias.detach().numpy())
+    return AffineMap(moved.numpy(), bias.detach().numpy())

@@ -32,6 +32,7 @@ from adainfer_runtime import Engine
 from adainfer_runtime.manifest import Manifest
 
 from ..progress import Reporter
+from .affine import AffineMap
 from .distil import predicted_tokens
 from .head import Head
 from .head_network import HeadNetwork, considered_tokens
@@ -172,13 +173,18 @@ class _Upper:
         parts = (hidden, answers, there, own, first[0], first[1])
         return _Batch(*(torch.from_numpy(part) for part in parts))
 
-    def answer(self, batch: _Batch, matrix: Any, bias: Any) -> Any:
-        """Final hidden states `[answers that are there, width]`."""
+    def answer(self, batch: _Batch, factors: Sequence[Any], bias: Any) -> Any:
+        """Final hidden states `[answers that are there, width]`, over the context that a map's
+        factors (see `AffineMap`) and bias translate.
+        """
         import torch
 
         rows, longest, _ = batch.hidden.shape
         kv, above = self.manifest.kv, len(self.stages)
-        flat = batch.hidden @ matrix + bias
+        flat = batch.hidden
+        for factor in factors:
+            flat = flat @ factor
+        flat = flat + bias
         table = flat.view(rows, longest, above, 2, kv.num_heads, kv.head_dim)
         cos, sin = self._rotary_tables()
         here = (cos[:longest, None, None], sin[:longest, None, None])
@@ -264,12 +270,13 @@ class _Course:
         """Share of prompts whose own answer is the full model's."""
         import torch
 
-        matrix, bias = torch.from_numpy(translator.matrix), torch.from_numpy(translator.bias)
+        factors = [torch.from_numpy(factor) for factor in translator.affine.factors]
+        bias = torch.from_numpy(translator.affine.bias)
         hits: list[bool] = []
         for first in range(0, len(lessons), _BATCH):
             batch = self._upper.batch(lessons[first : first + _BATCH])
             with torch.no_grad():
-                hidden = self._upper.answer(batch, matrix, bias)[batch.own[batch.there]]
+                hidden = self._upper.answer(batch, factors, bias)[batch.own[batch.there]]
             found = predicted_tokens(self._engine, hidden.numpy())
             final = np.stack([lesson.final[-1] for lesson in lessons[first : first + _BATCH]])
             hits += (found == predicted_tokens(self._engine, final)).tolist()
@@ -278,31 +285,62 @@ class _Course:
     def train(
         self, start: Translator, lessons: Sequence[ContextLesson], random: np.random.Generator
     ) -> Translator:
-        """Adam with a falling rate, in coordinates of unit variance on both sides."""
+        """Adam with a falling rate, in coordinates of unit variance on both sides of a factor."""
         import torch
 
         layer = self._upper.exit_layer
         sample = np.concatenate([lesson.hidden[layer][1:] for lesson in lessons[:100]])
-        sample = sample.astype(np.float32)
-        matrix, bias = torch.from_numpy(start.matrix), torch.from_numpy(start.bias)
-        into = torch.from_numpy(sample.std(axis=0) + 1e-6)[:, None]
-        out = torch.from_numpy((sample @ start.matrix).std(axis=0) + 1e-6)
-        moved = torch.zeros_like(matrix, requires_grad=True)
-        shift = torch.zeros_like(bias, requires_grad=True)
-        optimiser = torch.optim.Adam([moved, shift], lr=_LEARNING_RATE)
+        scales = _Scales.of(start.affine, sample.astype(np.float32))
+        moved = [torch.zeros(f.shape, requires_grad=True) for f in start.affine.factors]
+        shift = torch.zeros(start.affine.bias.shape, requires_grad=True)
+        optimiser = torch.optim.Adam([*moved, shift], lr=_LEARNING_RATE)
         steps = min(_MOST_STEPS, _EPOCHS * len(lessons) // _BATCH)
         falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1.0 - step / steps)
         for rows in _batches(lessons, steps, random):
             batch = self._upper.batch(rows)
             target, best = self._network.teach(np.concatenate([row.final for row in rows]))
-            hidden = self._upper.answer(batch, matrix + moved / into * out, bias + shift * out)
+            hidden = self._upper.answer(batch, *scales.apply(moved, shift))
             optimiser.zero_grad()
             self._network.loss(hidden, target, best).backward()
             optimiser.step()
             falling.step()
         with torch.no_grad():
-            trained = (matrix + moved / into * out).numpy(), (bias + shift * out).numpy()
-        return replace(start, matrix=trained[0], bias=trained[1])
+            factors, bias = scales.apply(moved, shift)
+        matrix, *up = (factor.numpy() for factor in factors)
+        return replace(start, affine=AffineMap(matrix, bias.numpy(), *up))
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """A map, and the spread of what goes into each of its factors, and out of the last."""
+
+    factors: Sequence[Any]
+    bias: Any
+    spreads: Sequence[Any]
+
+    @classmethod
+    def of(cls, affine: AffineMap, sample: Float32) -> _Scales:
+        """Args: sample: rows `[n, inputs]` that the map reads."""
+        import torch
+
+        passed, spreads = sample, [sample.std(axis=0)]
+        for factor in affine.factors:
+            passed = passed @ factor
+            spreads.append(passed.std(axis=0))
+        return cls(
+            [torch.from_numpy(factor) for factor in affine.factors],
+            torch.from_numpy(affine.bias),
+            [torch.from_numpy(spread + 1e-6) for spread in spreads],
+        )
+
+    def apply(self, moved: Sequence[Any], shift: Any) -> tuple[list[Any], Any]:
+        """The map's factors and bias, moved by so much in the scaled coordinates."""
+        ends = zip(self.spreads, self.spreads[1:], strict=False)
+        factors = [
+            factor + move / before[:, None] * after
+            for factor, move, (before, after) in zip(self.factors, moved, ends, strict=True)
+        ]
+        return factors, self.bias + shift * self.spreads[-1]
 
 
 def _batches(

@@ -14,10 +14,10 @@ from ..folder import save_hashed
 from ..graph_builder import serialise
 from ..join import join_engines
 from ..lower import find_target
+from .affine import AffineMap
 from .classifiers import ExitClassifier, FittedClassifier, OwnClassifier
 from .convert import STATE_SIZE, check_parity, lower_adapter, lower_classifier
 from .fitting import FittedGraph
-from .ridge import Adapter
 from .scored import CHOICE
 from .trust import Trust
 
@@ -43,7 +43,7 @@ def write_exits(
     manifest: Manifest,
     graphs: Sequence[FittedGraph],
     *,
-    adapters: Mapping[int, tuple[Adapter, Trust]],
+    adapters: Mapping[int, tuple[AffineMap, Trust]],
     draft: ExitSpec,
     context: ExitSpec | None = None,
 ) -> Manifest:
@@ -97,7 +97,7 @@ def join_calibrated(folder: Path, manifest: Manifest) -> Manifest:
     return join_engines(folder, manifest, dialect, precision)
 
 
-def _write_point(layer: int, maps: tuple[Adapter, Trust] | None, files: Files) -> ExitPoint:
+def _write_point(layer: int, maps: tuple[AffineMap, Trust] | None, files: Files) -> ExitPoint:
     if maps is None:
         return ExitPoint(exit_layer=layer)
     model = lower_adapter(*maps)

@@ -17,6 +17,7 @@ from adainfer_runtime.tasks import TaskExample
 
 from ..errors import CalibrationError
 from ..progress import Reporter
+from .affine import AffineMap
 from .classifiers import CLASSIFIERS, Entry, ExitClassifier, own_entry
 from .data import Parts, load_examples, split_parts
 from .distil import distil_adapters
@@ -25,7 +26,6 @@ from .kept import KeptSteps
 from .low_rank import choose_ranks
 from .predictions import Predictions, predict_candidates, predict_layers
 from .request import CalibrationRequest
-from .ridge import Adapter
 from .scored import CHOICE
 from .select import select_classifiers
 from .self_text import write_texts
@@ -81,7 +81,7 @@ class Fitted:
 
     parts: Parts
     skipped: int
-    adapters: Mapping[int, tuple[Adapter, Trust]]
+    adapters: Mapping[int, tuple[AffineMap, Trust]]
     block_influence: Mapping[int, float]
     selection: Predictions
     graphs: tuple[FittedGraph, ...]
@@ -91,7 +91,7 @@ class Fitted:
 class FittedMaps:
     """What is fitted to the first part of the data; `block_influence`: see `PromptTraces`."""
 
-    adapters: Mapping[int, Adapter]
+    adapters: Mapping[int, AffineMap]
     block_influence: Mapping[int, float]
 
     def arrays(self) -> dict[str, npt.NDArray[Any]]:
@@ -102,18 +102,14 @@ class FittedMaps:
             "layers": np.array(list(self.adapters), np.int64),
         }
         for layer, adapter in self.adapters.items():
-            parts = {"matrix": adapter.matrix, "bias": adapter.bias, "up": adapter.up}
-            arrays |= {f"{name}_{layer}": part for name, part in parts.items() if part is not None}
+            arrays |= adapter.arrays(str(layer))
         return arrays
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, npt.NDArray[Any]]) -> FittedMaps:
         """What `arrays` gave."""
         adapters = {
-            layer: Adapter(
-                arrays[f"matrix_{layer}"], arrays[f"bias_{layer}"], arrays.get(f"up_{layer}")
-            )
-            for layer in arrays["layers"].tolist()
+            layer: AffineMap.of_arrays(arrays, str(layer)) for layer in arrays["layers"].tolist()
         }
         influence = zip(
             arrays["influence_layers"].tolist(), arrays["influence"].tolist(), strict=True
@@ -255,7 +251,7 @@ def _fit_adapters(
     prompts: PromptTraces,
     request: CalibrationRequest,
     reporter: Reporter,
-) -> dict[int, Adapter]:
+) -> dict[int, AffineMap]:
     if request.adapters == "none":
         return {}
     fitted = {layer: moment.solve(_RIDGE) for layer, moment in prompts.moments.items()}

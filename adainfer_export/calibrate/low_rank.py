@@ -11,22 +11,21 @@ that, held-out prompts decide per exit point.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy import linalg
 
 from adainfer_runtime import Engine
 from adainfer_runtime.manifest import Manifest
 
 from ..progress import Reporter
+from .affine import AffineMap, reduce_rank
 from .distil import predicted_tokens
-from .ridge import Adapter, Moments
 from .traces import PromptTraces
 
-__all__ = ["AdapterBudget", "choose_ranks", "reduce_rank"]
+__all__ = ["AdapterBudget", "choose_ranks"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -64,8 +63,8 @@ class AdapterBudget:
 
 
 def choose_ranks(
-    engine: Engine, adapters: Mapping[int, Adapter], prompts: PromptTraces, reporter: Reporter
-) -> dict[int, Adapter]:
+    engine: Engine, adapters: Mapping[int, AffineMap], prompts: PromptTraces, reporter: Reporter
+) -> dict[int, AffineMap]:
     """Per layer the form within the budget that agrees most often on held-out prompts, as stored;
     of equal ones the cheapest. With too few prompts to tell, the largest form.
     """
@@ -80,7 +79,7 @@ def choose_ranks(
         forms = [full.as_stored()] if budget.takes_full(len(full.bias)) else []
         if not forms or len(test) >= _FEWEST_HELD_OUT:
             ranks = budget.ranks(len(full.bias))
-            reduced = reduce_rank(full, prompts.moments[layer], spread, ranks)
+            reduced = reduce_rank(full, prompts.moments[layer].inputs(), ranks, spread)
             forms += [form.as_stored() for form in reduced]
         if len(test) >= _FEWEST_HELD_OUT:
             hidden, token = traces.hidden[test, column], traces.token[test]
@@ -91,30 +90,3 @@ def choose_ranks(
             chosen[layer] = forms[0]
         reporter.step(f"layer {layer}: {chosen[layer].rank} of {len(full.bias)} dimensions")
     return chosen
-
-
-def reduce_rank(
-    adapter: Adapter, moments: Moments, spread: Float32, ranks: Sequence[int]
-) -> list[Adapter]:
-    """The adapter in fewer dimensions, once for each rank.
-
-    Args:
-        moments: of the hidden states that it reads.
-        spread: `[hidden]`, standard deviation of what it predicts.
-    """
-    mean, covariance = moments.inputs()
-    weighted = adapter.matrix.astype(np.float64) / spread
-    width, most = len(spread), max(ranks)
-    predicted = weighted.T @ covariance @ weighted
-    _, vectors = linalg.eigh(predicted, subset_by_index=(width - most, width - 1))
-    down, up = weighted @ vectors[:, ::-1], vectors[:, ::-1].T * spread
-    # Only what varies is cut: the prediction for the mean stays.
-    at_mean = mean @ adapter.matrix + adapter.bias
-    return [
-        Adapter(
-            down[:, :rank].astype(np.float32),
-            (at_mean - mean @ down[:, :rank] @ up[:rank]).astype(np.float32),
-            up[:rank].astype(np.float32),
-        )
-        for rank in ranks
-    ]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from adainfer_runtime import Engine
 
-from .ridge import Adapter
+from .affine import AffineMap
 from .traces import AnswerTraces
 
 __all__ = ["LOG_ODDS_CLIP", "Predictions", "log_odds", "predict_candidates", "predict_layers"]
@@ -143,7 +143,7 @@ class Predictions:
 
 
 def predict_layers(
-    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, Adapter]
+    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, AffineMap]
 ) -> Predictions:
     """Applies adapter (where there is one) and probe to every traced hidden state."""
     shape = traces.hidden.shape[:2]
@@ -174,7 +174,7 @@ def predict_layers(
 
 
 def predict_candidates(
-    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, Adapter], vocabulary: Predictions
+    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, AffineMap], vocabulary: Predictions
 ) -> Predictions:
     """The same over the rows of each prompt's labels alone; answers without labels are left out.
 
@@ -210,7 +210,7 @@ def predict_candidates(
 
 
 def _check_seconds(
-    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, Adapter], repeats: int = 9
+    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, AffineMap], repeats: int = 9
 ) -> float:
     hidden = np.ascontiguousarray(traces.hidden[0, -1])
     adapter = adapters.get(traces.layers[-1])

@@ -13,55 +13,20 @@ Only second moments are kept, `[hidden, hidden]` twice per layer, whatever the n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy import linalg
 
 from ..errors import CalibrationError
+from .affine import AffineMap
 
-__all__ = ["Adapter", "Moments"]
+__all__ = ["Moments"]
 
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 
 _ROWS_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """`adapted = hidden @ matrix + bias`; matrix `[hidden, hidden]`, bias `[hidden]`.
-
-    In reduced rank `hidden @ matrix @ up + bias`; matrix `[hidden, rank]`, up `[rank, hidden]`.
-    """
-
-    matrix: Float32
-    bias: Float32
-    up: Float32 | None = None
-
-    @property
-    def rank(self) -> int:
-        """Dimensions that it passes on."""
-        return int(self.matrix.shape[1])
-
-    def apply(self, hidden: Float32) -> Float32:
-        """`[rows, hidden]` to the same."""
-        passed: Float32 = hidden @ self.matrix
-        if self.up is not None:
-            passed = passed @ self.up
-        adapted: Float32 = passed + self.bias
-        return adapted
-
-    def as_stored(self) -> Adapter:
-        """With its matrices rounded to float16, in which folders hold them."""
-        up = None if self.up is None else _rounded(self.up)
-        return Adapter(_rounded(self.matrix), self.bias, up)
-
-
-def _rounded(matrix: Float32) -> Float32:
-    largest = float(np.finfo(np.float16).max)
-    return np.clip(matrix, -largest, largest).astype(np.float16).astype(np.float32)
 
 
 class Moments:
@@ -119,16 +84,15 @@ class Moments:
         mean = self._x / self._weight
         return mean, self._xx / self._weight - np.outer(mean, mean)
 
-    def solve(self, strength: float) -> Adapter:
+    def solve(self, strength: float) -> AffineMap:
         """The adapter for a ridge strength λ (relative to each coordinate's variance).
 
         Raises:
             CalibrationError: nothing was added, or it is not finite.
         """
-        matrix, bias = self._regress(strength, towards=np.eye(len(self._x)))
-        return Adapter(matrix, bias)
+        return self._regress(strength, towards=np.eye(len(self._x)))
 
-    def regress(self, strength: float) -> tuple[Float32, Float32]:
+    def regress(self, strength: float) -> AffineMap:
         """The affine map `x @ matrix + bias` closest to y, its matrix drawn towards zero.
 
         Raises:
@@ -136,7 +100,7 @@ class Moments:
         """
         return self._regress(strength, towards=np.zeros_like(self._xy))
 
-    def _regress(self, strength: float, towards: Float64) -> tuple[Float32, Float32]:
+    def _regress(self, strength: float, towards: Float64) -> AffineMap:
         self._add_waiting()
         if self._weight == 0.0:
             raise CalibrationError("no tokens to fit adapters on")
@@ -149,4 +113,4 @@ class Moments:
         delta = linalg.solve(xx + np.diag(penalty), xy - xx @ towards, assume_a="pos")
         matrix: Float64 = towards + delta
         bias = mean_y - mean_x @ matrix
-        return matrix.astype(np.float32), bias.astype(np.float32)
+        return AffineMap(matrix.astype(np.float32), bias.astype(np.float32))

@@ -1,7 +1,8 @@
 """Translators: K and V of the layers above a context exit, from the hidden state at it.
 
 One affine map per exit point gives K before rotary and V of every layer above, fitted by ridge
-regression on second moments (training-free kin of SwiftKV, arXiv 2410.03960). The first position is
+regression on second moments (training-free kin of SwiftKV, arXiv 2410.03960), in reduced rank where
+a full one would cost more than a layer. The first position is
 left out: its K and V depend on the token alone, are unlike all others, and are computed exactly.
 """
 
@@ -23,6 +24,7 @@ from adainfer_runtime.tasks import TaskExample
 
 from ..graph_builder import GraphBuilder, graph_input
 from ..progress import Reporter
+from .affine import AffineMap, reduce_rank
 from .ridge import Moments
 from .traces import answer_positions
 
@@ -33,6 +35,7 @@ __all__ = [
     "Unrotated",
     "fit_translators",
     "lower_translator",
+    "most_weights",
     "read_rotary",
     "translator_layers",
 ]
@@ -101,18 +104,12 @@ class Unrotated:
 
 @dataclass(frozen=True)
 class Translator:
-    """`hidden @ matrix + bias` is `[positions, layers above · 2 · kv_heads · head_dim]`: K, then V,
-    layer by layer.
+    """`affine` gives `[positions, layers above · 2 · kv_heads · head_dim]`: K, then V, layer by
+    layer.
     """
 
     exit_layer: int
-    matrix: Float32
-    bias: Float32
-
-    @property
-    def parts(self) -> dict[str, Float32]:
-        """Its arrays by name."""
-        return {"matrix": self.matrix, "bias": self.bias}
+    affine: AffineMap
 
 
 @dataclass(frozen=True)
@@ -228,9 +225,25 @@ def fit_translators(
             rows = hidden[layer][1:]
             moments[layer].add(rows, target[1:], np.ones(len(rows), np.float32))
         reporter.step(example.task)
-    fitted = {layer: moment.regress(_RIDGE) for layer, moment in moments.items()}
-    maps = {layer: Translator(layer, matrix, bias) for layer, (matrix, bias) in fitted.items()}
+    affordable = most_weights(manifest)
+    maps = {layer: Translator(layer, _fit(m, affordable)) for layer, m in moments.items()}
     return maps, lessons
+
+
+def most_weights(manifest: Manifest) -> int:
+    """What a translator may cost at a position: the multiply-adds of one layer. Where heads share
+    no keys and values, a full one costs several; where they do, as in SmolLM2, less than one.
+    """
+    return sum(stage.multiply_adds for stage in manifest.cut) // manifest.model.num_layers
+
+
+def _fit(moments: Moments, affordable: int) -> AffineMap:
+    full = moments.regress(_RIDGE)
+    rank = affordable // sum(full.matrix.shape)
+    if full.weights <= affordable or rank >= len(full.matrix):
+        return full
+    (reduced,) = reduce_rank(full, moments.inputs(), (max(1, rank),))
+    return reduced
 
 
 def _lesson(
@@ -265,8 +278,11 @@ def lower_translator(
     hidden = graph_input("hidden", ["rows", manifest.model.hidden_size])
     start = graph_input("start", [1], ir.DataType.INT64)
     graph = GraphBuilder()
-    product = graph.op("MatMul", hidden, graph.const("matrix", translator.matrix))
-    flat = graph.op("Add", product, graph.const("bias", translator.bias))
+    affine = translator.affine
+    product = graph.op("MatMul", hidden, graph.half("matrix", affine.matrix))
+    if affine.up is not None:
+        product = graph.op("MatMul", product, graph.half("up", affine.up))
+    flat = graph.op("Add", product, graph.const("bias", affine.bias))
     table = graph.op("Reshape", flat, graph.ints([0, above, 2, heads, width]))
     table = graph.transpose(table, [2, 1, 3, 0, 4])
     key, value = (graph.op("Gather", table, graph.scalar(part), axis=0) for part in (0, 1))

@@ -11,13 +11,14 @@ import onnx
 import pytest
 
 from adainfer_export.calibrate import CalibrationRequest
+from adainfer_export.calibrate.affine import AffineMap
 from adainfer_export.calibrate.builtin import builtin_examples
 from adainfer_export.calibrate.classifiers import CLASSIFIERS, Entry, FittedClassifier
 from adainfer_export.calibrate.convert import lower_adapter
 from adainfer_export.calibrate.data import load_examples, split_parts
 from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.predictions import Predictions
-from adainfer_export.calibrate.ridge import Adapter, Moments
+from adainfer_export.calibrate.ridge import Moments
 from adainfer_export.calibrate.scored import Scored, score_predictions
 from adainfer_export.calibrate.select import Outcome, choose_threshold, evaluate, select_classifiers
 from adainfer_export.calibrate.traces import AnswerTraces, answer_positions, candidate_layers
@@ -60,7 +61,7 @@ def test_adapter_graph_equals_its_map(tmp_path):
     from adainfer_runtime.backends.ort_cpu import open_session
 
     random = np.random.default_rng(0)
-    adapter = Adapter(
+    adapter = AffineMap(
         random.normal(size=(8, 8)).astype(np.float32), random.normal(size=8).astype(np.float32)
     ).as_stored()
     import onnx_ir as ir

@@ -8,7 +8,8 @@ import shutil
 import numpy as np
 import pytest
 
-from adainfer_export.calibrate import CalibrationRequest, context
+from adainfer_export.calibrate import CalibrationRequest, context, translate
+from adainfer_export.calibrate.affine import AffineMap
 from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.recertify import recertify
 from adainfer_export.calibrate.translate import (
@@ -16,6 +17,7 @@ from adainfer_export.calibrate.translate import (
     Unrotated,
     fit_translators,
     lower_translator,
+    most_weights,
     read_rotary,
 )
 from adainfer_export.graph_builder import serialise
@@ -140,7 +142,7 @@ def test_rotation_is_undone_and_done_again(tiny, tmp_path):
     flat = np.stack([np.stack([rotary.undo(k), v]) for k, v in zip(keys, values, strict=True)])
     # A translator whose output is its bias: K and V of position 5, wherever it stands.
     bias = flat[:, :, :, 5].reshape(-1)
-    translator = Translator(2, np.zeros((64, len(bias)), np.float32), bias)
+    translator = Translator(2, AffineMap(np.zeros((64, len(bias)), np.float32), bias))
     path = tmp_path / "stages" / "translate.onnx"
     shutil.copytree(made.folder / "stages", path.parent)
     path.write_bytes(serialise(lower_translator(translator, rotary, manifest)))
@@ -165,7 +167,7 @@ def test_translators_find_an_affine_map(tiny):
     hidden = session.hidden().copy()
     session.complete()
     value = session.kv(4)[1].transpose(1, 0, 2).reshape(len(hidden), -1)
-    found = (hidden @ translator.matrix + translator.bias)[:, value.shape[1] :]
+    found = translator.affine.apply(hidden)[:, value.shape[1] :]
     error = ((found - value)[1:] ** 2).mean()
     assert error < 0.3 * value[1:].var()
 
@@ -242,8 +244,9 @@ def test_context_mode_needs_a_context_exit(tiny):
         tiny("llama").engine.generate("x", mode="context")
 
 
+@pytest.mark.parametrize("rank", [None, 5])
 @pytest.mark.parametrize("variant", ["opt", "gpt2"])
-def test_learned_positions_are_translated_without_rotation(tiny, variant):
+def test_learned_positions_are_translated_without_rotation(tiny, variant, rank):
     made = tiny(variant)
     rotary = read_rotary(made.folder, made.engine.manifest)
     assert isinstance(rotary, Unrotated)
@@ -251,17 +254,35 @@ def test_learned_positions_are_translated_without_rotation(tiny, variant):
     total, width = 3 * 2 * 64, 64  # three layers, K and V, all heads
     translator = Translator(
         1,
-        random.normal(size=(width, total)).astype(np.float32),
-        random.normal(size=total).astype(np.float32),
+        AffineMap(
+            random.normal(size=(width, rank or total)).astype(np.float32),
+            random.normal(size=total).astype(np.float32),
+            None if rank is None else random.normal(size=(rank, total)).astype(np.float32),
+        ).as_stored(),
     )
     path = made.folder / "stages" / "translate.onnx"
     path.write_bytes(serialise(lower_translator(translator, rotary, made.engine.manifest)))
     hidden = random.normal(size=(5, width)).astype(np.float32)
     key, value = open_session(path).run(None, {"hidden": hidden, "start": np.array([3])})
     path.unlink()
-    expected = (hidden @ translator.matrix + translator.bias).reshape(5, 3, 2, 4, 16)
+    expected = translator.affine.apply(hidden).reshape(5, 3, 2, 4, 16)
     np.testing.assert_allclose(key, expected[:, :, 0].transpose(1, 2, 0, 3), atol=1e-4)
     np.testing.assert_allclose(value, expected[:, :, 1].transpose(1, 2, 0, 3), atol=1e-4)
+
+
+def test_translators_cost_no_more_than_what_is_affordable(tiny, monkeypatch):
+    made = tiny("opt")
+    manifest = made.engine.manifest
+    layers = [stage.multiply_adds for stage in manifest.cut]
+    assert most_weights(manifest) == sum(layers) // 4  # one layer's
+    monkeypatch.setattr(translate, "most_weights", lambda manifest: 64 * 2 * 64)
+    random = np.random.default_rng(0)
+    prompts = ["".join(random.choice(list("abc xyz:"), 40)) for _ in range(20)]
+    examples = [TaskExample(prompt=prompt) for prompt in prompts]
+    rotary = read_rotary(made.folder, manifest)
+    maps, _ = fit_translators(made.engine, rotary, examples, (1, 3), SilentReporter())
+    assert maps[3].affine.up is None  # K and V of one layer
+    assert maps[1].affine.rank == 64 * 2 * 64 // (64 + 3 * 2 * 64)  # of three
 
 
 @pytest.mark.parametrize("variant", ["gemma3", "gpt_neox", "llama-pruned"])

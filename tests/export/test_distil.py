@@ -6,9 +6,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
+from adainfer_export.calibrate.affine import AffineMap
 from adainfer_export.calibrate.distil import distil_adapters
 from adainfer_export.calibrate.head import read_head
-from adainfer_export.calibrate.ridge import Adapter
 from adainfer_export.calibrate.traces import AnswerTraces
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime.tasks import TaskExample
@@ -81,8 +81,8 @@ def test_distillation_raises_agreement_on_other_prompts(tiny):
         )
 
     half = np.diag(np.arange(64) % 2).astype(np.float32)
-    start = Adapter(half, np.zeros(64, np.float32))
-    right = Adapter(np.eye(64, dtype=np.float32), np.zeros(64, np.float32))
+    start = AffineMap(half, np.zeros(64, np.float32))
+    right = AffineMap(np.eye(64, dtype=np.float32), np.zeros(64, np.float32))
     traces, new = make(4000), make(400)
     adapters = distil_adapters(engine, head, traces, {2: start, 3: right}, SilentReporter(), seed=0)
 
@@ -101,7 +101,7 @@ def test_too_few_answers_leave_ridge_alone(tiny):
     traces = AnswerTraces(
         (2,), hidden, hidden[:, 0], zeros, ("a",) * 20, np.arange(20), ((),) * 20, 1.0
     )
-    adapters = {2: Adapter(np.eye(64, dtype=np.float32), np.zeros(64, np.float32))}
+    adapters = {2: AffineMap(np.eye(64, dtype=np.float32), np.zeros(64, np.float32))}
     assert distil_adapters(engine, head, traces, adapters, SilentReporter(), 0) == adapters
 
 

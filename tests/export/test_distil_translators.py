@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from adainfer_export.calibrate import distil_translators as module
+from adainfer_export.calibrate import translate
 from adainfer_export.calibrate.head import read_head
 from adainfer_export.calibrate.head_network import HeadNetwork, considered_tokens
 from adainfer_export.calibrate.translate import fit_translators, lower_translator, read_rotary
@@ -79,8 +80,9 @@ def test_torch_answers_like_the_engine(tiny, tmp_path, variant, settings):
     path.write_bytes(serialise(lower_translator(translator, rotary, manifest)))
     backend = Translating(made.engine.backend, open_session(path))
     batch = upper.batch(lessons)
-    matrix, bias = torch.from_numpy(translator.matrix), torch.from_numpy(translator.bias)
-    found = upper.answer(batch, matrix, bias)[batch.own[batch.there]].numpy()
+    factors = [torch.from_numpy(factor) for factor in translator.affine.factors]
+    bias = torch.from_numpy(translator.affine.bias)
+    found = upper.answer(batch, factors, bias)[batch.own[batch.there]].numpy()
     for example, mine in zip(prompts(12), found, strict=True):
         chain = Chain(backend, manifest)
         chain.admit(np.array(made.engine.tokenizer.encode(example.prompt)))
@@ -92,9 +94,13 @@ def test_torch_answers_like_the_engine(tiny, tmp_path, variant, settings):
         assert np.abs(mine - theirs).max() <= tolerance * np.abs(theirs).max()
 
 
-def test_training_lowers_the_loss(tiny):
+@pytest.mark.parametrize(("affordable", "most"), [(10**9, 0.9), (64 * 64, 0.95)])
+def test_training_lowers_the_loss(tiny, monkeypatch, affordable, most):
+    monkeypatch.setattr(translate, "most_weights", lambda manifest: affordable)
     made = tiny("llama")
     _, translator, lessons, upper = fitted(made, 64)
+    assert translator.affine.weights <= affordable
+    assert len(translator.affine.factors) == (1 if affordable > 64 * 64 else 2)
     finals = np.concatenate([lesson.final for lesson in lessons])
     tokens = considered_tokens(made.engine, finals, np.random.default_rng(0))
     network = HeadNetwork(read_head(made.folder, made.engine.manifest), tokens)
@@ -102,12 +108,13 @@ def test_training_lowers_the_loss(tiny):
     def loss(candidate):
         with torch.no_grad():
             batch = upper.batch(lessons)
-            maps = torch.from_numpy(candidate.matrix), torch.from_numpy(candidate.bias)
-            return float(network.loss(upper.answer(batch, *maps), *network.teach(finals)))
+            factors = [torch.from_numpy(factor) for factor in candidate.affine.factors]
+            bias = torch.from_numpy(candidate.affine.bias)
+            return float(network.loss(upper.answer(batch, factors, bias), *network.teach(finals)))
 
     course = module._Course(made.engine, network, upper)
     trained = course.train(translator, lessons, np.random.default_rng(0))
-    assert loss(trained) < 0.9 * loss(translator)
+    assert loss(trained) < most * loss(translator)
 
 
 def test_held_out_prompts_decide(tiny, monkeypatch):
@@ -122,7 +129,8 @@ def test_held_out_prompts_decide(tiny, monkeypatch):
         arguments = (made.engine, made.folder, head, rotary, {LAYER: translator}, lessons)
         return module.distil_translators(*arguments, SilentReporter(), 0)[LAYER]
 
-    spoilt = replace(translator, matrix=-translator.matrix)
+    affine = replace(translator.affine, matrix=-translator.affine.matrix)
+    spoilt = replace(translator, affine=affine)
     assert distil(lambda self, start, *rest: spoilt) is translator
     agreements = iter((0.5, 0.6))
     monkeypatch.setattr(module._Course, "agreement", lambda *a: next(agreements))

@@ -7,9 +7,10 @@ import onnx_ir as ir
 import pytest
 
 from adainfer_export.calibrate import low_rank
+from adainfer_export.calibrate.affine import AffineMap, reduce_rank
 from adainfer_export.calibrate.convert import lower_adapter
-from adainfer_export.calibrate.low_rank import AdapterBudget, choose_ranks, reduce_rank
-from adainfer_export.calibrate.ridge import Adapter, Moments
+from adainfer_export.calibrate.low_rank import AdapterBudget, choose_ranks
+from adainfer_export.calibrate.ridge import Moments
 from adainfer_export.calibrate.traces import candidate_layers, trace_prompts
 from adainfer_export.calibrate.trust import Trust
 from adainfer_export.cost import multiply_adds
@@ -29,10 +30,10 @@ def test_a_map_of_low_rank_is_kept_and_the_largest_coordinate_takes_nothing_over
     x = random.normal(size=(500, 12)).astype(np.float32) + 3.0
     matrix = (random.normal(size=(12, 4)) @ random.normal(size=(4, 12))).astype(np.float32)
     matrix[:, 0] *= 1000.0  # as in the residual stream
-    full = Adapter(matrix, random.normal(size=12).astype(np.float32))
+    full = AffineMap(matrix, random.normal(size=12).astype(np.float32))
     expected = full.apply(x)
     spread = expected.std(axis=0)
-    four, two = reduce_rank(full, moments_of(x), spread, (4, 2))
+    four, two = reduce_rank(full, moments_of(x).inputs(), (4, 2), spread)
     np.testing.assert_allclose(four.apply(x) / spread, expected / spread, atol=2e-3)
     assert (four.rank, two.rank) == (4, 2)
     np.testing.assert_allclose(two.apply(x).mean(0) / spread, expected.mean(0) / spread, atol=2e-3)
@@ -44,7 +45,7 @@ def test_a_map_of_low_rank_is_kept_and_the_largest_coordinate_takes_nothing_over
 def test_graph_equals_the_stored_map_and_counts_its_cost(tmp_path, up):
     random = np.random.default_rng(0)
     matrix = random.normal(size=(8, 8 if up is None else 3)).astype(np.float32)
-    adapter = Adapter(matrix, random.normal(size=8).astype(np.float32), up).as_stored()
+    adapter = AffineMap(matrix, random.normal(size=8).astype(np.float32), up).as_stored()
     trust = Trust(random.normal(size=8).astype(np.float32), 0.5)
     model = lower_adapter(adapter, trust)
     ir.save(model, tmp_path / "a.onnx")
