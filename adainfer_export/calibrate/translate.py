@@ -33,6 +33,7 @@ __all__ = [
     "Rotary",
     "Translator",
     "Unrotated",
+    "affordable_rank",
     "fit_translators",
     "lower_translator",
     "most_weights",
@@ -237,13 +238,17 @@ def most_weights(manifest: Manifest) -> int:
     return sum(stage.multiply_adds for stage in manifest.cut) // manifest.model.num_layers
 
 
-def _fit(moments: Moments, affordable: int) -> AffineMap:
+def affordable_rank(inputs: int, outputs: int, weights: int) -> int | None:
+    """The largest rank of so many weights; None where a full map has no more."""
+    if inputs * outputs <= weights:
+        return None
+    return max(1, weights // (inputs + outputs))
+
+
+def _fit(moments: Moments, weights: int) -> AffineMap:
     full = moments.regress(_RIDGE)
-    rank = affordable // sum(full.matrix.shape)
-    if full.weights <= affordable or rank >= len(full.matrix):
-        return full
-    (reduced,) = reduce_rank(full, moments.inputs(), (max(1, rank),))
-    return reduced
+    rank = affordable_rank(*full.matrix.shape, weights)
+    return full if rank is None else reduce_rank(full, moments.inputs(), (rank,))[0]
 
 
 def _lesson(
