@@ -86,7 +86,6 @@ class PolicyDecoder:
         """Predicts after the last position."""
         policy = self._schedule.at(self._steps) if self._schedule else self._policy
         self._steps += 1
-        later = self._last is not None
         if self._last is not None:
             self._session.extend([self._last])
             if self._refuses(policy):
@@ -94,8 +93,8 @@ class PolicyDecoder:
         prediction = self._session.predict(
             policy, kv_policy=self._kv_policy, exit_probe=self._exit_probe
         )
-        if later:
-            self._looks.record(prediction.exit_layer if policy.checks else None)
+        # The first token looks anyhow: what it finds tells of those that follow.
+        self._looks.record(prediction.exit_layer if policy.checks else None)
         self._last = take(self._sampler, prediction.result, self._session)
         return Emitted(self._last, prediction.exit_layer, prediction.result.logits)
 

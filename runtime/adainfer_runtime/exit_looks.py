@@ -75,9 +75,9 @@ class Paying:
 
     It knows the share of tokens that left at each point, lately: every token weighs `memory` times
     as much as the one after it, and what is known beforehand counts as `weight` tokens. Where looks
-    do not pay, one token looks at the start and every `retry_every` tokens, so that a text which
-    is easy, or becomes so, is noticed; none where even leaving always at the first point would
-    save less than `least_gain`.
+    do not pay, one token looks at the start (the text's first, which always does) and every
+    `retry_every` tokens, so that a text which is easy, or becomes so, is noticed; none where even
+    leaving always at the first point would save less than `least_gain`.
     """
 
     def __init__(

@@ -85,9 +85,9 @@ def test_a_decoder_looks_when_it_is_due(tiny):
     session, looks = engine.session(), EveryThird()
     session.extend(PROMPT)
     decoder = PolicyDecoder(session, policy, Greedy(), looks=looks)
-    # The first token looks in any case: its exit is the prompt's.
-    assert [decoder.step().exit_layer for _ in range(7)] == [1, 1, 4, 4, 1, 4, 4]
-    assert looks.seen == [1, None, None, 1, None, None]
+    # The first token looks in any case: its exit is the prompt's. It tells of the others too.
+    assert [decoder.step().exit_layer for _ in range(7)] == [1, 4, 4, 1, 4, 4, 1]
+    assert looks.seen == [1, None, None, 1, None, None, 1]
 
 
 def test_requests_take_what_pays_or_always_look(tiny):
