@@ -1,19 +1,25 @@
-"""`adainfer certify`: a new certificate from a user's own traffic."""
+"""`adainfer certify`: new certificates from a user's own traffic."""
 
 from __future__ import annotations
 
 import json
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from adainfer_runtime.commands.inspect_folder import certificate_tables
 from adainfer_runtime.commands.options import DeviceOption
+from adainfer_runtime.engine_folder import load_manifest
 
+from .errors import CalibrationError
 from .progress import terminal_reporter
+
+if TYPE_CHECKING:
+    from .calibrate.recertify import Renewal
+    from .calibrate.recertify_texts import TextRenewal
 
 __all__ = ["EXAMPLES", "certify"]
 
@@ -25,6 +31,10 @@ Examples:
     adainfer certify engines/ --prompts traffic.jsonl --device cuda
 
     adainfer run engines/ --mode adaptive --level 0.02 --prompt "…"
+
+    adainfer certify engines/ --texts traffic.jsonl --max-new-tokens 64
+
+    adainfer run engines/ --mode context --kv-policy translated --level 0.1 --prompt "…"
 """
 
 
@@ -38,38 +48,98 @@ class Against(str, Enum):
 def certify(
     folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
     prompts: Annotated[
-        list[Path], typer.Option(help="Task file (JSON lines with `prompt`); repeatable.")
-    ],
+        list[Path] | None,
+        typer.Option(
+            help="Task file (JSON lines with `prompt`) to certify answers of one token on: "
+            "repeatable."
+        ),
+    ] = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The same, to certify texts after a context exit on (kv-policy translated): the "
+            "share of their tokens that differ from the full model's text; repeatable."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int,
+        typer.Option(help="Of --texts: tokens of a text. Shorter ones are certified with it."),
+    ] = 64,
     against: Annotated[
         Against,
         typer.Option(
-            help="`model`: exits must give the full model's answer. `gold`: they must not spoil an "
-            "answer that the full model has right."
+            help="Of --prompts: `model`: exits must give the full model's answer. `gold`: they "
+            "must not spoil an answer that the full model has right."
         ),
     ] = Against.model,
     device: DeviceOption = "cpu",
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the certificate.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the certificates.")] = False,
 ) -> None:
-    """Certify the exits of an engine folder on prompts like those that will be asked."""
-    from .calibrate.recertify import recertify
+    """Certify the exits of an engine folder on prompts like those that will be asked.
 
+    Texts take one generation per prompt, and one more per exit point.
+    """
+    from .calibrate.recertify import recertify
+    from .calibrate.recertify_texts import recertify_texts
+
+    if not prompts and not texts:
+        raise CalibrationError("nothing to certify on: give --prompts FILE, --texts FILE, or both")
+    if against is Against.gold and not prompts:
+        raise CalibrationError("--against gold speaks of answers: it goes with --prompts")
+    answers: Renewal | None = None
+    written: TextRenewal | None = None
     with terminal_reporter(quiet=quiet or json_output) as reporter:
-        renewal = recertify(folder, prompts, reporter, against.value, device=device)
+        if prompts:
+            answers = recertify(folder, prompts, reporter, against.value, device=device)
+        if texts:
+            written = recertify_texts(folder, texts, max_new_tokens, reporter, device=device)
     if json_output:
-        certificates = {
-            name: certificate.model_dump(mode="json")
-            for name, certificate in renewal.manifest.certificates.items()
-        }
-        left_out = {"fitted_on": renewal.fitted_on, "too_long": renewal.too_long}
-        print(json.dumps({"certificates": certificates, **left_out}))
+        print(json.dumps(_answers_json(answers) | _texts_json(written)))
         return
+    _warn_of_answers(answers)
+    _warn_of_texts(written)
+    for table in certificate_tables(load_manifest(folder)):
+        Console().print(table)
+
+
+def _answers_json(renewal: Renewal | None) -> dict[str, Any]:
+    if renewal is None:
+        return {}
+    certificates = {
+        name: certificate.model_dump(mode="json")
+        for name, certificate in renewal.manifest.certificates.items()
+    }
+    left_out = {"fitted_on": renewal.fitted_on, "too_long": renewal.too_long}
+    return {"certificates": certificates, **left_out}
+
+
+def _texts_json(renewal: TextRenewal | None) -> dict[str, Any]:
+    if renewal is None:
+        return {}
+    certificate = renewal.certificate.model_dump(mode="json")
+    left_out = {"fitted_on": renewal.fitted_on, "not_taken": renewal.not_taken}
+    return {"texts": {"certificate": certificate, **left_out}}
+
+
+def _warn_of_answers(renewal: Renewal | None) -> None:
+    if renewal is not None:
+        _warn(
+            (renewal.fitted_on, "the exits were fitted on them"),
+            (renewal.too_long, "the engine does not take such long ones"),
+        )
+
+
+def _warn_of_texts(renewal: TextRenewal | None) -> None:
+    if renewal is not None:
+        _warn(
+            (renewal.fitted_on, "the context exit was fitted on them"),
+            (renewal.not_taken, "of one token, or too long for the engine with the new tokens"),
+        )
+
+
+def _warn(*left_out: tuple[int, str]) -> None:
     console = Console(stderr=True)
-    for count, why in (
-        (renewal.fitted_on, "the exits were fitted on them"),
-        (renewal.too_long, "the engine does not take such long ones"),
-    ):
+    for count, why in left_out:
         if count:
             console.print(f"warning: {count} prompts left out: {why}", style="yellow")
-    for table in certificate_tables(renewal.manifest):
-        Console().print(table)

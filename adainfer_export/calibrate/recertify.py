@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine
-from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
+from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.manifest import Manifest
-from adainfer_runtime.tasks import TaskExample, read_tasks
 
-from ..errors import CalibrationError, OutputError
+from ..errors import CalibrationError
 from ..progress import Reporter
 from .certify import make_certificate
 from .combined import combine, path_grid
-from .data import prompt_hash
+from .fresh_prompts import fresh_prompts, replace_manifest
 from .scored import CONTEXT, Scored, observe
 from .traces import fits
 
@@ -66,13 +64,10 @@ def recertify(
     if not manifest.classifiers:
         raise CalibrationError(f"{folder} has no exits to certify: run `adainfer calibrate` first")
     engine = Engine.of_manifest(folder, manifest, device=device)
-    examples = list({example.prompt: example for example in read_tasks(files)}.values())
-    unseen = _unseen(folder, manifest, examples)
-    usable = [example for example in unseen if fits(engine, example)]
+    fresh = fresh_prompts(folder, manifest, files, lambda example: fits(engine, example))
+    usable = fresh.usable
     if against == "gold" and not all(example.answer for example in usable):
         raise CalibrationError("certifying against gold needs an `answer` with every prompt")
-    if not usable:
-        raise CalibrationError("no prompt is left that the exit graph was not fitted on")
     reporter.begin("certifying", len(usable))
     scored = observe(engine, usable, {}, reporter, against)
     data = [path.name for path in files]
@@ -97,19 +92,5 @@ def recertify(
         both = combine(scored[combined.answer], scored[CONTEXT], combined.path)
         spec = combined.model_copy(update=certificate(both, path_grid(combined.path)))
         renewed = renewed.model_copy(update={"combined_exit": spec})
-    try:
-        write_manifest(folder, renewed)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"{folder} cannot be written: {reason}; it was left as it is") from error
-    return Renewal(renewed, len(examples) - len(unseen), len(unseen) - len(usable))
-
-
-def _unseen(folder: Path, manifest: Manifest, examples: Sequence[TaskExample]) -> list[TaskExample]:
-    report = next(
-        (name for name in manifest.files if name.startswith("reports/calibration.")), None
-    )
-    if report is None:
-        return list(examples)
-    seen = set(json.loads((folder / report).read_text(encoding="utf-8")).get("fitted_on", ()))
-    return [example for example in examples if prompt_hash(example.prompt) not in seen]
+    replace_manifest(folder, renewed)
+    return Renewal(renewed, fresh.fitted_on, fresh.not_taken)

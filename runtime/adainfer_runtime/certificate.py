@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Sequence
+from typing import TypeVar
 
+from .approximate_text import ApproximateText
 from .devices import find_gpu
 from .errors import ExitUnavailableError
 from .manifest import Certificate, CertificateLevel
+from .text_certificate_spec import TextCertificate, TextCertificateLevel
 
-__all__ = ["certified_threshold", "device_class", "device_option"]
+__all__ = ["certified_text_threshold", "certified_threshold", "device_class", "device_option"]
+
+_Level = TypeVar("_Level", CertificateLevel, TextCertificateLevel)
 
 
 def device_class(device: str = "cpu") -> str:
@@ -41,21 +47,73 @@ def certified_threshold(certificate: Certificate | None, level: float, here: str
         raise ExitUnavailableError(
             "this engine's exits carry no certificate: run `adainfer certify DIR --prompts FILE`"
         )
-    if certificate.device_class != here:
-        raise ExitUnavailableError(
-            f"the certificate is of {certificate.device_class}, this is {here}: run "
-            f"`adainfer certify DIR --prompts FILE{device_option(here)}` here"
-        )
-    entry = next((entry for entry in certificate.levels if entry.level == level), None)
+    _check_device(certificate.device_class, here, "--prompts FILE")
+    entry = _entry(certificate.levels, level)
     if entry is not None and entry.threshold is not None:
         return entry.threshold
-    certified = [str(entry.level) for entry in certificate.levels if entry.threshold is not None]
-    raise ExitUnavailableError(
-        f"level {level} is not certified{_why(entry)}; certified: {', '.join(certified) or 'none'}"
-    )
+    fewer = _fewer(entry.prompts, entry.prompts_needed, "prompts") if entry else ""
+    raise _not_certified(f"level {level} is not certified{fewer}", certificate.levels)
 
 
-def _why(entry: CertificateLevel | None) -> str:
-    if entry is None or entry.prompts_needed is None:
-        return ""
-    return f" ({entry.prompts} prompts, at least {entry.prompts_needed} are needed)"
+def certified_text_threshold(
+    certificate: TextCertificate | None, level: float, text: ApproximateText, here: str
+) -> float:
+    """The threshold that keeps the share of differing tokens of such texts within a level.
+
+    Args:
+        certificate: of the exits that are asked for; only context exits have one.
+        here: the device class of the engine that asks.
+
+    Raises:
+        ExitUnavailableError: no certificate, not of this level or of such texts, or of another
+            kind of device.
+    """
+    files = f"--texts FILE --max-new-tokens {text.tokens}"
+    if certificate is None:
+        raise ExitUnavailableError(
+            f"level {level} with kv_policy {text.kv_policy} is certified for answers, not for "
+            f"texts: run `adainfer certify DIR {files}` (for mode context with kv_policy "
+            "translated), or use kv_policy deferred"
+        )
+    if text.kv_policy != certificate.kv_policy:
+        raise ExitUnavailableError(
+            f"texts are certified under kv_policy {certificate.kv_policy}, not {text.kv_policy}: "
+            "use that one, or deferred"
+        )
+    if not text.own_end:
+        raise ExitUnavailableError(
+            f"level {level}: texts are certified as the model ends them; leave stop, "
+            "stop_token_ids and ignore_eos out, or use kv_policy deferred"
+        )
+    if text.tokens > certificate.max_new_tokens:
+        raise ExitUnavailableError(
+            f"texts are certified up to {certificate.max_new_tokens} new tokens, this one may have "
+            f"{text.tokens}: ask for fewer, or run `adainfer certify DIR {files}`"
+        )
+    _check_device(certificate.device_class, here, files)
+    entry = _entry(certificate.levels, level)
+    if entry is not None and entry.threshold is not None:
+        return entry.threshold
+    fewer = _fewer(entry.texts, entry.texts_needed, "texts") if entry else ""
+    raise _not_certified(f"level {level} is not certified for texts{fewer}", certificate.levels)
+
+
+def _check_device(found: str, here: str, files: str) -> None:
+    if found != here:
+        raise ExitUnavailableError(
+            f"the certificate is of {found}, this is {here}: run "
+            f"`adainfer certify DIR {files}{device_option(here)}` here"
+        )
+
+
+def _entry(levels: Sequence[_Level], level: float) -> _Level | None:
+    return next((entry for entry in levels if entry.level == level), None)
+
+
+def _fewer(count: int, needed: int | None, what: str) -> str:
+    return "" if needed is None else f" ({count} {what}, at least {needed} are needed)"
+
+
+def _not_certified(what: str, levels: Sequence[_Level]) -> ExitUnavailableError:
+    certified = [str(entry.level) for entry in levels if entry.threshold is not None]
+    return ExitUnavailableError(f"{what}; certified: {', '.join(certified) or 'none'}")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Unpack
 
+from .approximate_text import ApproximateText
 from .backends import Backend, load_backend
 from .batch import BatchScheduler, TakeTurns
 from .certificate import device_class, device_option
@@ -190,6 +191,7 @@ class Engine:
         threshold: float | None = None,
         level: float | None = None,
         shape: RequestShape | None = None,
+        text: ApproximateText | None = None,
     ) -> ExitPolicy:
         """The exit policy of a mode.
 
@@ -198,13 +200,15 @@ class Engine:
             threshold: of the classifier's score, instead of the manifest's.
             level: a certified share of disagreement, such as 0.02, whose threshold is taken.
             shape: of the request, which mode `auto` decides by.
+            text: what is wanted, where it goes on over approximate K and V: the level is then of
+                texts, not of answers.
 
         Raises:
             ExitUnavailableError: the folder has no such exits, the level is not certified, or
                 there is no plan for mode `auto`.
             RequestError: no such mode, or both a threshold and a level.
         """
-        strictness = Strictness(threshold, level, self._device_class)
+        strictness = Strictness(threshold, level, self._device_class, text)
         if mode == "auto":
             return self._planned(shape, strictness).policy
         return self._policies.of_mode(mode, strictness, classifier)

@@ -85,17 +85,18 @@ class NoExit:
 
 @dataclass(frozen=True)
 class FixedExit:
-    """Stops at the same layer every time, whatever is found there (a baseline)."""
+    """Stops at the same check every time, whatever is found there (a baseline)."""
 
     layer: int
     state_size: int = 0
     over_candidates: bool = True
     promised: float | None = None
+    kind: Literal["answer", "context"] = "answer"
 
     @property
     def checks(self) -> tuple[ExitCheck, ...]:
-        """The one layer."""
-        return (ExitCheck(self.layer),)
+        """The one check."""
+        return (ExitCheck(self.layer, self.kind),)
 
     def decide(
         self, check: ExitCheck, evidence: ExitEvidence, state: Float32

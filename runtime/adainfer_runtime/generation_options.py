@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from .approximate_text import ApproximateText
 from .decode_options import DEFAULT_OPTIONS, DecodeOptions
 from .errors import RequestError
 from .mode_policies import Mode
@@ -71,7 +72,8 @@ class GenerationOptions:
             looks for the one and the other; `auto` takes what is expected to be fastest here, for
             a prompt of this length and so many new tokens; `verified` drafts tokens at an exit
             point and confirms them: `off`'s own text, or distribution.
-        threshold, level: see `Engine.policy`. A level is certified for greedy decoding alone.
+        threshold, level: see `Engine.policy`. A level is certified for greedy decoding alone; of
+            texts over approximate K and V (`approximate_text`) it is the share of differing tokens.
         ignore_eos: go on after an end-of-text token (for benchmarks).
         stop: strings that end the text, which is returned without them. They are looked for in
             the new text, not in the prompt.
@@ -136,6 +138,15 @@ class GenerationOptions:
     def greedy(self) -> bool:
         """Whether each token is the largest of the model's own logits."""
         return self.sampling.greedy and not self.sampling.changes_logits and not self.min_new_tokens
+
+    @property
+    def approximate_text(self) -> ApproximateText | None:
+        """The text that is asked for, where its later tokens attend to what a KV policy made up."""
+        policy = self.decoding.kv_policy
+        if policy == "deferred" or self.max_new_tokens == 1:
+            return None
+        own_end = not (self.ignore_eos or self.stop_strings or self.stop_token_ids)
+        return ApproximateText(self.max_new_tokens, policy, own_end)
 
     @property
     def cancelled(self) -> Callable[[], bool]:

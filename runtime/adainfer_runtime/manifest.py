@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from .plan_spec import PlanSpec
+from .text_certificate_spec import TextCertificate
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -242,7 +243,8 @@ class ExitSpec(_Record):
     Without points the calibration's answer was "do not exit": adaptive then runs every layer.
     `thresholds` is the grid that certificates test, from the safest down; `exit_shares` says, for
     each of them, which share of held-out prompts leaves at each point. Of a context exit the last
-    `answer_rows` positions do not stop: they run through all layers over the translated ones.
+    `answer_rows` positions do not stop: they run through all layers over the translated ones;
+    `certificate` is of its first token, `text_certificate` of texts that go on over translated K,V.
     """
 
     points: tuple[ExitPoint, ...]
@@ -252,6 +254,7 @@ class ExitSpec(_Record):
     thresholds: tuple[float, ...] = ()
     exit_shares: tuple[tuple[float, ...], ...] = ()
     certificate: Certificate | None = None
+    text_certificate: TextCertificate | None = None
     kv_policy: Literal["deferred"] = "deferred"
     answer_rows: int = Field(default=1, ge=1)
     calibration: dict[str, Any] = {}

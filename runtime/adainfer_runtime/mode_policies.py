@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from .approximate_text import ApproximateText
 from .backends import Backend
-from .certificate import certified_threshold, device_class
+from .certificate import certified_text_threshold, certified_threshold, device_class
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, CombinedExit, ExitPolicy, NoExit
 from .manifest import CombinedExitSpec, ExitSpec, Manifest
@@ -25,6 +26,8 @@ class Strictness:
         threshold: of the classifier's score, instead of the manifest's.
         level: a certified share of disagreement, such as 0.02, whose threshold is taken.
         device_class: of the engine; a certificate of another one does not count.
+        text: what is asked for, where it goes on over approximate K and V. A level is then one of
+            texts (the share of a text's tokens that differ), else of answers.
 
     Raises:
         RequestError: both are given.
@@ -33,6 +36,7 @@ class Strictness:
     threshold: float | None = None
     level: float | None = None
     device_class: str = field(default_factory=device_class)
+    text: ApproximateText | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.level is not None:
@@ -41,9 +45,15 @@ class Strictness:
     def of(self, spec: ExitSpec | CombinedExitSpec) -> tuple[float, float | None]:
         """The threshold for an exit graph, and the share of disagreement that it promises.
 
+        Levels of texts hold for every length, so that they promise as much of the first token.
+
         Raises:
-            ExitUnavailableError: the level is not certified.
+            ExitUnavailableError: the level is not certified for what is asked.
         """
+        if self.level is not None and self.text is not None:
+            texts = spec.text_certificate if isinstance(spec, ExitSpec) else None
+            threshold = certified_text_threshold(texts, self.level, self.text, self.device_class)
+            return threshold, self.level
         if self.level is not None:
             against = spec.certificate.against if spec.certificate else "model"
             promised = self.level if against == "model" else None

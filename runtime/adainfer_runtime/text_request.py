@@ -156,7 +156,11 @@ def prepare(engine: Engine, prompt: Sequence[int], options: GenerationOptions) -
     check_request(request, 0, engine.manifest.max_seq_len)
     shape = RequestShape(len(tokens), options.max_new_tokens)
     policy = engine.policy(
-        options.mode, threshold=options.threshold, level=options.level, shape=shape
+        options.mode,
+        threshold=options.threshold,
+        level=options.level,
+        shape=shape,
+        text=options.approximate_text,
     )
     return TextRequest(engine, tokens, options, policy, request, arrived)
 

@@ -53,7 +53,7 @@ KvPolicyOption = Annotated[
     KvPolicyChoice,
     typer.Option(
         help="Keys and values of layers that exits skipped: deferred is exact, the others are "
-        "cheaper (mode adaptive).",
+        "cheaper (modes adaptive, context and combined).",
         rich_help_panel=_PANEL,
     ),
 ]

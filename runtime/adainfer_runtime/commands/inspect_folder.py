@@ -13,6 +13,7 @@ from rich.table import Table
 from ..engine_folder import QUANTISATION_REPORT, load_manifest, verify_files
 from ..errors import ManifestError
 from ..manifest import Certificate, CombinedExitSpec, ExitSpec, Manifest
+from ..text_certificate_spec import TextCertificate
 
 __all__ = ["certificate_tables", "describe_exit", "register"]
 
@@ -114,10 +115,12 @@ def _held_out(spec: ExitSpec | CombinedExitSpec) -> str:
 
 
 def certificate_tables(manifest: Manifest) -> list[Table]:
-    """One per exit graph that carries a certificate."""
-    return [
+    """One per exit graph that carries a certificate, and one of texts."""
+    tables = [
         _certificate_table(name, certificate) for name, certificate in manifest.certificates.items()
     ]
+    texts = manifest.context_exit.text_certificate if manifest.context_exit else None
+    return [*tables, *([_text_certificate_table(texts)] if texts else [])]
 
 
 def _certificate_table(name: str, certificate: Certificate) -> Table:
@@ -134,6 +137,26 @@ def _certificate_table(name: str, certificate: Certificate) -> Table:
             table.add_row(*row, "not certified", needed)
         else:
             table.add_row(*row, str(entry.disagreements), f"{entry.layers_saved:.1%}")
+    return table
+
+
+def _text_certificate_table(certificate: TextCertificate) -> Table:
+    """The same of texts; their shares are means."""
+    title = (
+        f"certificate of texts up to {certificate.max_new_tokens} tokens after a context exit, "
+        f"kv_policy {certificate.kv_policy} ({certificate.precision}, {certificate.device_class})"
+    )
+    columns = ("differing tokens ≤", "confidence", "texts", "differing", "teacher-forced", "exits")
+    table = Table(*columns, "prompt layers saved", title=title)
+    for entry in certificate.levels:
+        row = [f"{entry.level:.1%}", f"{entry.confidence:.0%}", str(entry.texts)]
+        if entry.threshold is None:
+            needed = f"at least {entry.texts_needed} texts" if entry.texts_needed else ""
+            table.add_row(*row, "not certified", needed)
+        else:
+            shares = (entry.differing, entry.teacher_forced)
+            saved = f"{entry.layers_saved:.1%}"
+            table.add_row(*row, *(f"{share:.1%}" for share in shares), str(entry.exits), saved)
     return table
 
 

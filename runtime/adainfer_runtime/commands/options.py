@@ -13,6 +13,10 @@ ThresholdOption = Annotated[
     float | None, typer.Option(help="Exit threshold, instead of the calibrated one.")
 ]
 LevelOption = Annotated[
-    float | None, typer.Option(help="Certified disagreement, such as 0.02 (see inspect).")
+    float | None,
+    typer.Option(
+        help="Certified disagreement, such as 0.02 (see inspect): of answers; of texts with "
+        "--kv-policy translated, the share of their tokens."
+    ),
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads; default: all cores.")]
