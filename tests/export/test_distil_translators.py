@@ -66,7 +66,7 @@ def fitted(made, count):
             (variant, {"precision": precision, "target": target})
             for variant in ("llama", "qwen2", "opt")
             for target in ("tensorrt", "tensorrt-basic")
-            for precision in ("fp16", "int4")
+            for precision in ("fp16", "fp8", "int4")
         ),
     ],
 )

@@ -1,0 +1,198 @@
+"""Weights and products of 8-bit floats, on ONNX Runtime's CPU provider."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from adainfer_export import ExportRequest, export
+from adainfer_export.errors import LoweringError, UnsupportedError
+from adainfer_export.float8 import FLOAT8_UNIT, dequantise_float8, quantise_float8
+from adainfer_export.lower import TARGETS, find_target
+from adainfer_export.presets import find_preset, fitting_length
+from adainfer_export.storage import StorageRequest
+from adainfer_runtime import Engine
+from adainfer_runtime.engine_folder import QUANTISATION_REPORT
+
+from ..checkpoints import VARIANTS
+from ..reference import float8_reference, reference_logits
+from .test_presets import LLAMA2_7B
+
+PROMPT = [5, 17, 200, 43, 9, 120, 77, 31, 250, 8, 61, 13, 99, 301, 4, 18, 230, 71]
+CASES = [("tensorrt", variant) for variant in VARIANTS if variant != "opt-350m"]
+CASES += [("tensorrt-basic", variant) for variant in ("llama-bias", "qwen3", "opt", "gemma3")]
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**31), scale=st.sampled_from([1e-9, 1e-3, 1.0, 300.0]))
+def test_the_error_is_at_most_half_a_step(seed, scale):
+    weight = np.random.default_rng(seed).normal(size=(5, 48)).astype(np.float32) * scale
+    codes, scales = quantise_float8(weight)
+    assert (codes.shape, scales.shape) == ((48, 5), (1, 5))
+    assert (codes.dtype, scales.dtype) == (ml_dtypes.float8_e4m3fn, np.float16)
+    assert (scales > 0).all()  # TensorRT takes positive scales alone
+    error = np.abs(dequantise_float8(codes, scales) - weight)
+    # Three digits behind the first; below 2**-6 of a unit, steps of 2**-9.
+    step = scales.astype(np.float32).T * FLOAT8_UNIT
+    largest = np.abs(weight).max(axis=1, keepdims=True)
+    clipped = np.maximum(0, np.abs(weight) - 448 * step)  # by a scale that was rounded down
+    assert (error <= np.abs(weight) / 16 + step * 2.0**-10 + clipped + 1e-12).all()
+    assert (clipped <= largest * 2.0**-11).all()
+
+
+def test_codes_are_rounded_to_even_and_saturate():
+    row = [448.0, 17.0, 19.0, -(2.0**-9), 2.0**-10, 0.0]  # steps of 2 from 16 on, of 2**-9 below
+    weight = np.array([row], np.float32) * np.float32(FLOAT8_UNIT)
+    codes, scales = quantise_float8(weight)
+    assert scales.tolist() == [[1.0]]
+    assert codes.astype(np.float32)[:, 0].tolist() == [448, 16, 20, -(2.0**-9), 0, 0]
+    # A scale that is rounded down would ask for more than the largest code.
+    wide = np.linspace(1, 2, 999, dtype=np.float32)[:, None]
+    codes, _ = quantise_float8(wide)
+    assert np.isfinite(codes.astype(np.float32)).all()
+    assert codes.astype(np.float32).max() == 448
+
+
+def test_rows_of_zeros_stay_zero():
+    codes, scales = quantise_float8(np.zeros((2, 8), np.float32))
+    assert not dequantise_float8(codes, scales).any()
+    assert (scales > 0).all()
+
+
+@pytest.mark.parametrize(("target", "variant"), CASES)
+def test_the_engine_equals_its_dequantised_weights(tiny, target, variant):
+    """Codes may fall to the other side where float16 and float32 round differently."""
+    made = tiny(variant, target=target, precision="fp8")
+    session = made.engine.session()
+    session.extend(PROMPT[:11])
+    session.extend(PROMPT[11:])
+    session.complete()
+    found = made.engine.backend.probe_logits(session.hidden())
+    expected = reference_logits(float8_reference(made), PROMPT)
+    exact = reference_logits(made.reference, PROMPT)
+    lost = np.sqrt(np.square(expected - exact).mean())
+    assert np.sqrt(np.square(found - expected).mean()) <= 0.5 * lost
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_products_stand_between_scalar_scales(tiny, target):
+    """What TensorRT recognises: Q and DQ of the activation, DQ of the weight, one number each."""
+    made = tiny("llama", target=target, precision="fp8")
+    model = ir.load(made.folder / made.engine.manifest.cut[0].file)
+    counts = Counter(node.op_type for node in model.graph)
+    assert counts["QuantizeLinear"] == 4  # Q, K and V share one, gate and up another
+    assert counts["DequantizeLinear"] == 7 + 4
+    units = [
+        node.inputs[1]
+        for node in model.graph
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear")
+    ]
+    assert {float(unit.const_value.numpy()) for unit in units} == {FLOAT8_UNIT}
+    assert {unit.dtype for unit in units} == {ir.DataType.FLOAT16}
+    assert len(set(units)) == len(units)  # TensorRT has crashed on shared ones
+    stored = [value.dtype for value in model.graph.initializers.values() if value.shape.rank() == 2]
+    assert stored.count(ir.DataType.FLOAT8E4M3FN) == 7
+
+
+def test_a_position_is_not_disturbed_by_its_neighbours(tiny):
+    """Scales are a position's own: one at a time gives what one pass gives."""
+    engine = tiny("llama", target="tensorrt", precision="fp8").engine
+    sessions = [engine.session() for _ in range(2)]
+    sessions[0].extend(PROMPT)
+    for token in PROMPT:
+        sessions[1].extend([token])
+        sessions[1].complete()
+    sessions[0].complete()
+    last = [np.array(session.hidden()) for session in sessions]
+    assert np.abs(last[0][-1] - last[1][-1]).max() <= 0.03 * np.abs(last[0]).max()
+
+
+def test_weights_take_half_the_bytes_and_the_report_names_every_matrix(tiny):
+    sizes = {}
+    for precision in ("fp16", "fp8"):
+        made = tiny("llama", target="tensorrt", precision=precision)
+        sizes[precision] = (made.folder / "stages" / "layer_001.data").stat().st_size
+    assert sizes["fp8"] < 0.75 * sizes["fp16"]  # matrices of a few kB in pages of four
+    report = json.loads((made.folder / QUANTISATION_REPORT).read_text())
+    assert [entry["place"] for entry in report["summary"]] == [f"layer {n}" for n in (1, 2, 3, 4)]
+    assert {tuple(entry["bits"]) for entry in report["summary"]} == {(8,)}
+    assert all(0.02 < entry["relative_error"] < 0.04 for entry in report["summary"])
+    assert len(report["matrices"]) == 4 * 7
+    assert {matrix["block_size"] for matrix in report["matrices"]} == {64, 96}  # whole rows
+
+
+def test_joined_engines_keep_their_scales(tiny, tmp_path):
+    """Names of scales are those of weights: layers in one graph do not share any."""
+    made = tiny("llama", target="tensorrt", precision="fp8")
+    request = ExportRequest(
+        str(made.checkpoint),
+        tmp_path / "engines",
+        target="tensorrt",
+        precision="fp8",
+        layers_per_engine=4,
+    )
+    export(request)
+    hidden = []
+    for engine in (made.engine, Engine.load(tmp_path / "engines")):
+        session = engine.session()
+        session.extend(PROMPT)
+        session.complete()
+        hidden.append(np.array(session.hidden()))
+    np.testing.assert_allclose(hidden[0], hidden[1], atol=1e-3 * np.abs(hidden[0]).max())
+
+
+@pytest.mark.parametrize("name", [t.name for t in TARGETS if not t.name.startswith("tensorrt")])
+def test_other_targets_say_what_they_take(name):
+    with pytest.raises(UnsupportedError, match=f"target {name} does not take precision 'fp8'; it"):
+        find_target(name, "fp8")
+
+
+def test_a_lost_scale_is_noticed(tiny):
+    made = tiny("llama", target="tensorrt", precision="fp8")
+    graph = ir.load(made.folder / made.engine.manifest.cut[0].file).graph
+    _, dialect, record = find_target("tensorrt", "fp8")
+    dialect.check_layers(graph, 1, record)
+    product = next(node for node in graph if node.op_type == "MatMul")
+    product.replace_input_with(1, product.inputs[1].producer().inputs[0])
+    with pytest.raises(LoweringError, match="operator DequantizeLinear, expected 10"):
+        dialect.check_layers(graph, 1, record)
+
+
+@pytest.mark.parametrize("board", ["jetson-orin", "jetson-orin-nano"])
+def test_boards_without_8_bit_floats_are_refused(checkpoint, tmp_path, board):
+    preset = find_preset(board)
+    request = ExportRequest(
+        str(checkpoint), tmp_path / "out", target=preset.target, precision="fp8", preset=preset
+    )
+    match = f"preset {board}: precision fp8 needs a GPU of SM 89 or later, .*has SM 87; export with"
+    with pytest.raises(UnsupportedError, match=match):
+        export(request)
+    assert not (tmp_path / "out").exists()
+
+
+def test_thor_takes_them(checkpoint, tmp_path):
+    preset = find_preset("jetson-thor")
+    request = ExportRequest(
+        str(checkpoint), tmp_path / "out", target=preset.target, precision="fp8", preset=preset
+    )
+    assert export(request).manifest.precision == "fp8"
+    assert fitting_length(preset, LLAMA2_7B, "fp8") == 8192
+
+
+def test_settings_of_integer_blocks_are_refused(checkpoint, tmp_path):
+    request = ExportRequest(
+        str(checkpoint),
+        tmp_path / "out",
+        target="tensorrt",
+        precision="fp8",
+        storage=StorageRequest(block_size=64),
+    )
+    with pytest.raises(UnsupportedError, match="are for int4 and int8, not fp8"):
+        export(request)
