@@ -59,8 +59,11 @@ def dequantised_reference(made: Any, precision: str) -> Any:
     return model
 
 
-def float8_reference(made: Any) -> Any:
-    """The transformers model whose layers multiply 8-bit floats, in float32 arithmetic."""
+def float8_reference(made: Any, *, rounded: bool) -> Any:
+    """The transformers model with the weights of an fp8 engine's layers, in float32 arithmetic.
+
+    With `rounded` inputs of these layers are rounded to 8-bit floats as well.
+    """
     model = copy.deepcopy(made.reference)
     head = model.get_output_embeddings()
     for module in model.modules():
@@ -71,12 +74,13 @@ def float8_reference(made: Any) -> Any:
             weight = module.weight.numpy().T if conv1d else module.weight.numpy()
             value = dequantise_float8(*quantise_float8(weight))
             module.weight.copy_(torch.from_numpy(value.T.copy() if conv1d else value))
-        module.register_forward_pre_hook(lambda _, inputs: (_rounded(inputs[0]), *inputs[1:]))
+        if rounded:
+            module.register_forward_pre_hook(lambda _, inputs: (round_rows(inputs[0]), *inputs[1:]))
     return model
 
 
-def _rounded(values: torch.Tensor) -> torch.Tensor:
+def round_rows(values: torch.Tensor) -> torch.Tensor:
     """Each position to 8-bit floats, the largest magnitude to 256 of their units."""
-    largest = values.abs().amax(dim=-1, keepdim=True)
+    largest = values.abs().amax(dim=-1, keepdim=True).clamp_min(6e-5)
     codes = (values / largest * 256).to(torch.float8_e4m3fn)
     return codes.float() / 256 * largest
