@@ -34,7 +34,7 @@ from .layout import StageLayout
 from .lower import Precision, find_target, require_shortlist
 from .lower.decoder import DecoderRequest
 from .lower.targets import Dialect
-from .presets import DevicePreset, fitting_length
+from .presets import DevicePreset, fitting_length, require_precision
 from .progress import Reporter, SilentReporter, peak_memory_bytes
 from .quantisation_report import write_quantisation_report
 from .restore import restore_layers
@@ -107,6 +107,8 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     reporter = reporter or SilentReporter()
     target, dialect, precision = find_target(request.target, request.precision)
     precision = request.storage.refine(precision, target)
+    if request.preset is not None:
+        require_precision(request.preset, request.precision)
     if request.calibration is not None and request.calibration.shortlist:
         require_shortlist(target)
     if request.layers_per_engine is not None and request.layers_per_engine < 1:

@@ -19,7 +19,7 @@ from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.manifest import FileRecord
 
 from .errors import LoweringError
-from .weights import FIELDS, Blocked, Dense, Int4Columns, Rows, Stored, WeightExpr
+from .weights import FIELDS, Blocked, Columns, Dense, Rows, Stored, WeightExpr
 
 __all__ = ["ALIGNMENT", "DataPlan", "StageLayout"]
 
@@ -116,9 +116,7 @@ class StageLayout:
         if expr not in self._places:
             plan = self._plan(file)
             group: dict[str, Stored] = {value.name: expr}
-            if isinstance(
-                expr, Blocked | Int4Columns
-            ):  # its fields come from one read of the matrix
+            if isinstance(expr, Blocked | Columns):  # its fields come from one read of the matrix
                 group = _fields(expr, weights)
             for name, member in group.items():
                 holder = value if name == value.name else initializers[name]
@@ -160,7 +158,7 @@ class StageLayout:
         )
 
 
-def _fields(expr: Blocked | Int4Columns, weights: dict[str, WeightExpr]) -> dict[str, Stored]:
+def _fields(expr: Blocked | Columns, weights: dict[str, WeightExpr]) -> dict[str, Stored]:
     """The stage's initialisers that hold the same matrix, in the order of `FIELDS`."""
     found = [
         (FIELDS.index(member.field), name, member)

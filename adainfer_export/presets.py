@@ -10,10 +10,12 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+from adainfer_runtime.devices import least_sm
+
 from .errors import UnsupportedError
 from .lower.precision import PRECISIONS
 
-__all__ = ["PRESETS", "DevicePreset", "find_preset", "fitting_length"]
+__all__ = ["PRESETS", "DevicePreset", "find_preset", "fitting_length", "require_precision"]
 
 _GIB = 1 << 30
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
@@ -91,6 +93,16 @@ def find_preset(name: str) -> DevicePreset:
     raise UnsupportedError(f"preset {name!r} is unknown; {hint}")
 
 
+def require_precision(preset: DevicePreset, precision: str) -> None:
+    """Raises `UnsupportedError` where the board's GPU does not have it."""
+    if preset.sm < least_sm(precision):
+        raise UnsupportedError(
+            f"preset {preset.name}: precision {precision} needs a GPU of SM {least_sm(precision)} "
+            f"or later, and this board has SM {preset.sm}; export with --precision "
+            f"{preset.precision} or fp16"
+        )
+
+
 def fitting_length(preset: DevicePreset, config: Any, precision: str) -> int:
     """Positions of a cache in 16 bits that fits beside the weights.
 
@@ -123,6 +135,5 @@ def _weight_bytes(config: Any, query_width: int, kv_width: int, precision: str) 
         (int(width) for name in _INNER_WIDTHS if (width := getattr(config, name, None))), 4 * hidden
     )
     per_layer = hidden * (2 * query_width + 2 * kv_width + 3 * inner)
-    bits = PRECISIONS[precision].bits
-    layer_bytes = per_layer * (bits + 0.5) / 8 if bits else per_layer * 2.0  # half a bit of scales
+    layer_bytes = per_layer * PRECISIONS[precision].layer_bits / 8
     return int(config.num_hidden_layers * layer_bytes + 3 * 2 * config.vocab_size * hidden)

@@ -12,7 +12,7 @@ from adainfer_runtime.engine_folder import QUANTISATION_REPORT, record_file
 from adainfer_runtime.manifest import FileRecord
 
 from .lower.precision import layer_of_tensor
-from .weights import Blocked, ErrorSum, Int4Columns
+from .weights import Blocked, Columns, ErrorSum
 
 __all__ = ["StoredMatrix", "write_quantisation_report"]
 
@@ -35,7 +35,7 @@ class StoredMatrix:
     values: float
 
     @classmethod
-    def of(cls, expr: Blocked | Int4Columns, errors: ErrorSum) -> StoredMatrix:
+    def of(cls, expr: Blocked | Columns, errors: ErrorSum) -> StoredMatrix:
         """From what was written."""
         blocks = expr.blocks
         return cls(

@@ -39,7 +39,7 @@ class ValidationReport:
     """Figures over all prompts.
 
     Attributes:
-        tolerance: on the logits; None where the precision promises none (int8, int4).
+        tolerance: on the logits; None where the precision promises none (fp8, int8, int4).
         same_tokens: share of greedy tokens equal to the reference's, teacher-forced.
     """
 

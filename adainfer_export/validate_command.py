@@ -27,7 +27,7 @@ def validate(
 ) -> None:
     """Compare an engine folder with transformers: per stage and end to end.
 
-    fp32 must stay within 1e-3 on the logits; int8 and int4 are reported without a limit.
+    fp32 must stay within 1e-3 on the logits; fp8, int8 and int4 are reported without a limit.
     """
     report = validate_folder(folder, reference)
     if json_output:

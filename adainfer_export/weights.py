@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import UnsupportedError
+from .float8 import dequantise_float8, quantise_float8
 from .int4 import dequantise_int4, quantise_int4
 from .quantise import Blocks, pack, quantise_blocks
 from .sources.checkpoint import Checkpoint
@@ -23,10 +24,10 @@ __all__ = [
     "FIELDS",
     "AsIs",
     "Blocked",
+    "Columns",
     "Dense",
     "ElementName",
     "ErrorSum",
-    "Int4Columns",
     "Rows",
     "Stored",
     "WeightExpr",
@@ -38,6 +39,7 @@ FIELDS = ("packed", "low", "scales", "shifts")
 _Array = npt.NDArray[Any]
 ElementName = Literal["float32", "float16", "bfloat16"]
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+_CODES = {"int4": np.uint8, "float8": ml_dtypes.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -64,13 +66,15 @@ class Blocked:
 
 
 @dataclass(frozen=True)
-class Int4Columns:
-    """One of the tensors of a matrix in DequantizeLinear's layout (see `int4`).
+class Columns:
+    """One of the tensors of a matrix in DequantizeLinear's layout (see `int4` and `float8`).
 
-    Codes depend on `dtype`, the scales': both fields name the same one.
+    Of 8-bit floats a block is a whole column. Codes depend on `dtype`, the scales': both fields
+    name the same one.
     """
 
     parts: tuple[str, ...]
+    codes: Literal["int4", "float8"]
     blocks: Blocks
     field: Literal["packed", "scales"]
     dtype: ElementName = "float32"
@@ -83,7 +87,7 @@ class AsIs:
     parts: tuple[str]
 
 
-Stored = Dense | Blocked | Int4Columns | AsIs
+Stored = Dense | Blocked | Columns | AsIs
 
 
 @dataclass(frozen=True)
@@ -134,9 +138,9 @@ def stream(
         arrays = _dense(checkpoint, first, pieces)
         yield from ((first, _as_type(array, first.dtype)) for array in arrays)
         return
-    if isinstance(first, Int4Columns):
-        fields = _int4(checkpoint, first, pieces, errors)
-        yield from ((expr, fields[expr.field]) for expr in exprs if isinstance(expr, Int4Columns))
+    if isinstance(first, Columns):
+        fields = _columns(checkpoint, first, pieces, errors)
+        yield from ((expr, fields[expr.field]) for expr in exprs if isinstance(expr, Columns))
         return
 
     # Gathered in place: pieces kept one by one between larger ones that go fragment the heap.
@@ -185,28 +189,39 @@ def _rows(checkpoint: Checkpoint, blocks: Blocks, name: str, rows: slice) -> _Ro
     return _Rows({**fields, "scales": kept.scales, "shifts": shifts}, ErrorSum())
 
 
-def _int4(
+def _columns(
     checkpoint: Checkpoint,
-    expr: Int4Columns,
+    expr: Columns,
     pieces: list[tuple[str, slice]],
     errors: ErrorSum,
 ) -> dict[str, _Array]:
     """Both fields, with rows of the matrix as columns."""
-    size, width = expr.blocks.block_size, checkpoint.shape(expr.parts[0])[1]
+    blocks, width = expr.blocks, checkpoint.shape(expr.parts[0])[1]
     total = sum(rows.stop - rows.start for _, rows in pieces)
-    packed = np.empty((width, total // 2), np.uint8)
-    scales = np.empty((width // size, total), _DTYPES[expr.dtype])
+    packed = np.empty((width, total * blocks.bits // 8), _CODES[expr.codes])
+    scales = np.empty((width // blocks.block_size, total), _DTYPES[expr.dtype])
     at = 0
     for name, rows in pieces:
         values = checkpoint.read(name, rows)
-        codes, steps = quantise_int4(values, size, _DTYPES[expr.dtype])
+        codes, steps, stored = _encode(expr, values)
         end = at + len(values)
-        packed[:, at // 2 : end // 2], scales[:, at:end] = codes, steps
-        lost = dequantise_int4(codes, steps) - values
+        packed[:, at * blocks.bits // 8 : end * blocks.bits // 8] = codes
+        scales[:, at:end] = steps
+        lost = stored - values
         errors.error += float(np.vdot(lost, lost))
         errors.values += float(np.vdot(values, values))
         at = end
     return {"packed": packed, "scales": scales}
+
+
+def _encode(expr: Columns, values: npt.NDArray[np.float32]) -> tuple[_Array, _Array, _Array]:
+    """Codes, scales, and the values that they stand for."""
+    dtype = _DTYPES[expr.dtype]
+    if expr.codes == "float8":
+        codes, scales = quantise_float8(values, dtype)
+        return codes, scales, dequantise_float8(codes, scales)
+    packed, steps = quantise_int4(values, expr.blocks.block_size, dtype)
+    return packed, steps, dequantise_int4(packed, steps)
 
 
 def _as_type(array: _Array, dtype: ElementName) -> _Array:

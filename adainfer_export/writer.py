@@ -19,7 +19,7 @@ from .journal import Journal, Written
 from .layout import ALIGNMENT, DataPlan
 from .quantisation_report import StoredMatrix
 from .sources.checkpoint import Checkpoint
-from .weights import Blocked, ErrorSum, Int4Columns, stream
+from .weights import Blocked, Columns, ErrorSum, stream
 
 __all__ = ["DataWriter"]
 
@@ -68,7 +68,7 @@ class DataWriter:
                 current = expr
             file.append(array)
         first = group[0]
-        if isinstance(first, Blocked | Int4Columns):
+        if isinstance(first, Blocked | Columns):
             yield StoredMatrix.of(first, errors)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from adainfer_export.float8 import dequantise_float8, quantise_float8
 from adainfer_export.lower import PRECISIONS
 from adainfer_export.quantise import dequantise_blocks, quantise_blocks
 
@@ -56,3 +57,30 @@ def dequantised_reference(made: Any, precision: str) -> Any:
                 value = dequantise_blocks(stored.packed, stored.scales, blocks.bits)
                 parameter.copy_(torch.from_numpy(value.T.copy() if conv1d else value))
     return model
+
+
+def float8_reference(made: Any, *, rounded: bool) -> Any:
+    """The transformers model with the weights of an fp8 engine's layers, in float32 arithmetic.
+
+    With `rounded` inputs of these layers are rounded to 8-bit floats as well.
+    """
+    model = copy.deepcopy(made.reference)
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        conv1d = type(module).__name__ == "Conv1D"  # stored as [in, out]
+        if module is head or not (conv1d or isinstance(module, torch.nn.Linear)):
+            continue
+        with torch.no_grad():
+            weight = module.weight.numpy().T if conv1d else module.weight.numpy()
+            value = dequantise_float8(*quantise_float8(weight))
+            module.weight.copy_(torch.from_numpy(value.T.copy() if conv1d else value))
+        if rounded:
+            module.register_forward_pre_hook(lambda _, inputs: (round_rows(inputs[0]), *inputs[1:]))
+    return model
+
+
+def round_rows(values: torch.Tensor) -> torch.Tensor:
+    """Each position to 8-bit floats, the largest magnitude to 256 of their units."""
+    largest = values.abs().amax(dim=-1, keepdim=True).clamp_min(6e-5)
+    codes = (values / largest * 256).to(torch.float8_e4m3fn)
+    return codes.float() / 256 * largest

@@ -154,3 +154,10 @@ def test_int4_is_no_worse_than_on_cpus(exported, reference, cpu_int4, target):
     print(f"{target} int4: KL divergence from fp32 {found:.3f}, of ort-cpu {cpu_int4:.3f}")
     assert found <= cpu_int4
     assert found <= 0.5  # of any one sentence it may be more: one counts a few near ties
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_8_bit_floats_lose_little(exported, reference, target):
+    found = divergence(exported(target, "fp8"), reference)
+    print(f"{target} fp8: KL divergence from fp32 {found:.4f}")
+    assert found <= 0.1

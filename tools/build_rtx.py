@@ -1,6 +1,6 @@
 """Builds TensorRT-RTX plans of real shapes without a GPU: SmolLM2, and one Llama-2-7B layer.
 
-    python tools/build_rtx.py --work /tmp/rtx [--models smollm2,llama2] [--precisions fp16,int4]
+    python tools/build_rtx.py --work /tmp/rtx [--models smollm2,llama2] [--precisions fp16,int4,fp8]
 
 Needs `pip install 'adainfer-export[tensorrt-rtx]'`. Prints a table, and JSON with --json.
 """
@@ -15,6 +15,7 @@ from pathlib import Path
 from adainfer_export import ExportRequest, export
 from adainfer_export.build import BuildRequest, build_plans
 from adainfer_export.progress import SilentReporter
+from adainfer_runtime.devices import least_sm
 
 # The shape of meta-llama/Llama-2-7b, with one of its 32 layers.
 LLAMA2_7B_LAYER = {
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for engines and plans")
     parser.add_argument("--models", default="smollm2,llama2")
     parser.add_argument("--targets", default="tensorrt")
-    parser.add_argument("--precisions", default="fp16,int4")
+    parser.add_argument("--precisions", default="fp16,int4,fp8")
     parser.add_argument("--sm", default="86,89,120")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -89,7 +90,8 @@ def main() -> None:
         model = models[name]()
         for target in options.targets.split(","):
             for precision in options.precisions.split(","):
-                rows.append(build_one(model, options.work, target, precision, sm))
+                able = tuple(number for number in sm if number >= least_sm(precision))
+                rows.append(build_one(model, options.work, target, precision, able))
                 print(json.dumps(rows[-1]) if options.json else rows[-1], flush=True)
 
 

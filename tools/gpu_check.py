@@ -26,6 +26,7 @@ from adainfer_export import ExportRequest, export
 from adainfer_export.build import BuildRequest, build_plans
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine, NoExit
+from adainfer_runtime.devices import least_sm
 from adainfer_runtime.doctor import diagnose
 from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.planning import measure_times
@@ -38,6 +39,7 @@ _COMBINATIONS = (
     ("ort-cuda", "int4"),
     ("tensorrt", "fp16"),
     ("tensorrt", "bf16"),
+    ("tensorrt", "fp8"),
     ("tensorrt", "int4"),
     ("tensorrt-basic", "fp16"),
     ("tensorrt-basic", "int4"),
@@ -139,7 +141,7 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     wanted = [name for name in options.targets.split(",") if name]
     for target, precision in _COMBINATIONS:
-        if wanted and target not in wanted:
+        if (wanted and target not in wanted) or found.gpu.sm < least_sm(precision):
             continue
         row = check(options.work, options.model, target, precision, options.backend)
         print({key: value for key, value in row.items() if key not in _LONG})

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from adainfer_runtime.devices import GpuInfo, find_gpu
+from adainfer_runtime.devices import GpuInfo, find_gpu, least_sm
 from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.errors import DeviceError
 from adainfer_runtime.manifest import Manifest
@@ -57,7 +57,8 @@ class BuildRequest:
     """What to build.
 
     Attributes:
-        sm: compute capabilities (`tensorrt-rtx` alone; `tensorrt` builds for the GPU at hand).
+        sm: compute capabilities (`tensorrt-rtx` alone; `tensorrt` builds for the GPU at hand);
+            where empty, those of `_RTX_DEFAULT` that have the folder's precision.
         stages: patterns of ONNX files, such as `layer_*`; all where empty.
         max_rows: positions that one pass may carry.
         single_profile: one profile for decoding and prompts (see `profiles_of`).
@@ -268,7 +269,8 @@ def _check_version(manifest: Manifest, request: BuildRequest, version: str) -> N
 def _new_stamp(
     manifest: Manifest, request: BuildRequest, version: str, gpu: GpuInfo | None
 ) -> BuildStamp:
-    sm, name = request.sm or _RTX_DEFAULT, None
+    least, name = least_sm(manifest.precision), None
+    sm = request.sm or tuple(number for number in _RTX_DEFAULT if number >= least)
     if request.backend == "tensorrt":
         gpu = gpu or find_gpu()
         if gpu is None:
@@ -279,6 +281,11 @@ def _new_stamp(
         sm, name = (gpu.sm,), gpu.name
         if request.sm and request.sm != sm:
             raise BuildError(f"--sm belongs to tensorrt-rtx: this GPU ({name}) has SM {gpu.sm}")
+    if lacking := [str(number) for number in sm if number < least]:
+        raise BuildError(
+            f"precision {manifest.precision} needs SM {least} or later, not {', '.join(lacking)}; "
+            "export with --precision int4 or fp16 for older GPUs"
+        )
     return BuildStamp(
         backend=request.backend,
         version=version,

@@ -48,7 +48,10 @@ def build(
         typer.Option(help="TensorRT builds on the GPU that runs the plans; RTX needs none."),
     ] = BackendChoice.tensorrt,
     sm: Annotated[
-        str, typer.Option(help="Compute capabilities, of tensorrt-rtx; default 86,89,120.")
+        str,
+        typer.Option(
+            help="Compute capabilities, of tensorrt-rtx; default 86,89,120 (fp8: 89,120)."
+        ),
     ] = "",
     stages: Annotated[
         list[str] | None,

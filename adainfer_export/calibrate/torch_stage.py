@@ -82,10 +82,11 @@ class TorchStage:
                 bits = node.attributes["bits"].as_int()
                 matrix = dequantise_blocks(codes, scales, cast(Any, bits))
                 packed[str(cast(ir.Value, node.inputs[1]).name)] = matrix
-            elif node.op_type == "DequantizeLinear":
+            elif node.op_type == "DequantizeLinear" and _is_weight(node):
                 codes, scales = (np.asarray(_tensor(v), np.float32) for v in node.inputs[:2])
-                steps = np.repeat(scales, len(codes) // len(scales), axis=0)
-                packed[str(cast(ir.Value, node.inputs[0]).name)] = (codes * steps).T
+                if scales.ndim:  # a row for each block; else one scale, of 8-bit floats
+                    scales = np.repeat(scales, len(codes) // len(scales), axis=0)
+                packed[str(cast(ir.Value, node.inputs[0]).name)] = (codes * scales).T
         for name, value in graph.initializers.items():
             if name in packed:
                 yield name, self._torch.from_numpy(packed[name].T.copy())
@@ -140,6 +141,11 @@ def _attention_spec(node: ir.Node) -> AttentionSpec:
     )
 
 
+def _is_weight(node: ir.Node) -> bool:
+    """Of a DequantizeLinear; else it stands behind the QuantizeLinear of an activation."""
+    return cast(ir.Value, node.inputs[0]).is_initializer()
+
+
 def _tensor(value: ir.Value | None) -> Any:
     assert value is not None and value.const_value is not None  # a weight, by the operator's spec
     return value.const_value.numpy()
@@ -167,6 +173,14 @@ def _split(torch: Any, node: ir.Node, inputs: list[Any]) -> list[Any]:
     return list(torch.split(inputs[0], sizes, dim=node.attributes["axis"].as_int()))
 
 
+def _quantise(torch: Any, _: ir.Node, inputs: list[Any]) -> list[Any]:
+    """To 8-bit floats, whose rounding gradients pass as if it were none."""
+    values = inputs[0] / inputs[1]
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    codes = values.detach().clamp(-limit, limit).to(torch.float8_e4m3fn).to(values.dtype)
+    return [values + (codes - values.detach())]
+
+
 def _quick_gelu(torch: Any, node: ir.Node, inputs: list[Any]) -> list[Any]:
     alpha = node.attributes["alpha"].as_float()
     return [inputs[0] * torch.sigmoid(alpha * inputs[0])]
@@ -190,8 +204,12 @@ _OPERATORS: dict[str, _Operator] = {
     "ReduceMean": lambda _, __, i: [i[0].mean(dim=-1, keepdim=True)],
     "Sqrt": lambda torch, _, i: [torch.sqrt(i[0])],
     "Div": lambda _, __, i: [i[0] / i[1]],
-    # Its weight is unpacked beforehand.
-    "DequantizeLinear": lambda _, __, i: [i[0]],
+    "Abs": lambda torch, _, i: [torch.abs(i[0])],
+    "ReduceMax": lambda _, __, i: [i[0].amax(dim=-1, keepdim=True)],
+    "Max": lambda torch, _, i: [torch.maximum(i[0], i[1])],
+    "QuantizeLinear": _quantise,
+    # Weights are unpacked beforehand.
+    "DequantizeLinear": lambda _, node, i: [i[0] if _is_weight(node) else i[0] * i[1]],
     "Cast": lambda _, __, i: [i[0]],  # between 16 and 32 bits: all is float32 here
     "QuickGelu": _quick_gelu,
 }

@@ -21,24 +21,26 @@ class Precision:
     """Weight storage of a precision.
 
     Attributes:
-        bits: of the linear layers and the LM head; None keeps float32, or what is kept.
+        bits: of integers, in the linear layers and the LM head; None where they have none.
         accuracy_level: MatMulNBits' least accuracy of activations; 4 is int8, 0 float32.
         wide_rows: positions from which on float32 arithmetic (unpacking weights once for all of
             them) beats int8's. On AVX-512, int4: 0.94 of its time at 32, 0.74 at 64, 0.68 at 128;
             with 8-bit weights never (1.5 at 128).
         int8_layers: sensitive layers (1-based) that have 8 bits whatever `bits` says.
         int8_head: the same for the LM head, and the embedding where it is the head.
+        float8: linear layers multiply 8-bit floats (see `lower.float8`); the head does not.
         activations: element type of activations, KV and unquantised weights.
         kept: tensors of the checkpoint whose own blocks are stored, of precision `keep`.
     """
 
-    name: Literal["fp32", "fp16", "bf16", "int8", "int4", "keep"]
+    name: Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "keep"]
     bits: Literal[4, 8] | None
     block_size: int = 32
     accuracy_level: int = 4
     wide_rows: int | None = None
     int8_layers: frozenset[int] = frozenset()
     int8_head: bool = False
+    float8: bool = False
     activations: Literal["float32", "float16", "bfloat16"] = "float32"
     kept: Mapping[str, Blocks] = field(default_factory=dict, hash=False)
 
@@ -47,6 +49,13 @@ class Precision:
         """`activations` as ONNX knows it."""
         types = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
         return types.get(self.activations, ir.DataType.FLOAT)
+
+    @property
+    def layer_bits(self) -> float:
+        """Of a linear layer's weight on a GPU, with its share of the scales."""
+        if self.float8:
+            return 8.0
+        return self.bits + 0.5 if self.bits else 16.0
 
     def storage(self, name: str) -> Blocks | None:
         """Blocks of the linear layer or head with this weight; None where it is float32."""
@@ -73,6 +82,7 @@ PRECISIONS: dict[str, Precision] = {
     "fp32": Precision("fp32", None),
     "fp16": Precision("fp16", None, activations="float16"),
     "bf16": Precision("bf16", None, activations="bfloat16"),
+    "fp8": Precision("fp8", None, float8=True, activations="float16"),
     "int8": Precision("int8", 8),
     "int4": Precision("int4", 4, wide_rows=48),
     "keep": Precision("keep", None, accuracy_level=0),

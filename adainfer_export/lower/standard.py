@@ -1,9 +1,10 @@
 """Stages in standard ONNX operators: the dialects `onnx-std`, `tensorrt` and `tensorrt-basic`.
 
-Linear layers are MatMul, with int4 weights behind DequantizeLinear; the embedding and the LM head
-are never int4: one table `[vocabulary, hidden_size]` serves the embedding, the head and candidate
-rows of it (TensorRT gathers no int4 rows). 16-bit tables are float16 even where activations are
-bfloat16: logits need its digits, and normed hidden states fit its range.
+Linear layers are MatMul, with int4 weights behind DequantizeLinear, or of 8-bit floats (`float8`).
+The embedding and the LM head are never quantised: one table `[vocabulary, hidden_size]` serves the
+embedding, the head and candidate rows of it (TensorRT gathers no int4 rows). 16-bit tables are
+float16 even where activations are bfloat16: logits need its digits, and normed hidden states fit
+its range.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import numpy as np
 import onnx_ir as ir
 
 from ..errors import LoweringError, UnsupportedError
-from ..weights import Dense, Int4Columns, WeightExpr
+from ..weights import Columns, Dense, WeightExpr
 from .element_types import set_activation_type
+from .float8 import Float8Products
 from .graph import (
     Linear,
     add_initializer,
@@ -45,8 +47,13 @@ Weights = dict[str, WeightExpr]
 def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
     """Lowers a stage of decoder layers in place; returns what its new initialisers hold."""
     weights: Weights = {}
+    float8 = Float8Products(graph, precision.activations, weights)
     for linear in list(find_linears(graph)):
-        _lower_linear(graph, linear, precision, weights)
+        if precision.float8:
+            nodes = float8.nodes(linear)
+        else:
+            nodes = _product(graph, linear, precision, weights)
+        _replace(linear, nodes)
     set_activation_type(graph, precision.activation_type, weights)
     remove_dead_nodes(graph)
     _fix_batch(graph)
@@ -159,8 +166,11 @@ def _check(graph: ir.Graph, expected: dict[str, int], precision: Precision) -> N
     foreign = sorted({node.domain for node in graph if node.domain})
     if foreign:
         raise LoweringError(f"stage {graph.name}: operators of {', '.join(foreign)} are left")
-    if precision.bits is not None:
-        expected = {**expected, "DequantizeLinear": _products_with_weights(graph)}
+    if precision.bits is not None or precision.float8:
+        # One for each weight, and for each activation that was quantised.
+        weights = _products_with_weights(graph)
+        dequantised = weights + count_ops(graph, "QuantizeLinear")
+        expected = {**expected, "DequantizeLinear": dequantised}
     for op_type, count in expected.items():
         if (found := count_ops(graph, op_type)) != count:
             raise LoweringError(
@@ -175,7 +185,9 @@ def _products_with_weights(graph: ir.Graph) -> int:
     return sum(source is None or source.op_type == "DequantizeLinear" for source in sources)
 
 
-def _lower_linear(graph: ir.Graph, linear: Linear, precision: Precision, weights: Weights) -> None:
+def _product(
+    graph: ir.Graph, linear: Linear, precision: Precision, weights: Weights
+) -> list[ir.Node]:
     nodes: list[ir.Node] = []
     if precision.bits is None:
         name = f"{linear.weight.name}.T"
@@ -185,7 +197,12 @@ def _lower_linear(graph: ir.Graph, linear: Linear, precision: Precision, weights
     else:
         nodes.append(_dequantised(graph, linear, precision, weights))
         weight = nodes[0].outputs[0]
-    nodes.append(ir.Node("", "MatMul", [linear.input, weight]))
+    return [*nodes, ir.Node("", "MatMul", [linear.input, weight])]
+
+
+def _replace(linear: Linear, product: list[ir.Node]) -> None:
+    """By the nodes whose last gives the product, with the bias added."""
+    nodes = list(product)
     if linear.bias is not None:
         nodes.append(ir.Node("", "Add", [nodes[-1].outputs[0], linear.bias]))
     insert_before(linear.matmul, nodes)
@@ -206,8 +223,8 @@ def _dequantised(
             "export with --precision fp16"
         )
     parts = (name,)
-    weights[f"{name}.int4"] = Int4Columns(parts, blocks, "packed", precision.activations)
-    weights[f"{name}.scales"] = Int4Columns(parts, blocks, "scales", precision.activations)
+    weights[f"{name}.int4"] = Columns(parts, "int4", blocks, "packed", precision.activations)
+    weights[f"{name}.scales"] = Columns(parts, "int4", blocks, "scales", precision.activations)
     shape = [linear.in_features, linear.out_features]
     packed = add_initializer(graph, f"{name}.int4", ir.DataType.INT4, shape)
     scales = add_initializer(

@@ -150,14 +150,14 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "tensorrt",
         "TensorRT 10.15 and later, TensorRT-RTX",
-        ("fp16", "bf16", "int4"),
+        ("fp16", "bf16", "fp8", "int4"),
         _STANDARD,
         (32, 64, 128),
     ),
     Target(
         "tensorrt-basic",
         "TensorRT 10.3 and later (JetPack 6.2), TensorRT-RTX",
-        ("fp32", "fp16", "bf16", "int4"),
+        ("fp32", "fp16", "bf16", "fp8", "int4"),
         _PLAIN,
         (32, 64, 128),
     ),

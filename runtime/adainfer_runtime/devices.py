@@ -6,10 +6,11 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["GpuInfo", "find_gpu", "jetson_model"]
+__all__ = ["GpuInfo", "find_gpu", "jetson_model", "least_sm"]
 
 _NAME_BYTES = 128
 _SM_MAJOR, _SM_MINOR = 75, 76  # CUdevice_attribute
+_LEAST_SM = {"fp8": 89}  # Ada: the first with products of 8-bit floats
 _DEVICE_TREE = Path("/proc/device-tree/model")
 
 
@@ -50,6 +51,11 @@ def find_gpu() -> GpuInfo | None:
         memory.value,
         f"{version.value // 1000}.{version.value % 1000 // 10}",
     )
+
+
+def least_sm(precision: str) -> int:
+    """Compute capability from which on GPUs have a precision; 0 where all have it."""
+    return _LEAST_SM.get(precision, 0)
 
 
 def jetson_model() -> str | None:

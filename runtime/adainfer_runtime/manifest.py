@@ -345,7 +345,7 @@ class Manifest(_Record):
     source: SourceSpec
     model: ModelSpec
     target: str
-    precision: Literal["fp32", "fp16", "bf16", "int8", "int4", "keep"]
+    precision: Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "keep"]
     quantisation: Quantisation | None = None
     max_seq_len: int
     layers_per_engine: int | None = None

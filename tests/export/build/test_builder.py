@@ -238,7 +238,13 @@ def test_tensorrt_without_a_gpu(folder, monkeypatch):
 @pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
 @pytest.mark.parametrize(
     ("target", "precision"),
-    [("tensorrt", "fp16"), ("tensorrt", "int4"), ("tensorrt-basic", "fp16")],
+    [
+        ("tensorrt", "fp16"),
+        ("tensorrt", "int4"),
+        ("tensorrt", "fp8"),
+        ("tensorrt-basic", "fp16"),
+        ("tensorrt-basic", "fp8"),
+    ],
 )
 def test_rtx_builds_real_stages(tiny, tmp_path, target, precision):
     """Parser and builder of TensorRT-RTX, for three GPU families, without a GPU."""
@@ -247,15 +253,31 @@ def test_rtx_builds_real_stages(tiny, tmp_path, target, precision):
     shutil.copytree(made.folder, folder)
     app = typer.Typer()
     register(app)
-    arguments = [str(folder), "--backend", "tensorrt-rtx", "--sm", "86,89,120", "--json"]
+    families = "89,120" if precision == "fp8" else "86,89,120"
+    arguments = [str(folder), "--backend", "tensorrt-rtx", "--sm", families, "--json"]
     for stage in ("positions", "layer_001", "probe", "candidates"):
         arguments += ["--stages", stage]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     data = json.loads(result.stdout)
     assert len(data["built"]) == 4
-    fused = data["stamp"]["plans"]["stages/layer_001.onnx"]["fused_attention"]
-    assert fused == (2 if target == "tensorrt" else 0)  # one for each profile
+    plan = data["stamp"]["plans"]["stages/layer_001.onnx"]
+    assert plan["fused_attention"] == (2 if target == "tensorrt" else 0)  # one for each profile
+
+
+def test_8_bit_floats_are_built_for_gpus_that_have_them(tiny, tmp_path):
+    made = tiny("llama", target="tensorrt", precision="fp8")
+    folder = tmp_path / "engines"
+    shutil.copytree(made.folder, folder)
+    assert build(folder, FakeBuilder(), "tensorrt-rtx").stamp.sm == (89, 120)
+    match = "precision fp8 needs SM 89 or later, not 80, 86; export with --precision int4 or fp16"
+    with pytest.raises(BuildError, match=match):
+        build(folder, FakeBuilder(), "tensorrt-rtx", sm=(80, 86, 89))
+    with pytest.raises(BuildError, match="precision fp8 needs SM 89 or later, not 87; export"):
+        build(folder, FakeBuilder())  # of the GPU at hand
+    fp16 = tiny("llama", target="tensorrt", precision="fp16")
+    shutil.copytree(fp16.folder, tmp_path / "fp16")
+    assert build(tmp_path / "fp16", FakeBuilder(), "tensorrt-rtx").stamp.sm == (86, 89, 120)
 
 
 @pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
