@@ -247,7 +247,8 @@ def affordable_rank(inputs: int, outputs: int, weights: int) -> int | None:
 
 def _fit(moments: Moments, weights: int) -> AffineMap:
     full = moments.regress(_RIDGE)
-    rank = affordable_rank(*full.matrix.shape, weights)
+    inputs, outputs = full.matrix.shape
+    rank = affordable_rank(inputs, outputs, weights)
     return full if rank is None else reduce_rank(full, moments.inputs(), (rank,))[0]
 
 
