@@ -41,7 +41,9 @@ def builds(model, folder, precision):
     assert stamp.sm == families
     assert set(stamp.plans) == set(engine_files(manifest))
     for stage in manifest.layer_stages:
-        assert stamp.plans[stage.file].fused_attention == 2  # in each of the profiles
+        plan = stamp.plans[stage.file]
+        assert plan.fused_attention == 2  # in each of the profiles
+        assert plan.float8_products >= 8 if precision == "fp8" else plan.float8_products == 0
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4", "fp8"])

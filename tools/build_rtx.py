@@ -64,6 +64,7 @@ def build_one(model: str, work: Path, target: str, precision: str, sm: tuple[int
         "layer_seconds": round(sum(p.seconds for p in layers) / len(layers), 2),
         "peak_mb": round(max(p.peak_memory_bytes for p in plans.values()) / 1e6),
         "fused_attention_per_layer": sum(p.fused_attention for p in layers) / len(layers),
+        "float8_products_per_layer": sum(p.float8_products for p in layers) / len(layers),
     }
     shutil.rmtree(folder)
     return row

@@ -217,6 +217,7 @@ def _record(place: Path, file: str, source: str, outcome: Outcome) -> PlanRecord
         seconds=round(outcome.seconds, 2),
         peak_memory_bytes=outcome.peak_memory_bytes,
         fused_attention=outcome.fused_attention,
+        float8_products=outcome.float8_products,
     )
 
 

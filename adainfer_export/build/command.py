@@ -67,7 +67,7 @@ def build(
         bool,
         typer.Option(
             "--single-profile",
-            help="One profile for decoding and prompts: fp16 and bf16 plans of half the size.",
+            help="One profile for decoding and prompts: fp16, bf16 and fp8 plans of half the size.",
         ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="No progress display.")] = False,

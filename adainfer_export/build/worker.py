@@ -38,13 +38,15 @@ class Job:
 class Outcome:
     """What came of it: `error` is one line, or None where the plan was written.
 
-    `unused_inputs` are inputs that the parser drops without refusing the graph.
+    `unused_inputs` are inputs that the parser drops without refusing the graph. `fused_attention`
+    and `float8_products` count kernels, of all profiles.
     """
 
     error: str | None
     unused_inputs: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     fused_attention: int = 0
+    float8_products: int = 0
     seconds: float = 0.0
     peak_memory_bytes: int = 0
 
@@ -86,7 +88,11 @@ def _build(trt: Any, job: Job) -> Outcome:
     if cache is not None and job.timing_cache is not None:
         Path(job.timing_cache).write_bytes(memoryview(cache.serialize()))
     return Outcome(
-        None, tuple(log.unused), tuple(log.warnings[:10]), fused_attention=log.fused_attention
+        None,
+        tuple(log.unused),
+        tuple(log.warnings[:10]),
+        fused_attention=log.fused_attention,
+        float8_products=log.float8_products,
     )
 
 
@@ -131,6 +137,7 @@ def _make_log(trt: Any) -> Any:
             self.warnings: list[str] = []
             self.unused: list[str] = []
             self.fused_attention = 0
+            self.float8_products = 0
 
         def log(self, level: Any, message: str) -> None:
             if level in wrong:
@@ -142,9 +149,15 @@ def _make_log(trt: Any) -> Any:
                     self.warnings.append(_one_line(message))
             # The layer list of the finished engine, one line per kernel.
             for line in message.splitlines():
-                kernel = line.strip().partition("Name: ")[2].partition(",")[0]
-                if "LayerType:" in line and any(mark in kernel for mark in _FUSED_ATTENTION):
+                if "LayerType:" not in line:
+                    continue
+                kernel, kind = (
+                    line.partition(key)[2].partition(",")[0] for key in ("Name: ", "LayerType: ")
+                )
+                if any(mark in kernel for mark in _FUSED_ATTENTION):
                     self.fused_attention += 1
+                if "gemm" in kind.lower() and line.count("Datatype: FP8") > 1:  # both operands
+                    self.float8_products += 1
 
     return Log()
 

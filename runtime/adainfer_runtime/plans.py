@@ -34,7 +34,8 @@ Backend = Literal["tensorrt", "tensorrt-rtx"]
 
 class PlanRecord(BaseModel):
     """One plan. `source` is the digest of the ONNX file and the weights that it was built from;
-    `fused_attention` the number of fused attention kernels that the build log names.
+    `fused_attention` and `float8_products` the numbers of fused attention kernels and of products
+    of 8-bit floats that the build log names, in all profiles.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -46,6 +47,7 @@ class PlanRecord(BaseModel):
     seconds: float
     peak_memory_bytes: int
     fused_attention: int
+    float8_products: int = 0
 
 
 class BuildStamp(BaseModel):

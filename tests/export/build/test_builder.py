@@ -263,6 +263,8 @@ def test_rtx_builds_real_stages(tiny, tmp_path, target, precision):
     assert len(data["built"]) == 4
     plan = data["stamp"]["plans"]["stages/layer_001.onnx"]
     assert plan["fused_attention"] == (2 if target == "tensorrt" else 0)  # one for each profile
+    # At least Q, K and V; the output; gate and up; down; for each profile.
+    assert plan["float8_products"] >= 8 if precision == "fp8" else plan["float8_products"] == 0
 
 
 def test_8_bit_floats_are_built_for_gpus_that_have_them(tiny, tmp_path):
