@@ -3,8 +3,8 @@
     m = max |x| of a position            x' = DQ(Q(x / m))
     y = (x' @ DQ(codes)) · s · m         s: a scale per output (see `adainfer_export.float8`)
 
-Activations are scaled per position as they come, so no calibration data is needed and an outlier
-costs its own position alone. TensorRT takes only constants as scales of QuantizeLinear and
+Activations are scaled per position as they come, so no calibration data is needed, nothing is cut
+off, and an outlier touches its own position alone. TensorRT takes only constants as scales of QuantizeLinear and
 DequantizeLinear, and finds an FP8 product only behind one scalar each: so they have a fixed
 power of two, and the scales proper are multiplied outside.
 
