@@ -3,10 +3,11 @@
     m = max |x| of a position            x' = DQ(Q(x / m))
     y = (x' @ DQ(codes)) · s · m         s: a scale per output (see `adainfer_export.float8`)
 
-Activations are scaled per position as they come, so no calibration data is needed and an outlier
-costs its own position alone. TensorRT takes only constants as scales of QuantizeLinear and
-DequantizeLinear, and finds an FP8 product only behind one scalar each: so they have a fixed
-power of two, and the scales proper are multiplied outside.
+Activations are scaled per position as they come, so no calibration data is needed, nothing is cut
+off, and an outlier touches its own position alone. TensorRT takes only constants as scales of
+QuantizeLinear and DequantizeLinear, so these have a fixed power of two, and the scales proper are
+multiplied outside; those of the weights as well, since TensorRT 11 is reported to miss the FP8
+product where weights have one per output (NVIDIA/TensorRT-Model-Connect#1386; RTX 1.7 finds it).
 
 Dequantising the weights alone, which TensorRT takes as well, is no gain: TensorRT-RTX 1.7 writes
 the 16-bit matrix to memory in every pass before multiplying by it, for one position and for many,

@@ -90,8 +90,8 @@ def test_torch_answers_like_the_engine(tiny, tmp_path, variant, settings):
         maps = Translate(backend, {LAYER: 0})
         theirs = chain.answers_over_context(LAYER, [chain.length - 1], 1, maps)[0]
         # float16 hidden states here; the engine rounds activations to int8 with 8-bit weights.
-        # With 8-bit floats both do, and inputs that differ a little fall to another side.
-        tolerance = {"int8": 0.06, "fp8": 0.08}.get(settings["precision"], 0.02)
+        # Both round to 8-bit floats, but float16 and float32 not always to the same ones.
+        tolerance = {"int8": 0.06, "fp8": 0.1}.get(settings["precision"], 0.02)
         assert np.abs(mine - theirs).max() <= tolerance * np.abs(theirs).max()
 
 

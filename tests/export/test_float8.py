@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adainfer_export import ExportRequest, export
+from adainfer_export.calibrate.torch_stage import read_torch_stage
 from adainfer_export.errors import LoweringError, UnsupportedError
 from adainfer_export.float8 import FLOAT8_UNIT, dequantise_float8, quantise_float8
 from adainfer_export.lower import TARGETS, find_target
@@ -90,6 +91,26 @@ def test_a_product_is_that_of_the_rounded_operands(tmp_path):
     exact = hidden @ weight.T
     error = np.square(found - exact).sum(-1) / np.maximum(np.square(exact).sum(-1), 1e-9)
     assert (np.sqrt(error) < 0.06).all()
+
+
+def test_torch_computes_the_same_product_and_passes_gradients(tmp_path):
+    """As what is distilled through layers needs it; in float32 both round alike."""
+    random = np.random.default_rng(4)
+    weight = random.normal(size=(24, 48)).astype(np.float32)
+    hidden = random.normal(size=(1, 5, 48)).astype(np.float32)
+    session = onnxruntime.InferenceSession(one_product(weight, tmp_path))
+    (expected,) = session.run(None, {"hidden": hidden})
+    stage = read_torch_stage(tmp_path / "one.onnx")
+    values = torch.from_numpy(hidden).requires_grad_()
+    found = stage(values, None)
+    np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-4)
+    found.sum().backward()
+    # As if nothing were rounded, but for the largest value, by which all are divided.
+    stored = dequantise_float8(*quantise_float8(weight, np.float32)).sum(axis=0)
+    others = np.abs(hidden) < np.abs(hidden).max(axis=-1, keepdims=True)
+    np.testing.assert_allclose(
+        values.grad.numpy()[others], np.broadcast_to(stored, hidden.shape)[others], atol=1e-4
+    )
 
 
 def one_product(weight, folder):

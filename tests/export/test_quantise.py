@@ -23,10 +23,10 @@ def test_error_is_at_most_one_step_and_extremes_are_exact(weight, bits):
     step = np.repeat(np.abs(scales), 32, axis=1)
     assert (np.abs(restored - weight) <= step * 1.001 + 1e-30).all()
     blocks, back = weight.reshape(-1, 32), restored.reshape(-1, 32)
-    at = np.abs(blocks).argmax(axis=1)[:, None]
-    np.testing.assert_allclose(
-        np.take_along_axis(back, at, 1), np.take_along_axis(blocks, at, 1), rtol=1e-5, atol=1e-37
-    )
+    largest = np.abs(blocks).max(axis=1, keepdims=True)
+    # Of two extremes of either sign, one is exact.
+    errors = np.where(np.abs(blocks) == largest, np.abs(back - blocks), np.inf).min(axis=1)
+    assert (errors <= 1e-5 * largest[:, 0] + 1e-37).all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -35,6 +35,7 @@ STANDARD = [variant for variant in VARIANTS if variant != "opt-350m"]
 FLOAT32 = [("onnx-std", "fp32"), ("tensorrt-basic", "fp32")]
 HALF = [("tensorrt", "fp16"), ("tensorrt-basic", "fp16"), ("ort-cuda", "fp16")]
 INT4 = [("tensorrt", "int4"), ("tensorrt-basic", "int4")]
+FLOAT8 = [("tensorrt", "fp8"), ("tensorrt-basic", "fp8")]
 PASSES = [(7, 0), (1, 7), (5, 8), (1, 13), (1, 14), (4, 15)]  # prefill, chunks, decode
 
 
@@ -124,7 +125,7 @@ def test_cuda_int4_equals_that_of_cpus(tiny):
     assert np.abs(logits[0] - logits[1]).max() <= 0.06 * np.abs(logits[1]).max()
 
 
-@pytest.mark.parametrize(("target", "precision"), [HALF[0], HALF[1], HALF[2], FLOAT32[0]])
+@pytest.mark.parametrize(("target", "precision"), [*HALF, FLOAT32[0], *FLOAT8])
 def test_joined_engines_equal_single_layers(tiny, tmp_path, target, precision):
     made = tiny("llama", target=target, precision=precision)
     folder = tmp_path / "engines"
@@ -161,7 +162,7 @@ def test_int4_error_is_at_most_half_a_step(block_size, seed, scale):
     assert (error <= 0.5 * step + 8 * step * 2.0**-11 + 1e-12).all()
 
 
-@pytest.mark.parametrize(("target", "precision"), [*FLOAT32, *HALF[:2], *INT4])
+@pytest.mark.parametrize(("target", "precision"), [*FLOAT32, *HALF[:2], *INT4, *FLOAT8])
 def test_stages_hold_standard_operators_that_the_target_takes(tiny, target, precision):
     made = tiny("qwen3", target=target, precision=precision)
     _, dialect, record = find_target(target, precision)
@@ -176,7 +177,9 @@ def test_stages_hold_standard_operators_that_the_target_takes(tiny, target, prec
             assert counts["TensorScatter"] == (2 if fused else 0)
             assert counts["Attention"] == (1 if fused else 0)
             assert counts["RotaryEmbedding"] == (2 if fused else 0)
-            assert counts["DequantizeLinear"] == (7 if record.bits else 0)
+            weights, activations = 7 * bool(record.bits or record.float8), 4 * record.float8
+            assert counts["QuantizeLinear"] == activations
+            assert counts["DequantizeLinear"] == weights + activations
             assert counts["RMSNormalization"] == (4 if fused else 0)
         for node in model.graph:
             if node.op_type == "Attention":
@@ -266,7 +269,7 @@ def widen_bfloat16(path):
     ir.save(model, path)
 
 
-@pytest.mark.parametrize(("target", "precision"), [FLOAT32[1], HALF[0]])
+@pytest.mark.parametrize(("target", "precision"), [FLOAT32[1], HALF[0], FLOAT8[0]])
 def test_calibrated_exits_hold_standard_operators_and_run(tiny, tmp_path, target, precision):
     made = tiny("llama", target=target, precision=precision)
     folder = tmp_path / "engines"
