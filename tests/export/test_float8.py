@@ -78,9 +78,7 @@ def test_a_product_is_that_of_the_rounded_operands(tmp_path):
     weight = random.normal(size=(24, 48)).astype(np.float32)
     hidden = random.normal(size=(1, 7, 48)).astype(np.float32)
     hidden[0, 2, 5], hidden[0, 4] = 3e4, 0.0
-    path = tmp_path / "one.onnx"
-    path.write_bytes(one_product(weight, tmp_path))
-    session = open_session(path)
+    session = open_session(one_product(weight, tmp_path))
     (found,) = session.run(None, {"hidden": hidden})
     stored = dequantise_float8(*quantise_float8(weight, np.float32))
     expected = round_rows(torch.from_numpy(hidden)).numpy() @ stored.T
@@ -98,7 +96,7 @@ def test_torch_computes_the_same_product_and_passes_gradients(tmp_path):
     random = np.random.default_rng(4)
     weight = random.normal(size=(24, 48)).astype(np.float32)
     hidden = random.normal(size=(1, 5, 48)).astype(np.float32)
-    session = onnxruntime.InferenceSession(one_product(weight, tmp_path))
+    session = open_session(one_product(weight, tmp_path))
     (expected,) = session.run(None, {"hidden": hidden})
     stage = read_torch_stage(tmp_path / "one.onnx")
     values = torch.from_numpy(hidden).requires_grad_()
@@ -114,7 +112,7 @@ def test_torch_computes_the_same_product_and_passes_gradients(tmp_path):
 
 
 def one_product(weight, folder):
-    """A graph that multiplies by the weight as `Float8Products` has it; its bytes."""
+    """A graph that multiplies by the weight as `Float8Products` has it; its file."""
     rows = ir.Shape([1, "tokens", weight.shape[1]])
     hidden = ir.Value(name="hidden", type=ir.TensorType(ir.DataType.FLOAT), shape=rows)
     stored = ir.Value(name="w", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(weight.shape))
@@ -140,7 +138,7 @@ def one_product(weight, folder):
         graph.initializers[name].const_value = ir.tensor(array, name=name)
     path = folder / "one.onnx"
     ir.save(ir.Model(graph, ir_version=10), path)
-    return path.read_bytes()
+    return path
 
 
 @pytest.mark.parametrize(("target", "variant"), CASES)
