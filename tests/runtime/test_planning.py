@@ -204,6 +204,17 @@ def test_recent_exits_are_of_a_threshold_and_count_by_check(tiny):
     assert recent.shares(policy, (0.5,)) == (0.5,)  # nobody asked it for long
 
 
+def test_requests_with_thresholds_of_their_own_do_not_fill_the_memory(tiny):
+    engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))))
+    recent = RecentExits()
+    policies = [engine.policy("adaptive", threshold=n / 1000) for n in range(200)]
+    for policy in policies:
+        recent.record(policy, 2)
+    assert recent.shares(policies[0], (0.5,)) == (0.5,)  # the first ones are forgotten
+    assert recent.shares(policies[-1], (0.5,)) != (0.5,)
+    assert len(recent._counts) <= 64
+
+
 def test_every_way_to_ask_is_recorded(tiny):
     engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))))
     seen = []

@@ -13,6 +13,8 @@ from ..exit_policy import ClassifierExit, CombinedExit, ExitPolicy
 
 __all__ = ["RecentExits"]
 
+_MOST_POLICIES = 64  # requests may bring thresholds of their own: those asked least lately go
+
 
 @dataclass
 class _Counts:
@@ -48,6 +50,8 @@ class RecentExits:
             counts = self._counts.get(key)
             if counts is None or (exit_layer in layers and counts.idle > self._retry_every):
                 counts = self._counts[key] = _Counts(np.zeros(len(layers)))
+                if len(self._counts) > _MOST_POLICIES:
+                    del self._counts[max(self._counts, key=lambda k: self._counts[k].idle)]
             counts.idle = 0
             counts.asked = counts.asked * self._memory + 1.0
             counts.left *= self._memory
