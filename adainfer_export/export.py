@@ -204,6 +204,7 @@ def plan_stages(
         max_seq_len=max_seq_len,
         kv=kv,
         pass_tensors=shared.tensors if shared else (),
+        batched=dialect.batched,
     )
 
 

@@ -44,6 +44,7 @@ class StagePlan:
     max_seq_len: int
     kv: KvGeometry
     pass_tensors: tuple[TensorSpec, ...] = ()
+    batched: bool = False
 
     def settings(self) -> dict[str, Any]:
         """What the user chose, as the manifest says it."""
@@ -80,6 +81,7 @@ class StagePlan:
             kv=self.kv,
             stages=self.stages,
             pass_tensors=self.pass_tensors,
+            batched=self.batched,
             tokenizer=tokenizer,
             files=dict(files),
         )

@@ -8,6 +8,7 @@ import pytest
 
 from adainfer_export.architectures import ARCHITECTURES
 from adainfer_export.validate import validate_folder
+from adainfer_runtime.batch import ContinuousBatching, TakeTurns
 
 from .checkpoints import VARIANTS
 from .reference import dequantised_reference, reference_logits
@@ -55,6 +56,36 @@ def test_forced_exits_leave_the_full_models_cache(tiny, variant):
         for mine, full in zip(session.kv(layer), off.kv(layer), strict=True):
             np.testing.assert_allclose(mine, full, atol=1e-4)
     np.testing.assert_allclose(session.hidden(), off.hidden(), atol=1e-4)
+
+
+def continued(prompt, exits):
+    """A text that goes on with given tokens, exits now and then, and returns its logits."""
+
+    def text(session):
+        logits, policy = [], ScriptedExit(exits, [1, 2, 3])
+        session.extend(prompt)
+        for token in range(len(exits)):
+            policy.next()
+            logits.append(session.predict(policy).result.logits.copy())
+            yield
+            session.extend([7 + token])
+        return np.stack(logits)
+
+    return text
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_texts_that_share_passes_are_what_they_are_alone(tiny, variant):
+    engine = tiny(variant).engine
+    prompts = [PROMPT[:3], PROMPT[:11], PROMPT[4:9], PROMPT[7:8]]
+    texts = [
+        continued(prompt, EXITS if place == 2 else [0] * len(EXITS))
+        for place, prompt in enumerate(prompts)
+    ]
+    together = ContinuousBatching().run(texts, engine)
+    alone = TakeTurns().run(texts, engine)
+    for mine, expected in zip(together, alone, strict=True):
+        np.testing.assert_allclose(mine, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -83,3 +83,15 @@ def test_the_table_has_what_forecasts_are_made_from(tiny, tmp_path):
     (off,) = content["rows"]  # not calibrated: nothing else can be compared
     assert (off["name"], off["ratio"], off["exits"]) == ("off", 1.0, {"4": 1.0})
     assert off["text_agreement"] == 1.0
+
+
+def test_throughput_of_batches(tiny, tmp_path):
+    out = tmp_path / "batches.json"
+    arguments = ["--sizes", "1", "3", "--new-tokens", "5", "--rounds", "1", "--json", str(out)]
+    done = run("batch_throughput.py", tiny("llama").folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert [(row["texts"], row["mode"], row["equal_texts"]) for row in rows] == [
+        (1, "off", 1.0), (3, "off", 1.0)
+    ]  # fmt: skip
+    assert all(row["together"] > 0 and row["layers_saved"] == 0.0 for row in rows)

@@ -28,7 +28,7 @@ import numpy.typing as npt
 from generation_prompts import generation_prompts
 
 from adainfer_runtime import Engine, NoExit, Session
-from adainfer_runtime.batch import TakeTurns
+from adainfer_runtime.batch import ContinuousBatching
 from adainfer_runtime.decoding import Emitted
 from adainfer_runtime.draft_schedule import Fixed
 from adainfer_runtime.generate import GenerateRequest, stream
@@ -175,7 +175,7 @@ def _compare_all(
     arguments: argparse.Namespace,
 ) -> list[Comparison]:
     chance = random.Random(at_once)
-    begin = []
+    texts = []
     for reference in references:
         text = [*reference.prompt, *reference.tokens]
         drafter: Drafter = ExitDrafter(layer)
@@ -183,14 +183,14 @@ def _compare_all(
             places = range(len(reference.prompt), len(text))
             wrong = frozenset(place for place in places if chance.random() < arguments.wrong)
             drafter = ForcedDrafts(layer, text, wrong, engine.manifest.model.vocab_size)
-        begin.append(partial(_text, engine, reference, drafter, arguments.drafts))
-    return TakeTurns(at_once).run(begin)
+        texts.append(partial(_text, engine, reference, drafter, arguments.drafts))
+    return ContinuousBatching(at_once).run(texts, engine)
 
 
 def _text(
-    engine: Engine, reference: Reference, drafter: Drafter, drafts: int
+    engine: Engine, reference: Reference, drafter: Drafter, drafts: int, session: Session
 ) -> Generator[Emitted, None, Comparison]:
-    session, new = engine.session(), len(reference.tokens)
+    new = len(reference.tokens)
     limit = len(reference.prompt) + new - 1
     decoder = VerifiedDecoder(session, Greedy(), drafter, Fixed(drafts), limit)
     request = GenerateRequest(reference.prompt, new)

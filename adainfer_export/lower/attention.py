@@ -3,7 +3,8 @@
 Rewrites `Attention(RotaryEmbedding(q), RotaryEmbedding(k), v, mask, past…)` of the decoder graph.
 The cache holds K after rotary. Positions are contiguous, so mask, position ids and the gathered
 rotary rows become two lengths that the runtime computes once per pass:
-`seqlens_k` int32 `[1]` (positions afterwards, minus one) and `total_sequence_length` int32 scalar.
+`seqlens_k` int32 `[batch]` (positions afterwards, minus one) and `total_sequence_length`, the int32
+scalar that is the longest sequence's.
 Rotary goes into that operator where its widths allow, else before it, as an operator of its own.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from ..errors import LoweringError, UnsupportedError
@@ -64,7 +66,7 @@ def _fuse_one(node: ir.Node, seqlens: ir.Value, total: ir.Value, window: int | N
     if rotary is None or rotary.fits(head_dim):
         query, key = (_unrotated(value) for value in (query, key))
     else:
-        query, key = (_rotated_by_contrib(value, rotary, total) for value in (query, key))
+        query, key = (_rotated_by_contrib(value, rotary, seqlens) for value in (query, key))
         rotary = None
     attributes: list[ir.Attr] = [
         ir.AttrInt64("num_heads", node.attributes["q_num_heads"].as_int()),
@@ -136,27 +138,36 @@ def _unrotated(value: ir.Value) -> ir.Value:
     return projection
 
 
-def _rotated_by_contrib(value: ir.Value, rotary: _Rotary, total: ir.Value) -> ir.Value:
-    """The rotation as an operator of its own, at positions from `total` minus the rows on."""
+def _rotated_by_contrib(value: ir.Value, rotary: _Rotary, seqlens: ir.Value) -> ir.Value:
+    """The rotation as an operator of its own, at the positions of each sequence's last rows."""
     old = value.producer()
     assert old is not None and old.graph is not None  # it is the rotary embedding
     marks, projection = dict(old.metadata_props), _unrotated(value)
 
-    def node(domain: str, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Node:
+    def op(domain: str, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
         made = ir.node(op_type, inputs, attributes, domain=domain, metadata_props=dict(marks))
         assert old.graph is not None
         old.graph.insert_before(old, made)
-        return made
+        return made.outputs[0]
 
-    rows = node("", "Shape", [projection], start=1, end=2).outputs[0]
-    end = node("", "Cast", [total], to=ir.DataType.INT64.value).outputs[0]
-    start = node("", "Sub", [end, rows]).outputs[0]
-    rotated = node(
+    def constant(value: int, *shape: int) -> ir.Value:
+        array = np.full(shape, value, np.int64)
+        made = ir.node("Constant", [], {"value": ir.tensor(array)}, metadata_props=dict(marks))
+        assert old.graph is not None
+        old.graph.insert_before(old, made)
+        return made.outputs[0]
+
+    rows = op("", "Shape", [projection], start=1, end=2)
+    last = op("", "Cast", [seqlens], to=ir.DataType.INT64.value)
+    last = op("", "Unsqueeze", [last, constant(1, 1)])
+    # -rows + 1 … 0, behind which `last` is every sequence's own.
+    first = op("", "Sub", [constant(1), op("", "Squeeze", [rows])])
+    steps = op("", "Range", [first, constant(1), constant(1)])
+    return op(
         CONTRIB,
         "RotaryEmbedding",
-        [projection, start, rotary.cos, rotary.sin],
+        [projection, op("", "Add", [last, steps]), rotary.cos, rotary.sin],
         num_heads=old.attributes["num_heads"].as_int(),
         rotary_embedding_dim=rotary.width,
         interleaved=rotary.interleaved,
     )
-    return rotated.outputs[0]

@@ -38,7 +38,8 @@ class Dialect:
     of a precision; `opset` and `ir_version` are what stages are stamped with.
     `widen` turns a lowered stage into its form for many positions and says whether there is one;
     `fuse_joined` mends the seams of lowered stages that were put into one graph; `kv_fill` is None
-    where a target has no such stages.
+    where a target has no such stages; `batched` layers may be given a position of each of several
+    sequences, whose lengths alone tell them apart.
     """
 
     lower_decoder: Callable[[ir.Model, DecoderRequest], PassStage | None]
@@ -51,6 +52,7 @@ class Dialect:
     fuse_joined: Callable[[ir.Graph], None]
     kv_fill: KvFill | None = None
     kv_layout: Literal["bnsh", "prefix"] = "bnsh"
+    batched: bool = False
     precision: Callable[[Precision], Precision] = lambda precision: precision
     opset: int = 24
     ir_version: int = 11
@@ -86,6 +88,7 @@ _ORT_CPU = Dialect(
     widen=ort.widen,
     fuse_joined=ort.fuse_skip_norms,
     kv_fill=KvFill(kv_fill.project_kv, kv_fill.lower_kv_fill),
+    batched=True,
 )
 
 # Of sources that are ONNX for this target already.

@@ -1,6 +1,6 @@
 """Run LLMs with adaptive early exit: loads engine folders that `adainfer-export` writes."""
 
-from .batch import BatchScheduler, TakeTurns
+from .batch import BatchScheduler, ContinuousBatching, TakeTurns
 from .confidence import ConfidenceDecay
 from .conversation import Conversation
 from .decode_costs import DecodeCosts
@@ -30,6 +30,7 @@ __all__ = [
     "ChoiceResult",
     "ClassifierExit",
     "ConfidenceDecay",
+    "ContinuousBatching",
     "Conversation",
     "DecodeCosts",
     "DecodeOptions",

@@ -3,28 +3,51 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import Protocol, TypeVar
 
+from .backends import Backend
 from .errors import RequestError
+from .lockstep import Lockstep, Run
+from .manifest import Manifest
+from .profile import StageClock
+from .session import Session
 
-__all__ = ["BatchScheduler", "TakeTurns", "drain"]
+__all__ = ["BatchScheduler", "ContinuousBatching", "SessionSource", "TakeTurns", "Text"]
 
 T = TypeVar("T")
 
-# A text that yields after every token, and returns its result.
-Run = Generator[Any, None, T]
+# Begins a text on a session; it yields after every token, and returns its result.
+Text = Callable[[Session], Run[T]]
+
+
+class SessionSource(Protocol):
+    """What texts run on: an engine."""
+
+    @property
+    def backend(self) -> Backend:
+        """The loaded stages."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the folder."""
+
+    @property
+    def clock(self) -> StageClock | None:
+        """Measures stages, where that was asked for."""
+
+    def borrow(self) -> AbstractContextManager[Session]:
+        """An empty session."""
 
 
 class BatchScheduler(Protocol):
-    """Advances several texts; what comes out of each does not depend on the others."""
+    """Advances several texts; none gets another's tokens."""
 
-    def run(self, begin: Sequence[Callable[[], Run[T]]]) -> list[T]:
-        """Results in the order of the texts.
-
-        Args:
-            begin: starts a text; called when there is room for it.
+    def run(self, texts: Sequence[Text[T]], source: SessionSource) -> list[T]:
+        """Results in the order of the texts, each of which begins when there is room for it.
 
         Raises:
             what a text raises; the others are then closed.
@@ -32,24 +55,51 @@ class BatchScheduler(Protocol):
 
 
 @dataclass(frozen=True)
-class TakeTurns:
-    """One token of each text, round after round, every text on a session of its own.
+class ContinuousBatching:
+    """Texts advance together: a pass carries a position of each, weights are read once for all.
 
-    Passes of different texts are not put together: their attention has to run apart (ONNX Runtime
-    takes several new positions with a past only at batch 1), and they stand at different depths.
-    Texts that end make room for the next, so that at most `at_once` KV caches are held.
+    A text that exits early leaves the step's passes to the others, and one that ends makes room for
+    the next. Prompts, and positions that were put off, pass one text at a time. A pass of several
+    rows is not computed in the order that a pass of one is, so tokens whose logits are all but
+    equal may differ from those of a text alone. A back end that cannot share passes has its texts
+    take turns.
+
+    Attributes:
+        at_once: texts that are held at a time, each with a KV cache.
     """
 
     at_once: int = 8
 
     def __post_init__(self) -> None:
-        if self.at_once < 1:
-            raise RequestError(f"at_once must be at least 1, found {self.at_once}")
+        _check_at_once(self.at_once)
 
-    def run(self, begin: Sequence[Callable[[], Run[T]]]) -> list[T]:
+    def run(self, texts: Sequence[Text[T]], source: SessionSource) -> list[T]:
+        """See `BatchScheduler.run`."""
+        slots = min(self.at_once, len(texts))
+        batch = source.backend.open_batch(slots) if slots > 1 else None
+        if batch is None:
+            return TakeTurns(self.at_once).run(texts, source)
+        return Lockstep[T](source.backend, batch, slots, source.manifest, source.clock).run(texts)
+
+
+@dataclass(frozen=True)
+class TakeTurns:
+    """One token of each text, round after round, no pass shared: results are to the bit those of
+    each text alone, and take as long.
+
+    Attributes:
+        at_once: texts that are held at a time, each with a KV cache.
+    """
+
+    at_once: int = 8
+
+    def __post_init__(self) -> None:
+        _check_at_once(self.at_once)
+
+    def run(self, texts: Sequence[Text[T]], source: SessionSource) -> list[T]:
         """See `BatchScheduler.run`."""
         results: dict[int, T] = {}
-        waiting = deque(enumerate(begin))
+        waiting = deque(enumerate(partial(_on_borrowed, source, text) for text in texts))
         running: deque[tuple[int, Run[T]]] = deque()
         try:
             while waiting or running:
@@ -66,14 +116,14 @@ class TakeTurns:
         finally:
             for _, text in running:
                 text.close()
-        return [results[place] for place in range(len(begin))]
+        return [results[place] for place in range(len(texts))]
 
 
-def drain(text: Run[T]) -> T:
-    """One text alone, to its end."""
-    while True:
-        try:
-            next(text)
-        except StopIteration as end:
-            result: T = end.value
-            return result
+def _on_borrowed(source: SessionSource, text: Text[T]) -> Run[T]:
+    with source.borrow() as session:
+        return (yield from text(session))
+
+
+def _check_at_once(at_once: int) -> None:
+    if at_once < 1:
+        raise RequestError(f"at_once must be at least 1, found {at_once}")

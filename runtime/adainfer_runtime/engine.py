@@ -10,7 +10,7 @@ from typing import Any, Unpack
 
 from .approximate_text import ApproximateText
 from .backends import Backend, load_backend
-from .batch import BatchScheduler, TakeTurns
+from .batch import BatchScheduler, ContinuousBatching
 from .certificate import device_class, device_option
 from .choose import Chosen, choose, join_label
 from .conversation import Conversation
@@ -302,13 +302,14 @@ class Engine:
         self,
         prompts: Sequence[str | Sequence[int]],
         *,
-        scheduler: BatchScheduler = TakeTurns(),  # noqa: B008 - it is immutable
+        scheduler: BatchScheduler = ContinuousBatching(),  # noqa: B008 - it is immutable
         **options: Unpack[GenerationKeywords],
     ) -> list[GenerationResult]:
-        """`generate` for several prompts that advance together; results are those of each alone.
+        """`generate` for several prompts that advance together.
 
         Args:
-            scheduler: default: texts take turns, a token at a time, at most 8 at once.
+            scheduler: default: passes carry a position of each text, at most 8 at once. Times in
+                results are then the clock's from a text's own start, the others' work included.
             **options: as for `generate`; a timeout is of each text, from its own start.
 
         Raises:
@@ -316,7 +317,7 @@ class Engine:
         """
         asked = GenerationOptions.of(options)
         requests = [prepare(self, self._tokens(prompt), asked) for prompt in prompts]
-        return scheduler.run([request.run_to_result for request in requests])
+        return scheduler.run([request.run_to_result for request in requests], self)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationKeywords]

@@ -329,7 +329,8 @@ class Manifest(_Record):
 
     `stages` is the decoder as it was cut. Where `joined` is not empty, neighbouring stages without
     an exit point between them were joined: these graphs run the layers instead. That is done
-    unless the user fixed `layers_per_engine`.
+    unless the user fixed `layers_per_engine`. Stages that are `batched` take a position of each of
+    several sequences in one pass.
 
     `exit` is the exit graph of mode `adaptive`, `other_exits` are further ones, each with another
     kind of classifier, that requests and evaluations may name. `choice_exit` is for choices among
@@ -352,6 +353,7 @@ class Manifest(_Record):
     kv: KvGeometry
     stages: tuple[StageSpec, ...]
     pass_tensors: tuple[TensorSpec, ...] = ()
+    batched: bool = False
     joined: tuple[StageSpec, ...] = ()
     exit: ExitSpec | None = None
     other_exits: tuple[ExitSpec, ...] = ()

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 
 import numpy as np
 import numpy.typing as npt
 
-from .backends import Backend, ExitEvidence, ProbeResult, SequenceBuffers
+from .backends import Backend, ExitEvidence, ProbeResult, SequenceBatch, SequenceBuffers
 from .backends.base import Float32
 
 __all__ = ["ProfiledBackend", "StageClock", "measuring"]
@@ -19,30 +19,34 @@ __all__ = ["ProfiledBackend", "StageClock", "measuring"]
 class StageClock:
     """Seconds by kind of stage: `embed`, `layers`, `probe`, `adapter`, `translate`, `classifier`.
 
-    One clock may serve several threads: each adds to the request that it is working for.
+    One clock may serve several threads, and texts that a thread advances by turns: each adds to the
+    request that it is working for.
     """
 
     def __init__(self) -> None:
-        self._local = threading.local()
+        self._seconds: ContextVar[dict[str, float] | None] = ContextVar("seconds", default=None)
 
     @contextmanager
     def into(self, seconds: dict[str, float]) -> Iterator[None]:
         """What this thread measures meanwhile is added here."""
-        outer = getattr(self._local, "seconds", None)
-        self._local.seconds = seconds
+        token = self._seconds.set(seconds)
         try:
             yield
         finally:
-            self._local.seconds = outer
+            self._seconds.reset(token)
 
     @contextmanager
     def measure(self, kind: str) -> Iterator[None]:
         """Adds the time of the block; outside of `into` it is dropped."""
         start = time.perf_counter()
         yield
-        seconds = getattr(self._local, "seconds", None)
-        if seconds is not None:
-            seconds[kind] = seconds.get(kind, 0.0) + time.perf_counter() - start
+        self.add(kind, time.perf_counter() - start)
+
+    def add(self, kind: str, seconds: float) -> None:
+        """Adds a time that was measured elsewhere, such as a share of a pass of several texts."""
+        sums = self._seconds.get()
+        if sums is not None:
+            sums[kind] = sums.get(kind, 0.0) + seconds
 
 
 def measuring(clock: StageClock | None, seconds: dict[str, float]) -> AbstractContextManager[None]:
@@ -65,6 +69,10 @@ class ProfiledBackend:
     def open_sequence(self) -> SequenceBuffers:
         """Buffers that are measured too."""
         return _ProfiledBuffers(self._inner.open_sequence(), self._clock)
+
+    def open_batch(self, slots: int) -> SequenceBatch | None:
+        """The inner one's; whoever puts passes together knows whose time they take."""
+        return self._inner.open_batch(slots)
 
     def wait(self) -> None:
         """For the inner one."""

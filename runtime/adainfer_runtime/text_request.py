@@ -51,10 +51,9 @@ class TextRequest:
             last = yield from self.run(session)
         yield last
 
-    def run_to_result(self) -> Generator[StreamEvent, None, GenerationResult]:
-        """The same, for callers who want nothing but the result."""
-        with self.engine.borrow() as session:
-            last = yield from self.run(session)
+    def run_to_result(self, session: Session) -> Generator[StreamEvent, None, GenerationResult]:
+        """`run`, for callers who want nothing but the result."""
+        last = yield from self.run(session)
         if last.result is None:
             raise AssertionError("a stream ends with its result")
         return last.result

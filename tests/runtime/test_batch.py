@@ -2,32 +2,37 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adainfer_runtime.batch import TakeTurns, drain
+from adainfer_runtime.batch import ContinuousBatching, TakeTurns
 from adainfer_runtime.decode_options import DecodeOptions
 from adainfer_runtime.draft_schedule import Fixed
+from adainfer_runtime.engine import Engine
 from adainfer_runtime.errors import DeadlineError, RequestError
+from adainfer_runtime.exit_policy import FixedExit, NoExit
 
 PROMPTS = [[5, 17, 200], [43], [9, 120, 77, 5, 6, 8, 31], [250, 251], [12, 13, 14, 15], [99, 3]]
+SCHEDULERS = [TakeTurns, ContinuousBatching]
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=24, deadline=None)
 @given(
     order=st.permutations(range(len(PROMPTS))),
     at_once=st.integers(1, 8),
+    scheduler=st.sampled_from(SCHEDULERS),
     mode=st.sampled_from(["off", "verified"]),
     new=st.integers(1, 14),
 )
-def test_results_depend_on_neither_order_nor_company(tiny, order, at_once, mode, new):
+def test_results_depend_on_neither_order_nor_company(tiny, order, at_once, scheduler, mode, new):
     engine = tiny("llama").engine
     options = DecodeOptions(draft_layer=3, draft_schedule=Fixed(2))
     settings = {"max_new_tokens": new, "mode": mode, "decoding": options}
     alone = [engine.generate(prompt, **settings) for prompt in PROMPTS]
     together = engine.generate_batch(
-        [PROMPTS[place] for place in order], scheduler=TakeTurns(at_once), **settings
+        [PROMPTS[place] for place in order], scheduler=scheduler(at_once), **settings
     )
     for place, result in zip(order, together, strict=True):
         expected = alone[place]
@@ -38,6 +43,109 @@ def test_results_depend_on_neither_order_nor_company(tiny, order, at_once, mode,
         assert result.layers_saved == expected.layers_saved
 
 
+def walk(prompt, exits):
+    """A text that exits at given layers (0: nowhere), and leaves its caches."""
+
+    def text(session):
+        tokens, before = [], session.count
+        session.extend(prompt)
+        for layer in exits:
+            policy = FixedExit(layer) if layer else NoExit()
+            tokens.append(session.predict(policy).result.token)
+            yield
+            session.extend(tokens[-1:])
+        session.complete()
+        caches = [session.kv(layer) for layer in range(1, session.depth + 1)]
+        copies = [(key.copy(), value.copy()) for key, value in caches]
+        return tokens, session.filled, session.count - before, copies
+
+    return text
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    exits=st.lists(st.lists(st.integers(0, 4), max_size=9), min_size=2, max_size=6),
+    at_once=st.integers(2, 6),
+)
+def test_texts_that_exit_at_different_layers_leave_the_caches_that_they_leave_alone(
+    tiny, exits, at_once
+):
+    engine = tiny("llama").engine
+    texts = [walk(prompt, layers) for prompt, layers in zip(PROMPTS, exits, strict=False)]
+    together = ContinuousBatching(at_once).run(texts, engine)
+    alone = TakeTurns().run(texts, engine)
+    for (tokens, filled, count, caches), expected in zip(together, alone, strict=True):
+        assert (tokens, filled, count) == expected[:3]
+        np.testing.assert_allclose(caches, expected[3], atol=2e-5)
+
+
+def counted_runs(engine, monkeypatch):
+    """Rows of every pass of the first stage that several texts share."""
+    rows = []
+    opened = engine.backend.open_batch
+
+    def open_batch(slots):
+        batch = opened(slots)
+        run = batch.run_stage
+
+        def run_stage(index, first, pasts):
+            if index == 0:
+                rows.append(len(pasts))
+            run(index, first, pasts)
+
+        monkeypatch.setattr(batch, "run_stage", run_stage)
+        return batch
+
+    monkeypatch.setattr(engine.backend, "open_batch", open_batch)
+    return rows
+
+
+def test_passes_are_shared_and_ranks_are_closed(tiny, monkeypatch):
+    engine = tiny("llama").engine
+    rows = counted_runs(engine, monkeypatch)
+    prompts = [[5, 17, 200], [43, 2], [9, 120], [250, 251]]
+    lengths = [2, 6, 3, 6]
+    texts = [walk(prompt, [0] * new) for prompt, new in zip(prompts, lengths, strict=True)]
+    together = ContinuousBatching().run(texts, engine)
+    # The last token of each is completed as well. When the first and third text have ended, the
+    # other two share passes although they began in the slots 2 and 4.
+    assert rows == [4, 4, 3, 2, 2, 2]
+    assert [tokens for tokens, *_ in together] == [
+        tokens for tokens, *_ in TakeTurns().run(texts, engine)
+    ]
+
+
+def test_a_newcomer_joins_in_the_step_of_the_others(tiny, monkeypatch):
+    engine = tiny("llama").engine
+    rows = counted_runs(engine, monkeypatch)
+    texts = [walk(prompt, [0] * new) for prompt, new in zip(PROMPTS[2:5], [2, 8, 3], strict=True)]
+    ContinuousBatching(2).run(texts, engine)
+    assert rows == [2] * 5
+
+
+def test_where_passes_cannot_be_shared_texts_take_turns(tiny, monkeypatch):
+    engine = tiny("llama").engine
+    monkeypatch.setattr(engine.backend, "open_batch", lambda slots: None)
+    results = engine.generate_batch(PROMPTS, max_new_tokens=4)
+    assert [result.tokens for result in results] == [
+        engine.generate(prompt, max_new_tokens=4).tokens for prompt in PROMPTS
+    ]
+
+
+def test_stages_of_other_dialects_are_not_batched(tiny):
+    assert tiny("llama").engine.backend.open_batch(2) is not None
+    assert tiny("llama", target="onnx-std").engine.backend.open_batch(2) is None
+
+
+def test_shares_of_shared_passes_add_up(tiny):
+    engine = Engine.load(tiny("llama").folder, profile=True)
+    results = engine.generate_batch(PROMPTS, max_new_tokens=8, ignore_eos=True)
+    for result in results:
+        seconds = result.statistics.stage_seconds
+        assert {"embed", "layers", "probe"} <= seconds.keys()
+        assert 0 < sum(seconds.values()) <= result.seconds
+
+
 def counting(number, tokens, log):
     for token in range(tokens):
         log.append((number, token))
@@ -45,40 +153,50 @@ def counting(number, tokens, log):
     return number * 10
 
 
-def test_turns_are_fair_and_room_is_limited():
+def test_turns_are_fair_and_room_is_limited(tiny):
     log = []
-    begin = [lambda n=n: counting(n, 2 + n, log) for n in range(3)]
-    assert TakeTurns(2).run(begin) == [0, 10, 20]
+    texts = [lambda _, n=n: counting(n, 2 + n, log) for n in range(3)]
+    engine = tiny("llama").engine
+    assert TakeTurns(2).run(texts, engine) == [0, 10, 20]
     assert log == [(0, 0), (1, 0), (0, 1), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2), (2, 3)]
-    assert TakeTurns().run([]) == []
-    assert drain(counting(4, 3, log)) == 40
+    assert TakeTurns().run([], engine) == []
+    assert ContinuousBatching().run([], engine) == []
 
 
-def test_a_failure_closes_the_others():
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_a_failure_closes_the_others(tiny, scheduler):
     closed = []
 
-    def patient():
+    def patient(session):
+        session.extend([5, 6])
         try:
             while True:
+                session.extend([session.predict(NoExit()).result.token])
                 yield
-        finally:
+        except GeneratorExit:
             closed.append(True)
+            raise
 
-    def failing():
+    def failing(session):
+        session.extend([7])
+        session.predict(NoExit())
         yield
         raise DeadlineError("over")
 
     with pytest.raises(DeadlineError, match="over"):
-        TakeTurns().run([patient, failing, patient])
+        scheduler().run([patient, failing, patient], tiny("llama").engine)
     assert len(closed) == 2
     with pytest.raises(RequestError, match="at_once must be at least 1, found 0"):
-        TakeTurns(0)
+        scheduler(0)
 
 
-def test_an_engine_outlives_a_batch_that_failed(tiny):
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_an_engine_outlives_a_batch_that_failed(tiny, scheduler):
     engine = tiny("llama").engine
     with pytest.raises(DeadlineError):
-        engine.generate_batch(PROMPTS, max_new_tokens=40, timeout=0.0, ignore_eos=True)
+        engine.generate_batch(
+            PROMPTS, scheduler=scheduler(), max_new_tokens=40, timeout=0.0, ignore_eos=True
+        )
     with pytest.raises(RequestError, match="token id 999 is outside"):
         engine.generate_batch([[5], [999]], max_new_tokens=4)
     assert len(engine.generate_batch(["a", "bc"], max_new_tokens=3, ignore_eos=True)[1].tokens) == 3

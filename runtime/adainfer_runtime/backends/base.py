@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Backend", "ExitEvidence", "ProbeResult", "SequenceBuffers"]
+__all__ = ["Backend", "ExitEvidence", "ProbeResult", "SequenceBatch", "SequenceBuffers"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -78,6 +78,26 @@ class SequenceBuffers(Protocol):
         """Views of K and V of a layer (1-based), `[kv_heads, max_length, head_dim]`."""
 
 
+class SequenceBatch(Protocol):
+    """Several sequences, each in a slot, whose passes of one position may be put together."""
+
+    def sequence(self, slot: int) -> SequenceBuffers:
+        """The sequence in a slot, for passes of its own."""
+
+    def run_stage(self, index: int, first: int, pasts: Sequence[int]) -> None:
+        """Runs layer stage `index` on row 0 of its input, for the sequences in the slots from
+        `first` on, one for each of `pasts`: positions that these layers already have in its cache.
+        """
+
+    def probe(self, hidden: Float32) -> list[ProbeResult]:
+        """The probe of every row `[rows, hidden_size]`."""
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Puts the sequence of one slot, `length` positions long, into another one; the sequence
+        that was there takes its place, with nothing in its cache.
+        """
+
+
 class Backend(Protocol):
     """A folder's stages, loaded; immutable and shared by all sequences."""
 
@@ -87,6 +107,9 @@ class Backend(Protocol):
 
     def open_sequence(self) -> SequenceBuffers:
         """Memory for one sequence."""
+
+    def open_batch(self, slots: int) -> SequenceBatch | None:
+        """Memory for several, or None where every pass is of one sequence."""
 
     def wait(self) -> None:
         """Returns once everything that was asked for is done: what a clock has to wait for."""

@@ -59,6 +59,9 @@ class DeviceBackend:
         """Memory for one sequence."""
         return DeviceSequence(self.manifest, self._stages, self._driver, self.max_rows)
 
+    def open_batch(self, slots: int) -> None:
+        """Every pass is of one sequence."""
+
     def wait(self) -> None:
         """For the stream."""
         self._driver.wait()

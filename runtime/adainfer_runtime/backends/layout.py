@@ -154,6 +154,51 @@ class SequenceLayout:
         }
         return StageRun(inputs, outputs)
 
+    @property
+    def cache_names(self) -> tuple[str, ...]:
+        """Buffers of K and V, which sequences of a batch have in one block each."""
+        layers = range(1, self._manifest.model.num_layers + 1)
+        return tuple(f"{part}.{layer}" for layer in layers for part in ("key", "value"))
+
+    def batch_buffers(self, slots: int) -> dict[str, BufferSpec]:
+        """What several sequences share: a row of hidden states each, lengths, blocks of caches."""
+        own = self.buffers()
+        found = {
+            name: BufferSpec("float32", (slots, self._width)) for name in ("hidden.0", "hidden.1")
+        }
+        for name in self.cache_names:
+            found[name] = BufferSpec(own[name].dtype, (slots, *own[name].shape[1:]))
+        for name, values in self.batch_inputs((0,) * slots).items():
+            found[name] = BufferSpec(str(values.dtype), values.shape)
+        return found
+
+    def batch_inputs(self, pasts: Sequence[int]) -> dict[str, npt.NDArray[np.generic]]:
+        """`host_inputs` of a position of each of several sequences."""
+        return {
+            "seqlens_k": np.array(pasts, np.int32),
+            "total_sequence_length": np.array(max(pasts) + 1, np.int32),
+        }
+
+    def batch_stage(self, index: int, first: int, count: int) -> StageRun:
+        """Layer stage `index` over a position of each of the sequences in the slots `first` …
+        `first + count - 1`.
+        """
+        run = self.stage(index, 1, 0)
+        lengths = self.batch_inputs((0,) * count)
+        caches = frozenset(self.cache_names)
+
+        def widened(region: Region) -> Region:
+            if region.buffer in lengths:
+                return _whole(region.buffer, lengths[region.buffer])
+            offset = first * region.bytes if region.buffer in caches else 0
+            return Region(region.buffer, region.dtype, (count, *region.shape[1:]), offset)
+
+        return StageRun(
+            {name: widened(region) for name, region in run.inputs.items()},
+            {name: widened(region) for name, region in run.outputs.items()},
+            run.aliases,
+        )
+
     def stage(self, index: int, rows: int, past: int) -> StageRun:
         """Layer stage `index` (0-based) over `rows` positions behind `past` earlier ones."""
         spec = self._manifest.layer_stages[index]

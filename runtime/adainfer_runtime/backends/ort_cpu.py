@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +16,15 @@ import numpy.typing as npt
 from ..errors import DeviceError, ExitUnavailableError, RequestError, StageError
 from ..manifest import Manifest
 from .base import ExitEvidence, Float32, ProbeResult
-from .host_memory import lazy_zeros, memory_limit
-from .layout import Region, SequenceLayout, StageRun, hidden_buffer
+from .host_memory import memory_limit
+from .ort_batch import OrtBatch
+from .ort_sequence import OrtSequence
 from .rescore import rescored
 
 __all__ = ["OrtCpuBackend", "fits_twice", "load", "open_session"]
 
 _LOG = logging.getLogger(__name__)
 _MAX_ROWS = 512
-# Bindings that a sequence keeps, in row counts: decode, drafts, the usual prompt chunk.
-_KEPT_ROW_COUNTS = 8
 # The rest is for KV caches, activations and the application itself.
 _SHARE_OF_TWO_COPIES = 0.25
 
@@ -196,9 +194,13 @@ class OrtCpuBackend:
         wide = self._wide.get(index) if rows >= self._wide_rows else None
         return wide or self._stages[index]
 
-    def open_sequence(self) -> _OrtSequence:
+    def open_sequence(self) -> OrtSequence:
         """Memory and bindings for one sequence."""
-        return _OrtSequence(self)
+        return OrtSequence(self)
+
+    def open_batch(self, slots: int) -> OrtBatch | None:
+        """Caches of several sequences in one block, where the stages take them so."""
+        return OrtBatch(self, slots) if self.manifest.batched else None
 
     def wait(self) -> None:
         """Runs are done when they return."""
@@ -208,6 +210,13 @@ class OrtCpuBackend:
         feed = {"hidden": hidden.reshape(1, 1, -1)}
         logits, token, top_prob, gap = self._probe.run(["logits", "token", "top_prob", "gap"], feed)
         return ProbeResult(int(token[0, 0]), float(top_prob[0, 0]), float(gap[0, 0]), logits[0, 0])
+
+    def probe_rows(self, hidden: Float32) -> list[ProbeResult]:
+        """Positions `[rows, hidden_size]`."""
+        outputs = ["logits", "token", "top_prob", "gap"]
+        logits, token, top_prob, gap = self._probe.run(outputs, {"hidden": hidden[None]})
+        rows = zip(token[0], top_prob[0], gap[0], logits[0], strict=True)
+        return [ProbeResult(int(t), float(p), float(g), scores) for t, p, g, scores in rows]
 
     def probe_candidates(self, hidden: Float32, candidates: npt.NDArray[np.int64]) -> ProbeResult:
         """One position `[hidden_size]`, some tokens."""
@@ -281,110 +290,6 @@ class OrtCpuBackend:
         }
         score, next_state = self._classifiers[graph].run(["score", "next_state"], feed)
         return float(score[0]), next_state[0]
-
-
-class _OrtSequence:
-    """See `base.SequenceBuffers`: a layout's buffers in the process's own memory."""
-
-    def __init__(self, backend: OrtCpuBackend) -> None:
-        manifest = backend.manifest
-        self._backend = backend
-        self._layout = SequenceLayout(manifest, backend.max_rows)
-        self._memory = {name: lazy_zeros(spec) for name, spec in self._layout.buffers().items()}
-        self.pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
-        self._caches = {
-            layer: (self._cache("key", layer), self._cache("value", layer))
-            for layer in range(1, manifest.model.num_layers + 1)
-        }
-        self._prepared: tuple[int, int] | None = None
-        self._bound: dict[int, list[Callable[[], None]]] = {}
-        self._bound_embed: dict[int, Callable[[], None]] = {}
-
-    def embed(self, tokens: npt.NDArray[np.int64], start: int) -> None:
-        """`[rows]` token ids into hidden buffer 0."""
-        rows = len(tokens)
-        for name, values in self._layout.embed_inputs(tokens, start).items():
-            self._memory[name][:rows] = values
-        run = self._bound_embed.get(rows)
-        if run is None:
-            run = self._bind(self._backend.embed, self._layout.embed(rows))
-            _keep(self._bound_embed, rows, run)
-        run()
-
-    def run_stage(self, index: int, rows: int, past: int) -> None:
-        """One layer stage over `rows` positions."""
-        if self._prepared != (rows, past):
-            self._prepare(rows, past)
-        if self._layout.varies_with_past:
-            self._bind_stage(index, rows, past)()
-            return
-        bound = self._bound.get(rows)
-        if bound is None:
-            stages = range(len(self._backend.manifest.layer_stages))
-            bound = [self._bind_stage(i, rows, past) for i in stages]
-            _keep(self._bound, rows, bound)
-        bound[index]()
-
-    def hidden(self, index: int, rows: int) -> Float32:
-        """Rows of the buffer that stage `index` reads."""
-        view: Float32 = self._memory[hidden_buffer(index)][:rows]
-        return view
-
-    def write_kv(self, layer: int, start: int, key: Float32, value: Float32) -> None:
-        """Into the cache that the layer's stages are bound to."""
-        end = start + key.shape[1]
-        cached_key, cached_value = self._caches[layer]
-        cached_key[:, start:end], cached_value[:, start:end] = key, value
-
-    def kv(self, layer: int) -> tuple[Float32, Float32]:
-        """K and V of a layer, without the batch axis (copies, where they are kept in 16 bits)."""
-        key, value = self._caches[layer]
-        return key.astype(np.float32, copy=False), value.astype(np.float32, copy=False)
-
-    def _cache(self, part: str, layer: int) -> npt.NDArray[Any]:
-        return self._layout.cache_view(layer, self._memory[f"{part}.{layer}"])
-
-    def _prepare(self, rows: int, past: int) -> None:
-        for name, value in self._layout.host_inputs(rows, past).items():
-            self._memory[name].reshape(-1)[: value.size] = value.reshape(-1)
-        run = self._layout.positions(rows, past)
-        if run is not None:
-            self._bind(self._backend.positions, run)()
-        self._prepared = (rows, past)
-
-    def _bind_stage(self, index: int, rows: int, past: int) -> Callable[[], None]:
-        session = self._backend.stage(index, rows)
-        return self._bind(session, self._layout.stage(index, rows, past))
-
-    def _bind(self, session: Any, run: StageRun) -> Callable[[], None]:
-        binding = session.io_binding()
-        for name, region in run.inputs.items():
-            binding.bind_input(name, "cpu", 0, *self._place(region))
-        for name, region in run.outputs.items():
-            binding.bind_output(name, "cpu", 0, *self._place(region))
-        return _runner(session, binding)
-
-    def _place(self, region: Region) -> tuple[Any, tuple[int, ...], int]:
-        array = self._memory[region.buffer]
-        return array.dtype.type, region.shape, array.ctypes.data + region.offset
-
-
-def _runner(session: Any, binding: Any) -> Callable[[], None]:
-    run = session.run_with_iobinding
-
-    def call() -> None:
-        # Without RunOptions: ONNX Runtime 1.32 looks an entry up in them by a C++ exception, which
-        # costs 50 µs a run (SmolLM2: 35% of a decoded token's layers).
-        run(binding)
-
-    return call
-
-
-def _keep(cache: dict[int, Any], rows: int, value: Any) -> None:
-    if len(cache) >= _KEPT_ROW_COUNTS:
-        oldest = next((key for key in cache if key != 1), 1)  # decode's binding stays
-        del cache[oldest]
-    cache[rows] = value
 
 
 def _usable_cores() -> int:
