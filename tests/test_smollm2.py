@@ -26,6 +26,7 @@ from adainfer_runtime import (
 )
 from adainfer_runtime.sampling import make_sampler
 
+from .export.context_folder import make_context_folder
 from .reference import reference_greedy, reference_logits
 
 
@@ -281,6 +282,46 @@ def test_cache_after_forced_exits_equals_off(engine, policy):
     for layer in range(1, 31):
         for mine, full in zip(session.kv(layer), off.kv(layer), strict=True):
             np.testing.assert_allclose(mine, full, atol=1e-4 * max(1.0, np.abs(full).max()))
+
+
+def check_equal(session, off):
+    """Tokens, hidden states and KV of two sessions that are complete."""
+    assert session.tokens == off.tokens
+    np.testing.assert_allclose(
+        session.hidden(), off.hidden(), atol=1e-4 * np.abs(off.hidden()).max()
+    )
+    for layer in range(1, 31):
+        for mine, full in zip(session.kv(layer), off.kv(layer), strict=True):
+            np.testing.assert_allclose(mine, full, atol=1e-4 * max(1.0, np.abs(full).max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accepted", [False, True])
+def test_context_exits_are_exact_in_the_end(smollm2_fp32, tmp_path, accepted):
+    """Every check refused: all is as in mode off. Every check accepted: the prompt's own tokens'
+    K and V, and the text behind the first token, are the full model's.
+    """
+    examples = builtin_examples(seed=5)
+    parts = (examples[:120], examples[120:150])
+    engine = Engine.load(make_context_folder(smollm2_fp32, tmp_path / "fp32", (17, 21, 25), parts))
+    policy = engine.policy("context", threshold=-float("inf") if accepted else float("inf"))
+    early = 0
+    for ids in prompts(engine, 30):
+        session = engine.session()
+        session.extend(ids)
+        first = session.predict(policy)
+        early += first.exit_layer < 30
+        for token in (first.result.token, 100, 2000):
+            session.extend([token])
+            session.predict(NoExit())
+        off = engine.session()
+        off.extend(session.tokens)
+        off.complete()
+        check_equal(session, off)
+        if not accepted:
+            off.truncate(len(ids))
+            assert first.result.token == off.predict(NoExit()).result.token
+    assert early == (30 if accepted else 0)
 
 
 def test_calibrated_engine_exits_early_and_mostly_agrees(smollm2_int4, tmp_path):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -303,6 +304,7 @@ class Engine:
         prompts: Sequence[str | Sequence[int]],
         *,
         scheduler: BatchScheduler = ContinuousBatching(),  # noqa: B008 - it is immutable
+        on_result: Callable[[int, GenerationResult], None] | None = None,
         **options: Unpack[GenerationKeywords],
     ) -> list[GenerationResult]:
         """`generate` for several prompts that advance together.
@@ -310,6 +312,7 @@ class Engine:
         Args:
             scheduler: default: passes carry a position of each text, at most 8 at once. Times in
                 results are then the clock's from a text's own start, the others' work included.
+            on_result: told of each text as it ends, with its place among the prompts.
             **options: as for `generate`; a timeout is of each text, from its own start.
 
         Raises:
@@ -317,7 +320,13 @@ class Engine:
         """
         asked = GenerationOptions.of(options)
         requests = [prepare(self, self._tokens(prompt), asked) for prompt in prompts]
-        return scheduler.run([request.run_to_result for request in requests], self)
+        texts = [
+            partial(
+                request.run_to_result, on_result=partial(on_result, place) if on_result else None
+            )
+            for place, request in enumerate(requests)
+        ]
+        return scheduler.run(texts, self)
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationKeywords]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -37,12 +38,21 @@ def write_prompts(path: Path, first: int, last: int) -> Path:
     return path
 
 
-def make_context_folder(engines: Path, out: Path) -> Path:
-    """A copy with exits after layers 1 to 3, accepted by top prob; thresholds spread over it."""
+def make_context_folder(
+    engines: Path,
+    out: Path,
+    layers: tuple[int, ...] = LAYERS,
+    prompts: tuple[Sequence[TaskExample], Sequence[TaskExample]] | None = None,
+) -> Path:
+    """A copy with exits after some layers, accepted by top prob; thresholds spread over it.
+
+    `prompts` are for fitting, and for the thresholds.
+    """
+    to_fit, to_score = prompts or (examples(0, 40), examples(40, 60))
     shutil.copytree(engines, out)
     manifest, files = load_manifest(out), Files(out)
     engine, rotary = Engine.load(out), read_rotary(out, load_manifest(out))
-    fitted, _ = fit_translators(engine, rotary, examples(0, 40), LAYERS, SilentReporter())
+    fitted, _ = fit_translators(engine, rotary, to_fit, layers, SilentReporter())
     points = tuple(
         ExitPoint(
             exit_layer=layer,
@@ -52,9 +62,9 @@ def make_context_folder(engines: Path, out: Path) -> Path:
             ),
             multiply_adds=1000,
         )
-        for layer in LAYERS
+        for layer in layers
     )
-    graph, _ = write_classifier(files, CONTEXT, ThresholdClassifier(LAYERS, ("top_prob",)))
+    graph, _ = write_classifier(files, CONTEXT, ThresholdClassifier(layers, ("top_prob",)))
     spec = ExitSpec(
         points=points, classifier=graph, threshold=2.0, target_agreement=0.9, answer_rows=2
     )
@@ -62,7 +72,7 @@ def make_context_folder(engines: Path, out: Path) -> Path:
     records = {path: record for path, record in files.written.items() if path in named}
     manifest = manifest.model_copy(update={"context_exit": spec, "files": manifest.files | records})
     write_manifest(out, manifest)
-    scores = observe(Engine.load(out), examples(40, 60), {}, SilentReporter())[CONTEXT].scores
+    scores = observe(Engine.load(out), to_score, {}, SilentReporter())[CONTEXT].scores
     grid = tuple(np.quantile(np.unique(scores), np.linspace(1.0, 0.0, 40)).tolist())
     spec = spec.model_copy(update={"thresholds": grid})
     write_manifest(out, manifest.model_copy(update={"context_exit": spec}))

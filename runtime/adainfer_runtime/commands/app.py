@@ -17,7 +17,7 @@ import typer
 
 from .. import __version__
 from ..errors import AdaInferError
-from . import build_tasks, chat, doctor, evaluate, inspect_folder, plan, run
+from . import batch, build_tasks, chat, doctor, evaluate, inspect_folder, plan, run
 
 __all__ = ["build_app", "main", "main_export", "run_guarded"]
 
@@ -50,7 +50,7 @@ def build_app() -> typer.Typer:
     ) -> None:
         pass
 
-    for module in (run, chat, evaluate, inspect_folder, plan, doctor, build_tasks):
+    for module in (run, batch, chat, evaluate, inspect_folder, plan, doctor, build_tasks):
         module.register(app)
     for entry in entry_points(group=_GROUP):
         # A runtime without the compiler's libraries has fewer commands, and works.
