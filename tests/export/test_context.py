@@ -301,6 +301,11 @@ def test_curves_with_and_without_translation(folder):
     for name in ("context", "propagated"):
         assert curves[name].layers_saved[0] == 0.0 and curves[name].agreement[0] == 1.0
         assert max(curves[name].layers_saved) == pytest.approx(first)
+    together = curves["combined" if engine.manifest.combined_exit else "both"]
+    # The last pair lets every first look through that a held-out prompt's equalled.
+    answer = engine.policy("adaptive").exit_layers[0]
+    earliest = 1.0 - min(answer, engine.policy("context").exit_layers[0]) / 4
+    assert 0.8 * earliest <= max(together.layers_saved) <= earliest + 1e-9
     session = engine.session()
     session.extend(engine.tokenizer.encode("3 17: x 2: y 17: z 11: and 3"))
     layer, last = engine.policy("context").exit_layers[0], session.length - 1

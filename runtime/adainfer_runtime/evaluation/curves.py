@@ -33,7 +33,9 @@ def measure_curves(
     *,
     on_example: Callable[[TaskExample], None] = lambda example: None,
 ) -> tuple[Curve, ...]:
-    """Takes every check of every prompt once; one curve per exit graph, and of combined exits.
+    """Takes every check of every prompt once; one curve per exit graph, and of answer and context
+    exits together: `combined` by the folder's pairs of thresholds; where calibration found none
+    that gained, `both`, by thresholds at the same place in either graph's grid.
 
     With context exits, prompts of one token are left out: they have no context. There is a further
     curve then, `propagated`: the same exits over K and V that the layers' own weights make of the
@@ -75,6 +77,10 @@ def measure_curves(
     }
     if (combined := manifest.combined_exit) is not None:
         looks["combined"] = _combine(looks[combined.answer], looks["context"], combined.path)
+    elif manifest.exit_graphs and manifest.context_exit is not None:
+        kind, answer = next(iter(manifest.exit_graphs.items()))
+        path = _equal_places(answer.thresholds, manifest.context_exit.thresholds)
+        looks["both"] = _combine(looks[kind], looks["context"], path)
     return tuple(_curve(name, seen, total, weights) for name, seen in looks.items())
 
 
@@ -97,6 +103,13 @@ class _Looks:
     exit_layers: tuple[int, ...]
     scores: npt.NDArray[np.float64]
     agrees: npt.NDArray[np.bool_]
+
+
+def _equal_places(*grids: Sequence[float]) -> list[tuple[float, float]]:
+    """Pairs of thresholds as far down either grid: let through by as many held-out prompts."""
+    count = min(map(len, grids))
+    places = [np.linspace(0, len(grid) - 1, count).astype(int) for grid in grids]
+    return [(grids[0][a], grids[1][c]) for a, c in zip(*places, strict=True)]
 
 
 def _combine(answer: _Looks, context: _Looks, path: Sequence[tuple[float, float]]) -> _Looks:
