@@ -230,6 +230,13 @@ def run_export(
         str | None,
         typer.Option(help="Write the weights of these layers (`12-15`) again, in a folder there."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Weight files written at a time; default: as many as cores, at most 8.",
+            show_default=False,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on where a stopped export to the same --out was."),
@@ -269,6 +276,7 @@ def run_export(
         force=force,
         storage=_storage(block_size, int8_layers),
         resume=resume,
+        workers=workers,
         layers=None if layers is None else parse_range(layers, "--layers"),
     )
     with terminal_reporter(quiet=quiet or json_output) as reporter:

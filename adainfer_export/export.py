@@ -42,7 +42,7 @@ from .sources import Checkpoint, resolve
 from .split import StageGraph, layer_groups, split_decoder
 from .stage_plan import StagePlan
 from .storage import StorageRequest
-from .writer import DataWriter
+from .writer import DataWriter, default_workers
 
 __all__ = ["ExportRequest", "ExportResult", "export"]
 
@@ -68,6 +68,8 @@ class ExportRequest:
             one is stopped too.
         layers: (first, last) layers to write again into the folder `out`, which must be the same
             export of the same source; nothing else is touched.
+        workers: data files that are written at a time, each with the memory of its largest pieces;
+            None: as many as cores, at most 8.
     """
 
     model: str
@@ -84,6 +86,7 @@ class ExportRequest:
     storage: StorageRequest = _AS_THE_PRECISION_SAYS
     resume: bool = False
     layers: tuple[int, int] | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,8 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
         require_shortlist(target)
     if request.layers_per_engine is not None and request.layers_per_engine < 1:
         raise UnsupportedError("--layers-per-engine must be at least 1")
+    if request.workers is not None and request.workers < 1:
+        raise UnsupportedError("--workers must be at least 1")
     if request.layers is None:
         check_output(request.out, force=request.force)
     checkpoint = resolve(request.model, revision=request.revision, weights=request.weights)
@@ -149,11 +154,9 @@ def _write_folder(
     remove_others(folder, {*plan.layout.graphs, *journal.finished(), JOURNAL_NAME})
     plans = plan.layout.plans
     reporter.begin("writing weights", len(plans))
-    written = {}
     writer = DataWriter(folder, plan.checkpoint, journal)
-    for data in plans:
-        written[data.file] = writer.write(data)
-        reporter.step(Path(data.file).stem)
+    workers = request.workers or default_workers()
+    written = writer.write_all(plans, workers, lambda file: reporter.step(Path(file).stem))
     matrices = [matrix for file in written.values() for matrix in file.matrices]
     tokenizer, tokenizer_files = _write_tokenizer(folder, plan.checkpoint)
     files = plan.layout.graphs | {name: file.record for name, file in written.items()}

@@ -63,6 +63,10 @@ class Journal:
             return None
         return written if file_sha256(path) == written.record.sha256 else None
 
+    def holds(self, file: str, written: Written) -> bool:
+        """Whether it was noted so."""
+        return self._written.get(file) == written
+
     def note(self, file: str, written: Written) -> None:
         """A file is finished and on disk."""
         matrices = [asdict(matrix) for matrix in written.matrices]

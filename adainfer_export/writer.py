@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,16 @@ from .quantisation_report import StoredMatrix
 from .sources.checkpoint import Checkpoint
 from .weights import Blocked, Columns, ErrorSum, stream
 
-__all__ = ["DataWriter"]
+__all__ = ["DataWriter", "default_workers"]
+
+_MOST_WORKERS = 8  # each holds pieces of its own, and disks keep up with few
+
+
+def default_workers() -> int:
+    """As many as this process may use cores, at most 8."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return min(cores, _MOST_WORKERS)
 
 
 @dataclass(frozen=True)
@@ -36,12 +46,48 @@ class DataWriter:
     checkpoint: Checkpoint
     journal: Journal
 
+    def write_all(
+        self, plans: Sequence[DataPlan], workers: int, on_file: Callable[[str], None]
+    ) -> dict[str, Written]:
+        """Every file, several at a time; a file is the same whoever writes it.
+
+        Threads, not processes: quantising, hashing and writing leave Python's lock alone, and a
+        process would import all libraries again.
+
+        Args:
+            on_file: told of each finished file, in the caller's thread.
+
+        Raises:
+            CheckpointError: see `write`; files that are not begun are left out then.
+        """
+        with ThreadPoolExecutor(workers, "adainfer-writer") as pool:
+            running = {pool.submit(self._find_or_write, plan): plan.file for plan in plans}
+            try:
+                for future in as_completed(running):
+                    self._noted(running[future], future.result())
+                    on_file(running[future])
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                for future, file in running.items():
+                    if not future.cancelled() and future.exception() is None:
+                        self._noted(file, future.result())  # for whoever resumes
+                raise
+        return {file: future.result() for future, file in running.items()}
+
     def write(self, plan: DataPlan) -> Written:
         """The file as the plan says, on disk when this returns; kept where it is there already.
 
         Raises:
             CheckpointError: a tensor is damaged, or another than its shape said.
         """
+        return self._noted(plan.file, self._find_or_write(plan))
+
+    def _noted(self, file: str, written: Written) -> Written:
+        if not self.journal.holds(file, written):
+            self.journal.note(file, written)
+        return written
+
+    def _find_or_write(self, plan: DataPlan) -> Written:
         done = self.journal.find(plan.file, self.root)
         if done is not None:
             return done
@@ -56,9 +102,7 @@ class DataWriter:
                     "the checkpoint changed during the export"
                 )
             record = file.finish()
-        written = Written(record, matrices)
-        self.journal.note(plan.file, written)
-        return written
+        return Written(record, matrices)
 
     def _write_group(self, file: _DataFile, group: tuple[Any, ...]) -> Iterator[StoredMatrix]:
         errors, current = ErrorSum(), None

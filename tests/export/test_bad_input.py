@@ -214,7 +214,7 @@ def test_interrupt_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     def interrupted(self, plan):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(writer.DataWriter, "write", interrupted)
+    monkeypatch.setattr(writer.DataWriter, "_find_or_write", interrupted)
     before = set(tmp_path.iterdir())
     with pytest.raises(KeyboardInterrupt):
         run(checkpoint, tmp_path / "out")
@@ -232,11 +232,11 @@ def test_killed_export_leaves_nothing_that_loads(checkpoint, tmp_path):
         "from pathlib import Path\n"
         "from adainfer_export import ExportRequest, export, export as _\n"
         "from adainfer_export import writer\n"
-        "write = writer.DataWriter.write\n"
+        "write = writer.DataWriter._find_or_write\n"
         "def killed(self, plan):\n"
         "    if 'probe' in plan.file: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return write(self, plan)\n"
-        "writer.DataWriter.write = killed\n"
+        "writer.DataWriter._find_or_write = killed\n"
         "export(ExportRequest(sys.argv[1], Path(sys.argv[2]), precision='fp32'))\n"
     )
     out = tmp_path / "out"

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -30,7 +31,7 @@ def counted(self, content):
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
 writer._DataFile._write = counted
-export(ExportRequest(sys.argv[1], Path(sys.argv[2]), resume=True))
+export(ExportRequest(sys.argv[1], Path(sys.argv[2]), resume=True, workers=1))
 """
 
 
@@ -88,7 +89,7 @@ def stopped(checkpoint, tmp_path, monkeypatch):
     """An export with --resume that an interrupt stopped before its probe."""
     from adainfer_export import writer
 
-    write = writer.DataWriter.write
+    write = writer.DataWriter._find_or_write
 
     def interrupted(self, plan):
         if "probe" in plan.file:
@@ -96,11 +97,42 @@ def stopped(checkpoint, tmp_path, monkeypatch):
         return write(self, plan)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer.DataWriter, "write", interrupted)
+        patch.setattr(writer.DataWriter, "_find_or_write", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(checkpoint, tmp_path / "out", resume=True)
     (folder,) = remains(tmp_path)
     return folder
+
+
+def test_workers_write_the_same_bytes_and_keep_what_is_finished(checkpoint, tmp_path, monkeypatch):
+    """A file that fails ends the export; what others finished meanwhile is not lost."""
+    from adainfer_export import writer
+
+    whole = run(checkpoint, tmp_path / "whole", workers=1)
+    assert run(checkpoint, tmp_path / "out", workers=4) == whole
+    for name in whole.files:
+        content = (tmp_path / "out" / name).read_bytes()
+        assert content == (tmp_path / "whole" / name).read_bytes()
+    write, other = writer.DataWriter._find_or_write, threading.Event()
+
+    def failing(self, plan):
+        if "layer_002" in plan.file:
+            assert other.wait(60)
+            raise OSError(28, "No space left on device")
+        if "layer_003" in plan.file:
+            other.set()
+        return write(self, plan)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer.DataWriter, "_find_or_write", failing)
+        with pytest.raises(OutputError, match="what is finished was kept for --resume"):
+            run(checkpoint, tmp_path / "third", resume=True, workers=2)
+    spy = Spy(monkeypatch)
+    assert run(checkpoint, tmp_path / "third", resume=True) == whole
+    assert "layer_002.data" in spy.written
+    assert not {"embed.data", "layer_001.data", "layer_003.data"} & set(spy.written)
+    with pytest.raises(UnsupportedError, match="--workers must be at least 1"):
+        run(checkpoint, tmp_path / "fourth", workers=0)
 
 
 def test_only_what_is_missing_is_written(stopped, checkpoint, tmp_path, monkeypatch):
@@ -118,7 +150,7 @@ def test_a_finished_file_that_was_damaged_is_written_again(
     path.write_bytes(content)
     spy = Spy(monkeypatch)
     run(checkpoint, tmp_path / "out", resume=True)
-    assert spy.written == ["layer_002.data", "probe.data"]
+    assert sorted(spy.written) == ["layer_002.data", "probe.data"]
 
 
 def test_a_line_that_the_kill_cut_short_is_no_line(stopped, checkpoint, tmp_path, monkeypatch):
