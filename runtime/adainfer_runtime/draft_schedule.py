@@ -11,6 +11,7 @@ from .decode_costs import DecodeCosts, expected_tokens
 from .manifest import Manifest
 
 __all__ = [
+    "UNKNOWN_AGREEMENT",
     "Acceptance",
     "Adaptive",
     "DraftSchedule",
@@ -19,7 +20,7 @@ __all__ = [
     "default_draft_layer",
 ]
 
-_UNKNOWN_AGREEMENT = 0.6
+UNKNOWN_AGREEMENT = 0.6  # of a folder that says nothing about its exit points
 
 
 class Acceptance:
@@ -128,7 +129,7 @@ def default_draft_layer(manifest: Manifest, costs: DecodeCosts) -> int | None:
     known = agreement_by_layer(manifest)
     best: dict[int, float] = {}
     for layer in manifest.exit_points:
-        rate = known.get(layer, _UNKNOWN_AGREEMENT)
+        rate = known.get(layer, UNKNOWN_AGREEMENT)
         best[layer] = min(costs.per_token(layer, n, rate) for n in range(1, 8))
     return min(best, key=lambda layer: (best[layer], -layer), default=None)
 

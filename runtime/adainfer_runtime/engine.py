@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -16,6 +16,7 @@ from .certificate import device_class, device_option
 from .choose import Chosen, choose, join_label
 from .conversation import Conversation
 from .decode_costs import DecodeCosts, decode_costs
+from .decode_plan import DecodeForecast, forecast_decode
 from .engine_folder import load_manifest, verify_files
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
@@ -32,6 +33,7 @@ from .planning import (
     machine,
     pick_mode,
 )
+from .planning.choose import exit_shares
 from .profile import ProfiledBackend, StageClock, measuring
 from .results import ChoiceResult, GenerationResult, StreamEvent
 from .session import ExitProbe, Session
@@ -269,6 +271,20 @@ class Engine:
             known = decode_costs(self._manifest, self._here, shortlist=probe == "shortlist")
             self._costs[probe] = known
         return known
+
+    def decode_forecasts(self, *, level: float | None = None) -> tuple[DecodeForecast, ...]:
+        """What exits and drafts are expected to gain in decode, by mode, exit point and probe.
+
+        A level that is not certified leaves mode `adaptive` out, as mode `auto` does.
+        """
+        strictness = Strictness(level=level, device_class=self._device_class)
+        spec, looks = self._manifest.exit, None
+        if spec is not None and spec.exit_shares:
+            with suppress(ExitUnavailableError):
+                policy = self._policies.of_mode("adaptive", strictness)
+                layers = tuple(check.layer for check in policy.checks)
+                looks = (layers, exit_shares(spec, strictness)) if layers else None
+        return forecast_decode(self._manifest, self.decode_costs, looks)
 
     def generate(
         self, prompt: str | Sequence[int], **options: Unpack[GenerationKeywords]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..certificate import device_option
+from ..decode_plan import DecodeForecast
 from ..engine import Engine
 from ..engine_folder import load_manifest, verify_files, write_manifest
 from ..errors import RequestError
@@ -92,11 +94,15 @@ def plan(
         )
     shapes = [RequestShape(n, new_tokens, candidates=labels) for n in _lengths(prompt_tokens)]
     found = [(shape, engine.forecasts(shape, level=level)) for shape in shapes]
+    has_decode = new_tokens > 1 and engine.manifest.exit is not None
+    decode = engine.decode_forecasts(level=level) if has_decode else ()
     if json_output:
-        print(json.dumps([_as_json(shape, forecasts) for shape, forecasts in found]))
+        print(json.dumps([_as_json(shape, forecasts, decode) for shape, forecasts in found]))
         return
     for shape, forecasts in found:
         Console().print(_forecast_table(shape, forecasts))
+    if decode:
+        Console().print(_decode_table(decode))
 
 
 def _lengths(text: str) -> list[int]:
@@ -106,7 +112,9 @@ def _lengths(text: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _as_json(shape: RequestShape, forecasts: tuple[ModeForecast, ...]) -> dict[str, object]:
+def _as_json(
+    shape: RequestShape, forecasts: tuple[ModeForecast, ...], decode: tuple[DecodeForecast, ...]
+) -> dict[str, object]:
     modes = {
         forecast.mode: {
             "seconds": forecast.seconds,
@@ -123,6 +131,7 @@ def _as_json(shape: RequestShape, forecasts: tuple[ModeForecast, ...]) -> dict[s
         "labels": shape.candidates,
         "auto": pick_mode(forecasts).mode,
         "modes": modes,
+        "decode": [asdict(forecast) for forecast in decode],
     }
 
 
@@ -144,6 +153,29 @@ def _forecast_table(shape: RequestShape, forecasts: tuple[ModeForecast, ...]) ->
         name = f"[bold]{forecast.mode}[/bold] ← auto" if forecast is best else forecast.mode
         ratio = f"{forecast.seconds / off.seconds:.2f}"
         table.add_row(name, f"{forecast.seconds * 1000:.1f} ms", ratio, leaves)
+    return table
+
+
+def _decode_table(forecasts: tuple[DecodeForecast, ...]) -> Table:
+    table = Table(
+        "way",
+        "probe",
+        "expected, of off",
+        "at",
+        "pays from",
+        title="each token after the first (the runtime stops what does not pay)",
+    )
+    for forecast in forecasts:
+        drafts = f"{forecast.drafts} draft(s) after layer {forecast.layer}"
+        way, unit = (drafts, "right") if forecast.layer else ("exits", "leaving")
+        pays = "never" if forecast.pays_from is None else f"{forecast.pays_from:.0%} {unit}"
+        table.add_row(
+            f"{forecast.mode}: {way}",
+            forecast.probe,
+            f"{forecast.relative:.2f}",
+            f"{forecast.share:.0%} {unit}",
+            pays,
+        )
     return table
 
 

@@ -1,0 +1,69 @@
+"""What exits are expected to be worth in decode."""
+
+from __future__ import annotations
+
+import pytest
+
+from adainfer_runtime.decode_costs import DecodeCosts
+from adainfer_runtime.decode_plan import forecast_decode
+from adainfer_runtime.exit_looks import ExitCosts
+from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec
+
+CHEAP = DecodeCosts(32, probe=0.2, adapter=0.05)
+DEAR = DecodeCosts(30, probe=12.0, adapter=3.0)
+
+
+@pytest.fixture
+def manifest(tiny):
+    found = tiny("llama").engine.manifest
+    assert found.shortlist is None
+    return found
+
+
+def with_exits(manifest, agreement):
+    layers = {int(layer) for layer in agreement}
+    points = tuple(ExitPoint(exit_layer=layer) for layer in sorted(layers))
+    spec = ExitSpec(
+        points=points,
+        classifier=ClassifierSpec(kind="svm", graph="x", state_size=3, features=()),
+        threshold=0.5,
+        target_agreement=0.98,
+        calibration={"agreement_by_layer": agreement},
+    )
+    return manifest.model_copy(update={"exit": spec})
+
+
+def test_cheap_probes_pay_from_the_share_at_which_they_cost_what_off_costs(manifest):
+    made = with_exits(manifest, {"2": 0.9, "3": 0.95})
+    found = forecast_decode(made, lambda probe: CHEAP, ((16, 24), (0.3, 0.3)))
+    (looks,) = [forecast for forecast in found if forecast.mode == "adaptive"]
+    exits = ExitCosts(CHEAP, (16, 24))
+    assert looks.relative == pytest.approx(exits.token((0.3, 0.3)) / CHEAP.token)
+    assert looks.share == pytest.approx(0.6)
+    assert looks.pays_from is not None
+    half = looks.pays_from / 2
+    assert exits.token((half, half)) < CHEAP.token
+    assert exits.token((half - 0.005, half - 0.005)) >= CHEAP.token
+    drafts = {forecast.layer: forecast for forecast in found if forecast.mode == "verified"}
+    assert set(drafts) == {2, 3}
+    for layer, forecast in drafts.items():
+        assert forecast.relative == pytest.approx(
+            CHEAP.per_token(layer, forecast.drafts, forecast.share) / CHEAP.token
+        )
+        assert all(
+            forecast.relative <= CHEAP.per_token(layer, n, forecast.share) / CHEAP.token
+            for n in range(1, 9)
+        )
+    assert (drafts[2].share, drafts[3].share) == (0.9, 0.95)
+
+
+def test_dear_probes_never_pay(manifest):
+    made = with_exits(manifest, {"3": 0.6})
+    found = forecast_decode(made, lambda probe: DEAR, ((28,), (0.2,)))
+    (looks,) = [forecast for forecast in found if forecast.mode == "adaptive"]
+    assert looks.pays_from is None
+    assert looks.relative > 1.0
+
+
+def test_engines_without_exits_have_nothing_to_plan(tiny):
+    assert tiny("llama").engine.decode_forecasts() == ()
