@@ -118,17 +118,18 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
         raise UnsupportedError("--layers-per-engine must be at least 1")
     if request.workers is not None and request.workers < 1:
         raise UnsupportedError("--workers must be at least 1")
+    workers = request.workers or default_workers()
     if request.layers is None:
         check_output(request.out, force=request.force)
     checkpoint = resolve(request.model, revision=request.revision, weights=request.weights)
     if request.layers is not None:
         with scratch_folder(request.out) as folder:
             plan = plan_stages(folder, request, checkpoint, dialect, precision)
-            manifest = restore_layers(request.out, plan, request.layers, reporter)
+            manifest = restore_layers(request.out, plan, request.layers, workers, reporter)
     else:
         with new_folder(request.out, resume=request.resume) as folder:
             plan = plan_stages(folder, request, checkpoint, dialect, precision)
-            manifest = _write_folder(folder, plan, request, reporter)
+            manifest = _write_folder(folder, plan, workers, reporter)
             if request.calibration is not None and manifest.tokenizer is not None:
                 from .calibrate.pipeline import calibrate
 
@@ -146,7 +147,7 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
 def _write_folder(
     folder: Path,
     plan: StagePlan,
-    request: ExportRequest,
+    workers: int,
     reporter: Reporter,
 ) -> Manifest:
     """The data files, tokenizer and report of a folder whose graphs are written."""
@@ -155,7 +156,6 @@ def _write_folder(
     plans = plan.layout.plans
     reporter.begin("writing weights", len(plans))
     writer = DataWriter(folder, plan.checkpoint, journal)
-    workers = request.workers or default_workers()
     written = writer.write_all(plans, workers, lambda file: reporter.step(Path(file).stem))
     matrices = [matrix for file in written.values() for matrix in file.matrices]
     tokenizer, tokenizer_files = _write_tokenizer(folder, plan.checkpoint)

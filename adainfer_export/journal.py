@@ -1,6 +1,6 @@
 """The note of an unfinished export: what it was to write, and which files are finished.
 
-JSON lines, each on disk before the next file begins: the first says which export this is, every
+JSON lines, each on disk once its file is: the first says which export this is, every
 further one names a data file with its size and sha256. A line that a kill cut short is no line.
 """
 

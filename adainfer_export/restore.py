@@ -19,13 +19,14 @@ __all__ = ["restore_layers"]
 
 
 def restore_layers(
-    out: Path, plan: StagePlan, layers: tuple[int, int], reporter: Reporter
+    out: Path, plan: StagePlan, layers: tuple[int, int], workers: int, reporter: Reporter
 ) -> Manifest:
     """Replaces the layers' data files, each all at once, by what the manifest records of them.
 
     Args:
         plan: the same export, planned in a scratch folder.
         layers: (first, last), 1-based.
+        workers: files that are written at a time.
 
     Raises:
         OutputError: the folder is another export: other settings, source or versions.
@@ -37,15 +38,15 @@ def restore_layers(
     plans = list(_chosen(plan, layers))
     reporter.begin("writing weights", len(plans))
     writer = DataWriter(scratch, plan.checkpoint, Journal(scratch, {}))
-    for data in plans:
-        record = writer.write(data).record
-        if record != manifest.files[data.file]:
+    written = writer.write_all(plans, workers, lambda file: reporter.step(Path(file).stem))
+    for file, record in ((file, done.record) for file, done in written.items()):
+        if record != manifest.files[file]:
             raise OutputError(
-                f"{out}: {data.file} would be {record.sha256[:12]}…, the manifest records "
-                f"{manifest.files[data.file].sha256[:12]}…; export the model again"
+                f"{out}: {file} would be {record.sha256[:12]}…, the manifest records "
+                f"{manifest.files[file].sha256[:12]}…; export the model again"
             )
-        (scratch / data.file).replace(out / data.file)
-        reporter.step(Path(data.file).stem)
+    for file in written:
+        (scratch / file).replace(out / file)
     return manifest
 
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +42,13 @@ class DataWriter:
 
     Attributes:
         journal: where finished files are noted, and found by a resumed export.
+        stopped: whoever is writing gives its file up.
     """
 
     root: Path
     checkpoint: Checkpoint
     journal: Journal
+    stopped: threading.Event = field(default_factory=threading.Event)
 
     def write_all(
         self, plans: Sequence[DataPlan], workers: int, on_file: Callable[[str], None]
@@ -58,7 +62,8 @@ class DataWriter:
             on_file: told of each finished file, in the caller's thread.
 
         Raises:
-            CheckpointError: see `write`; files that are not begun are left out then.
+            CheckpointError: a tensor is damaged, or another than its shape said; the other files
+                are given up, but for finished ones.
         """
         with ThreadPoolExecutor(workers, "adainfer-writer") as pool:
             running = {pool.submit(self._find_or_write, plan): plan.file for plan in plans}
@@ -67,20 +72,14 @@ class DataWriter:
                     self._noted(running[future], future.result())
                     on_file(running[future])
             except BaseException:
+                self.stopped.set()
                 pool.shutdown(cancel_futures=True)
-                for future, file in running.items():
-                    if not future.cancelled() and future.exception() is None:
-                        self._noted(file, future.result())  # for whoever resumes
+                with suppress(OSError):  # a full disk, which the first error tells of
+                    for future, file in running.items():
+                        if not future.cancelled() and future.exception() is None:
+                            self._noted(file, future.result())  # for whoever resumes
                 raise
         return {file: future.result() for future, file in running.items()}
-
-    def write(self, plan: DataPlan) -> Written:
-        """The file as the plan says, on disk when this returns; kept where it is there already.
-
-        Raises:
-            CheckpointError: a tensor is damaged, or another than its shape said.
-        """
-        return self._noted(plan.file, self._find_or_write(plan))
 
     def _noted(self, file: str, written: Written) -> Written:
         if not self.journal.holds(file, written):
@@ -88,6 +87,7 @@ class DataWriter:
         return written
 
     def _find_or_write(self, plan: DataPlan) -> Written:
+        """The file as the plan says, on disk when this returns; kept where it is there already."""
         done = self.journal.find(plan.file, self.root)
         if done is not None:
             return done
@@ -107,6 +107,8 @@ class DataWriter:
     def _write_group(self, file: _DataFile, group: tuple[Any, ...]) -> Iterator[StoredMatrix]:
         errors, current = ErrorSum(), None
         for expr, array in stream(self.checkpoint, group, errors):
+            if self.stopped.is_set():
+                raise _StoppedError
             if expr is not current:
                 file.align()
                 current = expr
@@ -114,6 +116,10 @@ class DataWriter:
         first = group[0]
         if isinstance(first, Blocked | Columns):
             yield StoredMatrix.of(first, errors)
+
+
+class _StoppedError(Exception):
+    """Of a file that nobody wants any more."""
 
 
 class _DataFile:

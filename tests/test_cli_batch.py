@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from adainfer_runtime.commands.app import build_app
-from adainfer_runtime.errors import RequestError, TaskFileError
+from adainfer_runtime.errors import ManifestError, RequestError, TaskFileError
 
 PROMPTS = ["a b", "c", "a long one, it is", "d e f", "g"]
 
@@ -59,29 +59,61 @@ def test_a_killed_run_goes_on(tiny, prompts, tmp_path):
         run(*arguments)
     result = run(*arguments, "--resume", "--json")
     assert json.loads(result.stdout)["generated"] == 3
+    assert out.read_text().startswith("".join(kept[:2]))
     for line, expected in zip(read(out), whole, strict=True):
         assert {**line, "seconds": 0} == {**expected, "seconds": 0}
     assert json.loads(run(*arguments, "--resume", "--json").stdout)["generated"] == 0
 
 
-def test_other_prompts_texts_are_not_added_to(tiny, prompts, tmp_path):
+def test_other_requests_texts_are_not_added_to(tiny, prompts, tmp_path):
     out = tmp_path / "texts.jsonl"
-    arguments = [tiny("llama").folder, "--prompts", prompts, "--out", out, "--resume"]
+    arguments = [tiny("llama").folder, "--prompts", prompts, "--out", out]
     with pytest.raises(RequestError, match=r"texts.jsonl does not exist: leave --resume out"):
-        run(*arguments)
-    for line in ('{"index": 0, "prompt": "z"}', '{"index": 9, "prompt": "a b"}', "[]", "x"):
-        out.write_text(line + "\n")
-        with pytest.raises(RequestError, match=r"texts.jsonl:1 is no text of these prompts"):
-            run(*arguments)
+        run(*arguments, "--resume")
+    run(*arguments, "--max-new-tokens", "3")
+    whole = out.read_text()
+    for changed in (["--max-new-tokens", "9"], ["--max-new-tokens", "3", "--temperature", "0.5"]):
+        with pytest.raises(RequestError, match=r"texts.jsonl:1 is no text of these prompts by"):
+            run(*arguments, *changed, "--resume")
+    first = json.loads(whole.splitlines()[0])
+    for line in ({**first, "index": 9}, {**first, "index": -1}, {"index": 0}, [], "x"):
+        out.write_text(json.dumps(line) + "\n")
+        with pytest.raises(RequestError, match=r"texts.jsonl:1 is no text"):
+            run(*arguments, "--max-new-tokens", "3", "--resume")
+    out.write_text(whole)
+    done = run(*arguments, "--max-new-tokens", "3", "--timeout", "99", "--resume", "--json")
+    assert json.loads(done.stdout)["generated"] == 0
     with pytest.raises(RequestError, match="cannot be used"):
         run(*arguments[:4], tmp_path / "nowhere" / "texts.jsonl")
 
 
-def test_bad_prompts_leave_nothing_behind(tiny, prompts, tmp_path):
+def test_a_prompt_that_fails_gets_its_error_and_the_others_their_text(tiny, prompts, tmp_path):
+    out = tmp_path / "texts.jsonl"
+    long = "long " * 200
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", long, "b")))
+    done = run(tiny("llama").folder, "--prompts", prompts, "--out", out, "--json")
+    counts = json.loads(done.stdout)
+    assert (counts["prompts"], counts["generated"], counts["failed"]) == (3, 2, 1)
+    lines = read(out)
+    assert [("text" in line, "error" in line) for line in lines] == [
+        (True, False), (False, True), (True, False)
+    ]  # fmt: skip
+    assert "do not fit this engine's maximum" in lines[1]["error"]
+    out.unlink()
+    shown = run(tiny("llama").folder, "--prompts", prompts, "--out", out, "--timeout", "1e-9")
+    assert "3 failed: see their lines" in " ".join(shown.stderr.split())
+    assert {line["error"].split(" passed")[0] for line in read(out) if line["index"] != 1} == {
+        "the deadline of 1e-09 s"
+    }
+
+
+def test_what_fails_before_the_first_text_leaves_nothing_behind(tiny, prompts, tmp_path):
     out = tmp_path / "texts.jsonl"
     folder = tiny("llama").folder
     with pytest.raises(RequestError, match="at_once must be at least 1, found 0"):
         run(folder, "--prompts", prompts, "--out", out, "--at-once", "0")
+    with pytest.raises(ManifestError):
+        run(tmp_path / "nowhere", "--prompts", prompts, "--out", out)
     prompts.write_text('{"prompt": ""}\n')
     with pytest.raises(TaskFileError, match=r"prompts.jsonl:1"):
         run(folder, "--prompts", prompts, "--out", out)

@@ -17,7 +17,7 @@ __all__ = ["Checkpoint", "require_finite"]
 
 
 class Checkpoint(Protocol):
-    """A decoder-only model on disk. Nothing is loaded before it is asked for."""
+    """A decoder-only model on disk. Nothing is loaded before it is asked for, by any thread."""
 
     @property
     def config(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ class ViewedCheckpoint:
     """A checkpoint under the names that a decoder's graph uses; see `sources.Checkpoint`.
 
     Rows are read as they are asked for. Of tensors that are stored transposed, which are read in
-    one piece, the last one is kept: fused ones are read part by part.
+    one piece, every thread keeps the last one: fused ones are read part by part.
 
     Args:
         aliases: (prefix, other prefix) pairs: a tensor that is not there under its name is looked
@@ -44,7 +45,7 @@ class ViewedCheckpoint:
         self._views = views
         self._aliases = aliases
         self._others = others
-        self._last: tuple[str, Float32] | None = None
+        self._kept = threading.local()
 
     @property
     def config(self) -> Any:
@@ -132,9 +133,10 @@ class ViewedCheckpoint:
         return self._checkpoint.write_tokenizer(folder)
 
     def _whole(self, stored: str) -> Float32:
-        if self._last is None or self._last[0] != stored:
-            self._last = (stored, self._checkpoint.read(stored))
-        return self._last[1]
+        last: tuple[str, Float32] | None = getattr(self._kept, "last", None)
+        if last is None or last[0] != stored:
+            last = self._kept.last = (stored, self._checkpoint.read(stored))
+        return last[1]
 
     def _has(self, stored: str) -> bool:
         try:

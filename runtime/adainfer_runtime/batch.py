@@ -56,13 +56,14 @@ class BatchScheduler(Protocol):
 
 @dataclass(frozen=True)
 class ContinuousBatching:
-    """Texts advance together: a pass carries a position of each, weights are read once for all.
+    """Texts advance together: a pass carries a position of each, and reads its weights once.
 
     A text that exits early leaves the step's passes to the others, and one that ends makes room for
-    the next. Prompts, and positions that were put off, pass one text at a time. A pass of several
-    rows is not computed in the order that a pass of one is, so tokens whose logits are all but
-    equal may differ from those of a text alone. A back end that cannot share passes has its texts
-    take turns.
+    the next. Prompts, and positions that were put off, pass one text at a time; so do texts without
+    a neighbour at the same depth. A pass of several rows is not computed in the order that a pass
+    of one is: where logits are all but equal, or a score all but at its threshold, tokens and exits
+    may differ from those of the text alone. A back end that cannot share passes has its texts take
+    turns.
 
     Attributes:
         at_once: texts that are held at a time, each with a KV cache.

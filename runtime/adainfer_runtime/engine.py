@@ -5,20 +5,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
 from .approximate_text import ApproximateText
 from .backends import Backend, load_backend
 from .batch import BatchScheduler, ContinuousBatching
+from .batch_request import BatchListener, prepare_texts
 from .certificate import device_class, device_option
 from .choose import Chosen, choose, join_label
 from .conversation import Conversation
 from .decode_costs import DecodeCosts, decode_costs
 from .decode_plan import DecodeForecast, forecast_decode
 from .engine_folder import load_manifest, verify_files
-from .errors import ExitUnavailableError, RequestError
+from .errors import DeadlineError, ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
 from .generation_options import GenerationKeywords, GenerationOptions
 from .manifest import Manifest
@@ -321,28 +321,27 @@ class Engine:
         *,
         scheduler: BatchScheduler = ContinuousBatching(),  # noqa: B008 - it is immutable
         on_result: Callable[[int, GenerationResult], None] | None = None,
+        on_error: Callable[[int, RequestError | DeadlineError], None] | None = None,
         **options: Unpack[GenerationKeywords],
     ) -> list[GenerationResult]:
         """`generate` for several prompts that advance together.
 
         Args:
-            scheduler: default: passes carry a position of each text, at most 8 at once. Times in
-                results are then the clock's from a text's own start, the others' work included.
+            scheduler: default: passes carry a position of each text, at most 8 at once. Seconds in
+                results are a text's share of them.
             on_result: told of each text as it ends, with its place among the prompts.
+            on_error: told of each text that fails, with its place; the others go on then, and
+                results are of those alone. Default: the first failure is raised.
             **options: as for `generate`; a timeout is of each text, from its own start.
 
         Raises:
-            RequestError, DeadlineError: of the first text that fails; the others are given up.
+            RequestError, DeadlineError: of the first text that fails, unless `on_error` is told;
+                the others are given up.
         """
-        asked = GenerationOptions.of(options)
-        requests = [prepare(self, self._tokens(prompt), asked) for prompt in prompts]
-        texts = [
-            partial(
-                request.run_to_result, on_result=partial(on_result, place) if on_result else None
-            )
-            for place, request in enumerate(requests)
-        ]
-        return scheduler.run(texts, self)
+        listener = BatchListener(on_result, on_error)
+        texts = prepare_texts(self, prompts, GenerationOptions.of(options), listener)
+        results = scheduler.run(texts, self)
+        return [result for result in results if result is not None]
 
     def chat(
         self, messages: Sequence[Mapping[str, Any]], **options: Unpack[GenerationKeywords]

@@ -56,7 +56,7 @@ class Generated:
             that proposed it.
         prompt: work up to the first token; `decode`: after it. Debts of early exits count where
             they are paid, so decode's savings can be negative.
-        prompt_seconds, decode_seconds: of the same work.
+        prompt_seconds, decode_seconds: of the same work; of passes that others share, its part.
         first_token: the first that came, even if it ended the text.
         text: of the tokens; `tail` is its end, which was let out only when no token followed.
     """
@@ -116,10 +116,11 @@ class _Progress:
 
     def advance(self, work: Callable[[], Emitted]) -> Emitted:
         """One step of the decoder, measured."""
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), self.session.waited()
         with self.watch():
             emitted = work()
-        seconds, count = time.perf_counter() - start, self.session.count - self._before
+        waited = self.session.waited() - waited
+        seconds, count = time.perf_counter() - start - waited, self.session.count - self._before
         self._before += count
         if self.first_token is None:
             self.first_token = emitted.token

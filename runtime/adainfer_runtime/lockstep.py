@@ -11,7 +11,8 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextvars import copy_context
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, Generic, TypeVar
@@ -69,6 +70,7 @@ class _Seat:
     def __init__(self, slot: int, tokens: int) -> None:
         self._host = getcurrent()  # whoever advances the batch
         self.slot = slot
+        self.waited = 0.0  # seconds that others' work took while the text wanted to go on
         self.wish: _StagePass | _Probe | None = None
         self.progress = (tokens, 0.0)
 
@@ -79,7 +81,9 @@ class _Seat:
         after = float(wish.stage) if isinstance(wish, _StagePass) else int(stage) + 0.5
         self.progress = (tokens, after)
         self.wish = wish
+        start = time.perf_counter()
         granted: _Granted = self._host.switch()
+        self.waited += time.perf_counter() - start - granted.seconds
         return granted
 
     def count_token(self) -> None:
@@ -99,6 +103,7 @@ class _Text(Generic[T]):
         self.result: T
         self._start = start
         self._greenlet = greenlet(self._live)
+        self._greenlet.gr_context = copy_context()  # what callers' callbacks read is there
 
     @property
     def ended(self) -> bool:
@@ -111,7 +116,7 @@ class _Text(Generic[T]):
 
     def close(self) -> None:
         """Ends it wherever it is."""
-        if not self.ended:
+        if self._greenlet:  # it has begun, and not ended
             self._greenlet.throw(GeneratorExit)
 
     def _live(self, _: None) -> None:
@@ -169,8 +174,9 @@ class Lockstep(Generic[T]):
                 if not waiting:
                     self._close_ranks()
         finally:
-            for text in self._running:
-                text.close()
+            with ExitStack() as stack:  # every one is closed, whatever the others raise
+                for text in self._running:
+                    stack.callback(text.close)
         return [results[place] for place in range(len(texts))]
 
     def _begin(self, place: int, start: Callable[[Session], Run[T]]) -> None:
@@ -179,7 +185,8 @@ class Lockstep(Generic[T]):
         seat = _Seat(min(self._free), tokens)
         self._free.remove(seat.slot)
         backend = _SeatBackend(self._backend, self._batch, seat, self._clock)
-        text = _Text(place, seat, Session(backend, self._manifest), start)
+        session = Session(backend, self._manifest, lambda: seat.waited)
+        text = _Text(place, seat, session, start)
         self._running.append(text)
         text.go_on()
 

@@ -71,7 +71,15 @@ class Session:
     position that goes deeper. Every KV entry that is used equals the full model's.
     """
 
-    def __init__(self, backend: Backend, manifest: Manifest) -> None:
+    def __init__(
+        self, backend: Backend, manifest: Manifest, waited: Callable[[], float] = lambda: 0.0
+    ) -> None:
+        """Opens an empty one.
+
+        Args:
+            waited: seconds that its passes have spent on other sequences, where it shares them.
+        """
+        self.waited = waited
         self._backend = backend
         self._manifest = manifest
         self._chain = Chain(backend, manifest)

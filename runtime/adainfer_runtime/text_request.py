@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -50,17 +50,6 @@ class TextRequest:
         with self.engine.borrow() as session:
             last = yield from self.run(session)
         yield last
-
-    def run_to_result(
-        self, session: Session, on_result: Callable[[GenerationResult], None] | None = None
-    ) -> Generator[StreamEvent, None, GenerationResult]:
-        """`run`, for callers who want nothing but the result."""
-        last = yield from self.run(session)
-        if last.result is None:
-            raise AssertionError("a stream ends with its result")
-        if on_result is not None:
-            on_result(last.result)
-        return last.result
 
     def run(self, session: Session) -> Generator[StreamEvent, None, StreamEvent]:
         """Its tokens' events, on a session that keeps what it has in common with the prompt.

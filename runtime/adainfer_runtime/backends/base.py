@@ -94,7 +94,7 @@ class SequenceBatch(Protocol):
 
     def move(self, source: int, target: int, length: int) -> None:
         """Puts the sequence of one slot, `length` positions long, into another one; the sequence
-        that was there takes its place, with nothing in its cache.
+        that was there takes its place, and must be begun anew.
         """
 
 

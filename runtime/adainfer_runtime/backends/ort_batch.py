@@ -11,8 +11,9 @@ from .ort_sequence import LoadedStages, Memory, OrtSequence, bind, keep
 
 __all__ = ["OrtBatch"]
 
-# Bindings kept, by slots that run together: of eight slots there are 28 neighbourhoods.
-_KEPT_NEIGHBOURHOODS = 28
+# Bindings kept, by slots that run together: of eight slots there are 28 neighbourhoods, of
+# sixteen 120.
+_KEPT_NEIGHBOURHOODS = 128
 
 
 class OrtBatch:

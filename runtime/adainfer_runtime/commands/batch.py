@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -55,39 +57,56 @@ def batch(
         bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Keep what OUT holds already, and add what is missing.")
+        bool,
+        typer.Option("--resume", help="Keep what OUT holds already, errors too, and add the rest."),
     ] = False,
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
     json_output: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
-    """Generate a text for each of many prompts; passes are shared where the target allows."""
+    """Generate a text for each of many prompts; passes are shared where the target allows.
+
+    A prompt that cannot be served, or takes longer than --timeout, gets a line with its error.
+    """
     scheduler = ContinuousBatching(at_once)
     texts = [example.prompt for example in read_tasks([prompts])]
-    done = _open(out, texts, resume=resume)
+    _check_out(out, resume=resume)
     engine = Engine.load(folder, device, threads)
+    marks = [_mark(engine, text, options, chat=chat) for text in texts]
+    done = set(_indices(out, marks)) if resume else set()
     missing = [place for place in range(len(texts)) if place not in done]
+    requests = [_request(engine, texts[place], chat=chat) for place in missing]
+    failed = 0
     console = Console(stderr=True)
-    with _progress(console) as progress, out.open("a", encoding="utf-8") as stream:
+    with _opened(out) as stream, _progress(console) as progress:
         bar = progress.add_task("generating", total=len(texts), completed=len(done))
 
-        def write(place: int, result: GenerationResult) -> None:
+        def write(place: int, content: dict[str, Any]) -> None:
             index = missing[place]
-            stream.write(json.dumps(_line(index, texts[index], result)) + "\n")
+            line = {"index": index, "request": marks[index], "prompt": texts[index], **content}
+            stream.write(json.dumps(line) + "\n")
             stream.flush()
             progress.update(bar, advance=1)
 
+        def write_error(place: int, error: Exception) -> None:
+            nonlocal failed
+            failed += 1
+            write(place, {"error": str(error)})
+
         engine.generate_batch(
-            [_request(engine, texts[place], chat=chat) for place in missing],
+            requests,
             scheduler=scheduler,
-            on_result=write,
+            on_result=lambda place, result: write(place, _content(result)),
+            on_error=write_error,
             **options,
         )
     if json_output:
-        counts = {"prompts": len(texts), "generated": len(missing)}
+        counts = {"prompts": len(texts), "generated": len(missing) - failed, "failed": failed}
         print(json.dumps({**counts, "statistics": asdict(engine.statistics)}))
     else:
-        console.print(f"{out}: {len(texts)} texts, {len(missing)} of them new", highlight=False)
+        failures = f", {failed} failed: see their lines" if failed else ""
+        summary = f"{out}: {len(texts)} prompts, {len(missing)} of them new{failures}"
+        console.print(summary, highlight=False)
 
 
 def _request(engine: Engine, prompt: str, *, chat: bool) -> str | Sequence[int]:
@@ -96,10 +115,8 @@ def _request(engine: Engine, prompt: str, *, chat: bool) -> str | Sequence[int]:
     return engine.tokenizer.encode_chat([{"role": "user", "content": prompt}])
 
 
-def _line(index: int, prompt: str, result: GenerationResult) -> dict[str, Any]:
+def _content(result: GenerationResult) -> dict[str, Any]:
     return {
-        "index": index,
-        "prompt": prompt,
         "text": result.text,
         "tokens": result.tokens,
         "finish_reason": result.finish_reason,
@@ -110,41 +127,53 @@ def _line(index: int, prompt: str, result: GenerationResult) -> dict[str, Any]:
     }
 
 
-def _open(out: Path, prompts: Sequence[str], *, resume: bool) -> set[int]:
-    """Creates the file, or says which prompts it has texts of.
+def _mark(engine: Engine, prompt: str, options: GenerationKeywords, *, chat: bool) -> str:
+    """What a text depends on, in few characters: a resumed run adds to its own texts alone."""
+    asked = sorted((name, repr(value)) for name, value in options.items() if name != "timeout")
+    timeless = engine.manifest.model_copy(update={"plan": None})  # `bench` may come in between
+    what = [timeless.model_dump_json(), asked, chat, prompt]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _check_out(out: Path, *, resume: bool) -> None:
+    """Raises RequestError where the file is there and is not to be resumed, or the other way."""
+    if resume and not out.is_file():
+        raise RequestError(f"{out} does not exist: leave --resume out to begin")
+    if not resume and out.exists():
+        raise RequestError(f"{out} exists: give another file, or --resume to add what is missing")
+
+
+def _indices(out: Path, marks: Sequence[str]) -> Iterator[int]:
+    """Prompts that have their line; one that a kill cut short is taken off the file.
 
     Raises:
-        RequestError: it exists and is not to be resumed, is of other prompts, or cannot be used.
+        RequestError: a line is of another request, or the file cannot be read.
     """
     try:
-        if not resume:
-            out.open("x", encoding="utf-8").close()
-            return set()
-        if not out.exists():
-            raise RequestError(f"{out} does not exist: leave --resume out to begin")
-        return set(_indices(out, prompts))
-    except FileExistsError:
-        raise RequestError(
-            f"{out} exists: give another file, or --resume to add what is missing"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
+        lines = out.read_bytes().splitlines(keepends=True)
+        complete = [line for line in lines if line.endswith(b"\n")]
+        if len(complete) < len(lines):
+            os.truncate(out, sum(map(len, complete)))
+    except OSError as error:
         raise RequestError(f"{out} cannot be used: {error}") from error
-
-
-def _indices(out: Path, prompts: Sequence[str]) -> Iterator[int]:
-    lines = out.read_text(encoding="utf-8").splitlines(keepends=True)
-    complete = [line for line in lines if line.endswith("\n")]
     for number, line in enumerate(complete, start=1):
         try:
-            index, prompt = (json.loads(line)[name] for name in ("index", "prompt"))
-            known = prompts[index] == prompt
+            index, mark = (json.loads(line)[name] for name in ("index", "request"))
+            known = index >= 0 and marks[index] == mark
         except (ValueError, KeyError, IndexError, TypeError):
             known = False
         if not known:
-            raise RequestError(f"{out}:{number} is no text of these prompts")
+            raise RequestError(
+                f"{out}:{number} is no text of these prompts by this engine and these options"
+            )
         yield index
-    if len(complete) < len(lines):  # killed in the middle of a line
-        out.write_text("".join(complete), encoding="utf-8")
+
+
+def _opened(out: Path) -> TextIO:
+    try:
+        return out.open("a", encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"{out} cannot be used: {error}") from error
 
 
 def _progress(console: Console) -> Progress:

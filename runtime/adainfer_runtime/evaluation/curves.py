@@ -106,7 +106,7 @@ class _Looks:
 
 
 def _equal_places(*grids: Sequence[float]) -> list[tuple[float, float]]:
-    """Pairs of thresholds as far down either grid: let through by as many held-out prompts."""
+    """Pairs of thresholds as far down either grid, whose steps are held-out scores' quantiles."""
     count = min(map(len, grids))
     places = [np.linspace(0, len(grid) - 1, count).astype(int) for grid in grids]
     return [(grids[0][a], grids[1][c]) for a, c in zip(*places, strict=True)]
