@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,8 +16,10 @@ from adainfer_runtime.batch import ContinuousBatching, TakeTurns
 from adainfer_runtime.decode_options import DecodeOptions
 from adainfer_runtime.draft_schedule import Fixed
 from adainfer_runtime.engine import Engine
-from adainfer_runtime.errors import DeadlineError, RequestError
+from adainfer_runtime.errors import DeadlineError, PromptTooLongError, RequestError
 from adainfer_runtime.exit_policy import FixedExit, NoExit
+
+from ..export.context_folder import make_context_folder
 
 PROMPTS = [[5, 17, 200], [43], [9, 120, 77, 5, 6, 8, 31], [250, 251], [12, 13, 14, 15], [99, 3]]
 SCHEDULERS = [TakeTurns, ContinuousBatching]
@@ -200,3 +207,144 @@ def test_an_engine_outlives_a_batch_that_failed(tiny, scheduler):
     with pytest.raises(RequestError, match="token id 999 is outside"):
         engine.generate_batch([[5], [999]], max_new_tokens=4)
     assert len(engine.generate_batch(["a", "bc"], max_new_tokens=3, ignore_eos=True)[1].tokens) == 3
+
+
+@pytest.fixture(scope="module")
+def exits(tiny, tmp_path_factory):
+    """An engine with context exits, an answer exit that leaves by top prob, and a shadow."""
+    folder = make_context_folder(tiny("llama").folder, tmp_path_factory.mktemp("batch") / "engines")
+    return Engine.load(folder, shadow_every=2)
+
+
+OPTIONS = {
+    "context": {"mode": "context", "threshold": -1e9},
+    "translated": {
+        "mode": "context",
+        "threshold": -1e9,
+        "decoding": DecodeOptions(kv_policy="translated"),
+    },
+    "sampled": {"temperature": 0.9, "seed": 3},
+    "penalties": {"repetition_penalty": 1.3, "logprobs": 2},
+    "stopped": {"stop_token_ids": (5, 17), "min_new_tokens": 2},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_means_the_same_in_company(exits, name):
+    options = {"max_new_tokens": 9, "ignore_eos": True, **OPTIONS[name]}
+    together = exits.generate_batch(PROMPTS, **options)
+    for prompt, result in zip(PROMPTS, together, strict=True):
+        alone = exits.generate(prompt, **options)
+        assert result.tokens == alone.tokens
+        assert result.exit_layers == alone.exit_layers
+        if "mode" not in options:  # sessions that are used again know some first tokens' K and V
+            assert result.layers_saved == alone.layers_saved
+            assert result.compute_saved == alone.compute_saved
+    if "mode" in options:
+        assert any(result.exit_layers[0] < 4 for result in together)
+        assert sum(entry.checked for entry in exits.shadow) > 0
+
+
+def test_kv_policies_fill_while_others_wait(tiny):
+    """Exits at random places, what is skipped filled by the layers' own weights."""
+    engine = tiny("llama").engine
+
+    def text(prompt, layers, session):
+        tokens = []
+        session.extend(prompt)
+        for layer in layers:
+            policy = FixedExit(layer) if layer else NoExit()
+            tokens.append(session.predict(policy, kv_policy="propagate").result.token)
+            yield
+            session.extend(tokens[-1:])
+        states = [session.kv_states(layer) for layer in range(1, session.depth + 1)]
+        return tokens, session.filled, states
+
+    exits = [[2, 0, 1, 3, 0], [0, 0, 2, 0, 0, 1, 0], [3, 3, 0], [1, 0]]
+    texts = [partial(text, p, layers) for p, layers in zip(PROMPTS, exits, strict=False)]
+    together = ContinuousBatching(3).run(texts, engine)
+    assert together == TakeTurns().run(texts, engine)
+    assert any("propagated" in states[-1] for _, _, states in together)
+
+
+def test_engines_that_calibration_joined_share_passes(tiny):
+    engine = tiny("llama", layers_per_engine=2).engine
+    assert len(engine.manifest.layer_stages) == 2
+    together = engine.generate_batch(PROMPTS, max_new_tokens=7)
+    alone = [engine.generate(prompt, max_new_tokens=7) for prompt in PROMPTS]
+    assert [result.tokens for result in together] == [result.tokens for result in alone]
+
+
+def test_seconds_are_each_texts_share(tiny):
+    engine = tiny("llama").engine
+    start = time.perf_counter()
+    results = engine.generate_batch(PROMPTS, max_new_tokens=20, ignore_eos=True)
+    elapsed = time.perf_counter() - start
+    assert 0.3 * elapsed < sum(result.seconds for result in results) <= elapsed
+
+
+def test_an_interrupt_closes_every_text(tiny, monkeypatch):
+    engine = tiny("llama").engine
+    before = engine.statistics.texts
+    opened = engine.backend.open_batch
+
+    def open_batch(slots):
+        batch = opened(slots)
+        passes = iter(range(9))
+
+        def run_stage(index, first, pasts, run=batch.run_stage):
+            if next(passes, None) is None:
+                raise KeyboardInterrupt
+            run(index, first, pasts)
+
+        monkeypatch.setattr(batch, "run_stage", run_stage)
+        return batch
+
+    monkeypatch.setattr(engine.backend, "open_batch", open_batch)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate_batch(PROMPTS, max_new_tokens=20, ignore_eos=True)
+    closed = engine.statistics.texts.get("closed", 0) - before.get("closed", 0)
+    assert closed == len(PROMPTS)
+
+
+def test_failures_may_be_told_of_instead_of_raised(tiny):
+    engine = tiny("llama").engine
+    prompts = [PROMPTS[0], [999_999], [5] * 500, PROMPTS[1]]
+    results, errors = {}, {}
+    found = engine.generate_batch(
+        prompts,
+        max_new_tokens=4,
+        on_result=results.__setitem__,
+        on_error=lambda place, error: errors.__setitem__(place, str(error)),
+    )
+    assert found == [results[0], results[3]]
+    assert errors[1].startswith("prompt 1: token id 999999 is outside the vocabulary")
+    assert errors[2].startswith("prompt 2: 500 prompt tokens and 4 new ones do not fit")
+    with pytest.raises(PromptTooLongError, match="prompt 2: 500 prompt tokens"):
+        engine.generate_batch([prompts[0], prompts[3], prompts[2]], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_callbacks_see_their_callers_context(tiny, scheduler):
+    wanted = ContextVar("wanted")
+    wanted.set("mine")
+    seen = []
+    tiny("llama").engine.generate_batch(
+        PROMPTS[:2],
+        scheduler=scheduler(),
+        max_new_tokens=2,
+        on_result=lambda place, result: seen.append(wanted.get()),
+    )
+    assert seen == ["mine", "mine"]
+
+
+def test_threads_may_run_batches_of_one_engine(tiny):
+    engine = tiny("llama").engine
+    expected = [engine.generate(p, max_new_tokens=8, ignore_eos=True).tokens for p in PROMPTS]
+
+    def run(_):
+        results = engine.generate_batch(PROMPTS, max_new_tokens=8, ignore_eos=True)
+        return [result.tokens for result in results]
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(run, range(6))) == [expected] * 6
