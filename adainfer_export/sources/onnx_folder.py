@@ -1,4 +1,4 @@
-"""A folder that onnxruntime-genai's builder wrote: the decoder is there, as one ONNX graph.
+"""A folder for onnxruntime-genai, by its builder or by mobius: the decoder is one ONNX graph.
 
 Its graph is close to what the `ort-cpu` dialect makes: GroupQueryAttention with the cache in place,
 skip-norms, products in blocks. It is prepared for the split here, and nothing in it is computed
@@ -209,8 +209,8 @@ class OnnxFolder:
         if attention != layers:
             raise UnsupportedError(
                 f"{self._folder}: found {attention} of operator GroupQueryAttention, expected "
-                f"{layers}; only decoders that onnxruntime-genai's builder wrote for CPUs are "
-                "split: export from the checkpoint instead"
+                f"{layers}; split are decoders that onnxruntime-genai's builder, or mobius, wrote "
+                "for CPUs: export from the checkpoint instead"
             )
         kinds = {value.dtype for value in graph.inputs if "past_key_values" in str(value.name)}
         if kinds != {ir.DataType.FLOAT}:

@@ -54,8 +54,9 @@ def _from_folder(folder: Path) -> Checkpoint:
         return OnnxFolder(folder)
     if any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors")):
         raise UnsupportedError(
-            f"{folder} holds an ONNX model without {GENAI_CONFIG}; only folders that "
-            "onnxruntime-genai's builder wrote are split: export from the checkpoint instead"
+            f"{folder} holds an ONNX model without {GENAI_CONFIG}; split are decoders that "
+            "onnxruntime-genai's builder wrote, or `mobius build --ep cpu --runtime ort-genai` "
+            "(optimum's compute attention otherwise): export from the checkpoint instead"
         )
     return HuggingFaceFolder(folder)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import onnx
@@ -15,7 +18,9 @@ from adainfer_runtime.backends.ort_cpu import open_session
 
 from ..checkpoints import make_checkpoint
 from ..genai_folder import write_genai_folder
+from ..reference import reference_logits
 
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 PROMPT = [5, 99, 17, 250, 3, 3, 42, 180]
 
 
@@ -66,6 +71,24 @@ def test_the_chain_equals_the_graph_that_was_split(folder, tmp_path, per_engine)
         "model.onnx",
         "model.onnx.data",
     }
+
+
+def test_what_mobius_wrote_for_onnxruntime_genai_is_split(tmp_path):
+    """Another builder of the same form: other node names, other norms, fused Q, K and V."""
+    checkpoint, folder = tmp_path / "checkpoint", tmp_path / "mobius"
+    model = make_checkpoint(checkpoint, "llama")
+    command = [sys.executable, "-m", "mobius", "build", "--config", str(checkpoint), str(folder)]
+    command += ["--ep", "cpu", "--runtime", "ort-genai"]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | OFFLINE)
+    engine = split(folder, tmp_path / "out")
+    assert engine.manifest.boundaries == (1, 2, 3, 4)
+    session = engine.session()
+    session.extend(PROMPT[:5])
+    session.advance(2)
+    session.extend(PROMPT[5:])
+    session.complete()
+    logits = engine.backend.probe_logits(session.hidden())
+    np.testing.assert_allclose(logits, reference_logits(model, PROMPT), atol=1e-4)
 
 
 def test_products_stay_as_they_are(folder, tmp_path):
