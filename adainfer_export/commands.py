@@ -17,7 +17,7 @@ from adainfer_runtime.commands.inspect_folder import describe_combined, describe
 from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.manifest import Manifest
 
-from .calibrate import CalibrationRequest
+from .calibrate import CalibrationRequest, ShortlistRequest
 from .errors import CalibrationError
 from .export import ExportRequest, ExportResult, export
 from .lower import PRECISIONS, TARGETS
@@ -151,6 +151,16 @@ ShortlistOption = Annotated[
         "exit checks.",
     ),
 ]
+ShortlistTokensOption = Annotated[
+    int | None,
+    typer.Option(
+        "--shortlist-tokens",
+        help="A shortlist of so many tokens that the model predicts most often, in place of a "
+        "low-rank head.",
+        min=1,
+        show_default=False,
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress display.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
@@ -209,6 +219,7 @@ def run_export(
     context_exit: ContextOption = False,
     translators: TranslatorsOption = TranslatorChoice.distilled,
     shortlist: ShortlistOption = False,
+    shortlist_tokens: ShortlistTokensOption = None,
     source: Annotated[
         Path | None,
         typer.Option(
@@ -268,7 +279,7 @@ def run_export(
             classifier_file,
             context_exit=context_exit,
             translators=translators,
-            shortlist=shortlist,
+            shortlist=_shortlist(shortlist, shortlist_tokens),
             known=recipe.exits if recipe else None,
         ),
         revision=revision,
@@ -306,6 +317,7 @@ def run_calibrate(
     context_exit: ContextOption = False,
     translators: TranslatorsOption = TranslatorChoice.distilled,
     shortlist: ShortlistOption = False,
+    shortlist_tokens: ShortlistTokensOption = None,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
 ) -> None:
@@ -321,7 +333,7 @@ def run_calibrate(
         classifier_file,
         context_exit=context_exit,
         translators=translators,
-        shortlist=shortlist,
+        shortlist=_shortlist(shortlist, shortlist_tokens),
     )
     if request is None:
         raise CalibrationError("`none` calibrates nothing: give `builtin`, `self` or task files")
@@ -348,7 +360,7 @@ def _calibration(
     *,
     context_exit: bool,
     translators: TranslatorChoice,
-    shortlist: bool,
+    shortlist: ShortlistRequest | None,
     known: ExitSettings | None = None,
 ) -> CalibrationRequest | None:
     """What the user asked for; what he left open is what is known to be good, or the default."""
@@ -373,6 +385,10 @@ def _calibration(
         translators=translators.value,
         shortlist=shortlist,
     )
+
+
+def _shortlist(low_rank: bool, tokens: int | None) -> ShortlistRequest | None:
+    return ShortlistRequest(tokens) if low_rank or tokens is not None else None
 
 
 def _storage(block_size: int | None, int8_layers: str | None) -> StorageRequest:

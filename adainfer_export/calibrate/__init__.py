@@ -4,6 +4,6 @@ The steps are in `pipeline`; importing it loads scikit-learn, which an export wi
 does without.
 """
 
-from .request import CalibrationRequest
+from .request import CalibrationRequest, ShortlistRequest
 
-__all__ = ["CalibrationRequest"]
+__all__ = ["CalibrationRequest", "ShortlistRequest"]

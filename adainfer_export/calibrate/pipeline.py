@@ -83,8 +83,8 @@ def _calibrate(
     paying = tuple(graph for graph in fitted.graphs if graph.name in judged)
     final = write(paying, context=context.spec if context and CONTEXT in judged else None)
     final = _finish(final, judged)
-    if request.shortlist:
-        final = with_shortlist(files, final, fitted.parts, reporter)
+    if request.shortlist is not None:
+        final = with_shortlist(files, final, fitted.parts, request.shortlist, reporter)
     if final.named_exits:
         final = _with_plan(folder, final, reporter)
     final = _report(folder, final, fitted.parts)

@@ -6,7 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["CalibrationRequest"]
+__all__ = ["CalibrationRequest", "ShortlistRequest"]
+
+
+@dataclass(frozen=True)
+class ShortlistRequest:
+    """What proposes the tokens that the LM head then scores.
+
+    Attributes:
+        tokens: so many that the model predicts most often; None: a low-rank head proposes.
+    """
+
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class CalibrationRequest:
         context_exit: whether to fit a context exit as well.
         translators: of context exits, `ridge` in closed form, `distilled` then trained through the
             layers above.
-        shortlist: whether to fit a low-rank head that proposes tokens to a cheaper probe.
+        shortlist: what proposes tokens to a cheaper probe; None: nothing.
     """
 
     files: tuple[Path, ...] = ()
@@ -42,7 +53,7 @@ class CalibrationRequest:
     classifier_file: Path | None = None
     context_exit: bool = False
     translators: Literal["distilled", "ridge"] = "distilled"
-    shortlist: bool = False
+    shortlist: ShortlistRequest | None = None
     seed: int = 0
 
     @property

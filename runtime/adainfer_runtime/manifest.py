@@ -302,7 +302,8 @@ class CombinedExitSpec(_Record):
 
 
 class ShortlistSpec(_Record):
-    """A low-rank LM head that proposes `rows` tokens, to be scored exactly by `candidates`.
+    """What proposes `rows` tokens, to be scored exactly by `candidates`: an LM head of low `rank`,
+    or the rows of the `tokens` that the model predicts most often.
 
     `file` takes `hidden` and gives its own logits `[vocab_size]`, their `log_sum_exp` and
     `candidates`. `recall` is the share of held-out positions at which the head's own token
@@ -311,7 +312,8 @@ class ShortlistSpec(_Record):
     """
 
     file: str
-    rank: int
+    rank: int | None = None
+    tokens: int | None = None
     rows: int
     multiply_adds: int
     recall: dict[str, float]

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adainfer_export import ExportRequest, export
-from adainfer_export.calibrate import CalibrationRequest
+from adainfer_export.calibrate import CalibrationRequest, ShortlistRequest
 from adainfer_export.errors import (
     CheckpointError,
     GatedSourceError,
@@ -76,7 +76,7 @@ def test_layers_in_8_bits_that_the_target_does_not_take(checkpoint, tmp_path):
 def test_shortlist_that_the_target_does_not_have(checkpoint, tmp_path):
     match = "target tensorrt has no shortlist; targets that do: ort-cpu"
     fails(UnsupportedError, checkpoint, tmp_path, match, target="tensorrt", precision="fp16",
-          calibration=CalibrationRequest(shortlist=True))  # fmt: skip
+          calibration=CalibrationRequest(shortlist=ShortlistRequest()))  # fmt: skip
 
 
 def test_too_long_for_the_model(checkpoint, tmp_path):

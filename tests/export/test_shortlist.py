@@ -8,10 +8,12 @@ import shutil
 import numpy as np
 import pytest
 
-from adainfer_export.calibrate import CalibrationRequest, shortlist
+from adainfer_export.calibrate import CalibrationRequest, ShortlistRequest, shortlist
+from adainfer_export.calibrate.frequent_rows import frequent_rows
 from adainfer_export.calibrate.head import Head
+from adainfer_export.calibrate.low_rank_head import fit_low_rank
 from adainfer_export.calibrate.pipeline import recalibrate
-from adainfer_export.calibrate.shortlist import fit_low_rank, lower_shortlist
+from adainfer_export.calibrate.proposals import rms_normed
 from adainfer_export.graph_builder import serialise
 from adainfer_export.lower.precision import PRECISIONS
 from adainfer_export.progress import SilentReporter
@@ -36,13 +38,13 @@ def made_up(vocabulary=500, width=32, rows=400, seed=0):
 
 
 def logits_of(head, hidden):
-    return shortlist._norm(head, hidden) @ head.weight.T
+    return rms_normed(head, hidden) @ head.weight.T
 
 
 def test_the_full_rank_is_the_head_itself():
     head, hidden = made_up()
     low = fit_low_rank(head, hidden, 32)
-    approximate = low.logits(shortlist._norm(head, hidden))
+    approximate = low.logits(rms_normed(head, hidden))
     np.testing.assert_allclose(approximate, logits_of(head, hidden), atol=1e-3)
 
 
@@ -50,7 +52,7 @@ def test_a_low_rank_follows_the_data_not_the_weights():
     head, hidden = made_up()
     full = logits_of(head, hidden[200:])
     low = fit_low_rank(head, hidden[:200], 16)
-    normed = shortlist._norm(head, hidden[200:])
+    normed = rms_normed(head, hidden[200:])
     error = np.square(low.logits(normed) - full).mean()
     left, values, right = np.linalg.svd(head.weight, full_matrices=False)
     plain = np.square(normed @ right[:16].T @ (left[:, :16] * values[:16]).T - full).mean()
@@ -63,7 +65,7 @@ def test_a_low_rank_follows_the_data_not_the_weights():
 def test_the_stage_proposes_what_the_low_rank_head_likes(tmp_path, precision, vocabulary):
     head, hidden = made_up(vocabulary)
     low = fit_low_rank(head, hidden, 32)
-    model = lower_shortlist(low, head, PRECISIONS[precision], 16)
+    model = low.lower(head, PRECISIONS[precision], 16)
     path = tmp_path / "shortlist.onnx"
     path.write_bytes(serialise(model))
     session = open_session(path)
@@ -72,13 +74,45 @@ def test_the_stage_proposes_what_the_low_rank_head_likes(tmp_path, precision, vo
         logits, total, candidates = session.run(
             ["logits", "log_sum_exp", "candidates"], {"hidden": row.reshape(1, 1, -1)}
         )
-        expected = low.logits(shortlist._norm(head, row[None]))[0]
+        expected = low.logits(rms_normed(head, row[None]))[0]
         np.testing.assert_allclose(logits, expected, atol=loose * np.abs(expected).max())
         assert total[0] == pytest.approx(np.log(np.exp(logits.astype(np.float64)).sum()), abs=1e-3)
         assert len(set(candidates.tolist())) == 16
         assert candidates.max() < vocabulary
         assert int(logits.argmax()) == candidates[0]
         np.testing.assert_array_equal(logits[candidates], np.sort(logits)[:-17:-1])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
+def test_frequent_tokens_rows_are_the_heads(tmp_path, precision):
+    head, hidden = made_up(700)
+    rows = frequent_rows(head, hidden[:300], hidden[300:], 120)
+    own = logits_of(head, hidden[:300]).argmax(axis=1)
+    counts = np.bincount(own, minlength=700)
+    assert len(set(own.tolist())) > 120  # some are left out
+    assert counts[rows.tokens].min() >= np.delete(counts, rows.tokens).max()
+    path = tmp_path / "shortlist.onnx"
+    path.write_bytes(serialise(rows.lower(head, PRECISIONS[precision], 16)))
+    session = open_session(path)
+    loose = {"fp32": 1e-3, "int8": 0.02, "int4": 0.02}[precision]
+    masses = []
+    for row in hidden[300:]:
+        outputs = ["logits", "log_sum_exp", "candidates"]
+        logits, total, candidates = session.run(outputs, {"hidden": row.reshape(1, 1, -1)})
+        full = logits_of(head, row[None])[0]
+        known = full[rows.tokens]
+        np.testing.assert_allclose(logits[rows.tokens], known, atol=loose * np.abs(full).max())
+        assert np.all(np.delete(logits, rows.tokens) < -9000)
+        assert set(candidates.tolist()) <= set(rows.tokens.tolist())
+        np.testing.assert_array_equal(logits[candidates], np.sort(logits)[:-17:-1])
+        masses.append(np.exp(known).sum() / np.exp(full).sum())
+        scored = np.log(np.exp(logits[rows.tokens].astype(np.float64)).sum())
+        assert total[0] == pytest.approx(scored - np.log(rows.covered), abs=1e-3)
+    # What the other tokens may be is the mean of what it was.
+    assert rows.covered == pytest.approx(np.mean(masses), abs=1e-3)
+    few = frequent_rows(head, hidden[:2], hidden, 120)
+    assert set(own[:2]) <= set(few.tokens.tolist())
+    assert len(few.tokens) == 120
 
 
 def test_exact_scores_take_the_place_of_proposed_ones():
@@ -102,8 +136,8 @@ def test_exact_scores_take_the_place_of_proposed_ones():
     assert (tied.token, tied.gap) == (4, pytest.approx(0.0, abs=1e-6))
 
 
-@pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory):
+@pytest.fixture(scope="module", params=[None, 200], ids=["low-rank", "frequent"])
+def folder(request, tiny, tmp_path_factory):
     """A tiny engine with exits and a shortlist; of a random model it cannot be a good one."""
     root = tmp_path_factory.mktemp("shortlist")
     copy = root / "engines"
@@ -112,13 +146,13 @@ def folder(tiny, tmp_path_factory):
     prompts = root / "prompts.jsonl"
     texts = {" ".join(map(str, random.integers(0, 99, 6))) for _ in range(160)}
     prompts.write_text("\n".join(json.dumps({"prompt": text, "task": "x"}) for text in texts))
-    request = CalibrationRequest(
-        (prompts,), adapters="ridge", target_agreement=0.5, shortlist=True,
-        classifiers=("threshold",),
+    wanted = CalibrationRequest(
+        (prompts,), adapters="ridge", target_agreement=0.5, classifiers=("threshold",),
+        shortlist=ShortlistRequest(request.param),
     )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shortlist, "_ENOUGH_RECALL", 0.6)
-        recalibrate(copy, load_manifest(copy), request, SilentReporter())
+        recalibrate(copy, load_manifest(copy), wanted, SilentReporter())
     return copy
 
 
@@ -126,8 +160,12 @@ def test_calibration_measures_its_recall_on_other_prompts(folder):
     manifest = load_manifest(folder)
     verify_files(folder, manifest, sha256=True)
     spec = manifest.shortlist
-    assert spec.rank == 32
-    assert spec.multiply_adds == 32 * (64 + 320) + 64 * 64
+    if spec.tokens is None:
+        assert spec.rank == 32
+        assert spec.multiply_adds == 32 * (64 + 320) + 64 * 64
+    else:
+        assert (spec.tokens, spec.rank) == (200, None)
+        assert spec.multiply_adds == 200 * 64 + 64 * 64
     assert set(spec.recall) == {*map(str, manifest.exit_points), "4"}
     assert all(0.6 < recall <= 1.0 for recall in spec.recall.values())
     engine = Engine.load(folder)

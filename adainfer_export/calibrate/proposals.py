@@ -1,0 +1,67 @@
+"""What proposes tokens of a shortlist has in common: exact products of some head, and its best."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from ..graph_builder import GraphBuilder
+from ..lower import Precision
+from ..quantise import quantise_blocks
+from .head import Head
+
+__all__ = ["BITS", "best_tokens", "product", "rms_normed", "vocabulary"]
+
+Float32 = npt.NDArray[np.float32]
+
+BITS: Literal[8] = 8  # of a quantised proposer's weights
+_VOCABULARY_AT_ONCE = 8192
+
+
+def rms_normed(head: Head, hidden: Float32) -> Float32:
+    """Behind the final RMS norm: what the head reads."""
+    scale = np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + head.epsilon)
+    normed: Float32 = hidden / scale * head.norm_weight
+    return normed
+
+
+def best_tokens(head: Head, normed: Float32) -> npt.NDArray[np.int64]:
+    """The head's own token of each row."""
+    best = np.full(len(normed), -np.inf, np.float32)
+    token = np.zeros(len(normed), np.int64)
+    for rows in vocabulary(head):
+        logits = normed @ head.rows(rows).T
+        highest = logits.max(axis=1)
+        better = highest > best
+        best[better], token[better] = highest[better], rows[logits.argmax(axis=1)[better]]
+    return token
+
+
+def vocabulary(head: Head) -> list[npt.NDArray[np.int64]]:
+    """All tokens, some at a time."""
+    tokens = np.arange(head.weight.shape[0])
+    return [
+        tokens[start : start + _VOCABULARY_AT_ONCE]
+        for start in range(0, len(tokens), _VOCABULARY_AT_ONCE)
+    ]
+
+
+def product(graph: GraphBuilder, inner: ir.Value, up: Float32, precision: Precision) -> ir.Value:
+    """`inner @ upᵀ`; in blocks of 8 bits where the head is quantised."""
+    if precision.bits is None:
+        return graph.op("MatMul", inner, graph.const("up", np.ascontiguousarray(up.T)))
+    stored = quantise_blocks(up, BITS, precision.block_size)
+    return graph.contrib(
+        "MatMulNBits",
+        inner,
+        graph.codes("up_packed", stored.packed),
+        graph.const("up_scales", stored.scales),
+        K=up.shape[1],
+        N=up.shape[0],
+        bits=BITS,
+        block_size=precision.block_size,
+        accuracy_level=precision.accuracy_level,
+    )
