@@ -33,6 +33,7 @@ Float32 = npt.NDArray[np.float32]
 _ROWS = 64
 _ENOUGH_RECALL = 0.99
 _POSITIONS = 24  # of every prompt
+_PROMPTS = 160  # of every part: 3,840 positions, at each exit point
 
 
 class Proposer(Protocol):
@@ -59,10 +60,12 @@ def with_shortlist(
     if head is None or head.centred or head.norm_bias is not None:
         return manifest  # more than an RMS norm and a matrix
     engine = Engine.of_manifest(files.folder, manifest)
-    phases = (parts.adapters, parts.classifier, parts.certification)
-    reporter.begin("fitting the shortlist", sum(map(len, phases)))
-    fitted_on = _hidden(engine, parts.adapters, reporter)
-    tried_on = _hidden(engine, parts.classifier, reporter)
+    to_fit, to_try, to_measure = (
+        _some(part) for part in (parts.adapters, parts.classifier, parts.certification)
+    )
+    reporter.begin("fitting the shortlist", len(to_fit) + len(to_try) + len(to_measure))
+    fitted_on = _hidden(engine, to_fit, reporter)
+    tried_on = _hidden(engine, to_try, reporter)
     vocabulary = manifest.model.vocab_size
     rows = min(_ROWS, vocabulary)
     proposer: Proposer | None
@@ -88,7 +91,7 @@ def with_shortlist(
     drafted = manifest.model_copy(
         update={"shortlist": spec, "files": dict(manifest.files) | record}
     )
-    recall = _recall_by_layer(files.folder, drafted, parts.certification, reporter)
+    recall = _recall_by_layer(files.folder, drafted, to_measure, reporter)
     finished = spec.model_copy(update={"recall": recall})
     return drafted.model_copy(update={"shortlist": finished})
 
@@ -110,6 +113,12 @@ def _recall_by_layer(
                 (proposed,) = stage.run(["candidates"], {"hidden": row.reshape(1, 1, -1)})
                 held.setdefault(layer, []).append(bool(np.isin(token, proposed)))
     return {str(layer): round(float(np.mean(hits)), 4) for layer, hits in sorted(held.items())}
+
+
+def _some(examples: tuple[TaskExample, ...]) -> tuple[TaskExample, ...]:
+    """A sample, in the parts' own order."""
+    chosen = np.random.default_rng(0).permutation(len(examples))[:_PROMPTS]
+    return tuple(examples[place] for place in sorted(chosen.tolist()))
 
 
 def _hidden(engine: Engine, examples: tuple[TaskExample, ...], reporter: Reporter) -> Float32:

@@ -39,8 +39,9 @@ def test_features_equal_numpy(vocabulary):
     exact /= exact.sum(-1, keepdims=True)
     ordered = np.sort(exact, axis=-1)
     assert (token == logits.argmax(-1)).all()
-    np.testing.assert_allclose(top_prob, ordered[..., -1], atol=1e-6)
-    np.testing.assert_allclose(gap, ordered[..., -1] - ordered[..., -2], atol=1e-6)
+    # Sums of float32, in an order that depends on the processor.
+    np.testing.assert_allclose(top_prob, ordered[..., -1], atol=5e-6)
+    np.testing.assert_allclose(gap, ordered[..., -1] - ordered[..., -2], atol=5e-6)
 
 
 @pytest.mark.parametrize("places", [(3, 4), (3, 90), (96, 0)])
