@@ -63,12 +63,10 @@ class Journal:
             return None
         return written if file_sha256(path) == written.record.sha256 else None
 
-    def holds(self, file: str, written: Written) -> bool:
-        """Whether it was noted so."""
-        return self._written.get(file) == written
-
     def note(self, file: str, written: Written) -> None:
-        """A file is finished and on disk."""
+        """A file is finished and on disk; one that was found so needs no second line."""
+        if self._written.get(file) == written:
+            return
         matrices = [asdict(matrix) for matrix in written.matrices]
         line = {"file": file, **written.record.model_dump(), "matrices": matrices}
         with self._path.open("a", encoding="utf-8") as stream:

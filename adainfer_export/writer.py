@@ -69,7 +69,7 @@ class DataWriter:
             running = {pool.submit(self._find_or_write, plan): plan.file for plan in plans}
             try:
                 for future in as_completed(running):
-                    self._noted(running[future], future.result())
+                    self.journal.note(running[future], future.result())
                     on_file(running[future])
             except BaseException:
                 self.stopped.set()
@@ -77,14 +77,9 @@ class DataWriter:
                 with suppress(OSError):  # a full disk, which the first error tells of
                     for future, file in running.items():
                         if not future.cancelled() and future.exception() is None:
-                            self._noted(file, future.result())  # for whoever resumes
+                            self.journal.note(file, future.result())  # for whoever resumes
                 raise
         return {file: future.result() for future, file in running.items()}
-
-    def _noted(self, file: str, written: Written) -> Written:
-        if not self.journal.holds(file, written):
-            self.journal.note(file, written)
-        return written
 
     def _find_or_write(self, plan: DataPlan) -> Written:
         """The file as the plan says, on disk when this returns; kept where it is there already."""

@@ -40,6 +40,11 @@ class FrequentRows:
     tokens: Int64
     covered: float
 
+    @property
+    def form(self) -> dict[str, int]:
+        """See `shortlist.Proposer`."""
+        return {"tokens": len(self.tokens)}
+
     def lower(self, head: Head, precision: Precision, rows: int) -> ir.Model:
         """See `shortlist.Proposer`; tokens without a row get a logit of no probability."""
         size, width = len(head.weight), len(head.norm_weight)

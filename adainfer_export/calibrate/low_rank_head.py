@@ -48,6 +48,11 @@ class LowRankHead:
         """Columns of both."""
         return int(self.down.shape[1])
 
+    @property
+    def form(self) -> dict[str, int]:
+        """See `shortlist.Proposer`."""
+        return {"rank": self.rank}
+
     def logits(self, normed: Float32) -> Float32:
         """`[rows, vocab]`."""
         return np.asarray(normed @ self.down @ self.up.T + self.offset, np.float32)

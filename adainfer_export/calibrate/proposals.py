@@ -1,4 +1,4 @@
-"""What proposes tokens of a shortlist has in common: exact products of some head, and its best."""
+"""What the proposers of a shortlist share: the head's own tokens, and products in its precision."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..lower import Precision
 from ..quantise import quantise_blocks
 from .head import Head
 
-__all__ = ["BITS", "best_tokens", "product", "rms_normed", "vocabulary"]
+__all__ = ["best_tokens", "product", "rms_normed", "vocabulary"]
 
 Float32 = npt.NDArray[np.float32]
 
-BITS: Literal[8] = 8  # of a quantised proposer's weights
+_BITS: Literal[8] = 8  # of a quantised proposer's weights
 _VOCABULARY_AT_ONCE = 8192
 
 
@@ -53,7 +53,7 @@ def product(graph: GraphBuilder, inner: ir.Value, up: Float32, precision: Precis
     """`inner @ upᵀ`; in blocks of 8 bits where the head is quantised."""
     if precision.bits is None:
         return graph.op("MatMul", inner, graph.const("up", np.ascontiguousarray(up.T)))
-    stored = quantise_blocks(up, BITS, precision.block_size)
+    stored = quantise_blocks(up, _BITS, precision.block_size)
     return graph.contrib(
         "MatMulNBits",
         inner,
@@ -61,7 +61,7 @@ def product(graph: GraphBuilder, inner: ir.Value, up: Float32, precision: Precis
         graph.const("up_scales", stored.scales),
         K=up.shape[1],
         N=up.shape[0],
-        bits=BITS,
+        bits=_BITS,
         block_size=precision.block_size,
         accuracy_level=precision.accuracy_level,
     )

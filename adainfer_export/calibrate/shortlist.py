@@ -39,6 +39,10 @@ _PROMPTS = 160  # of every part: 3,840 positions, at each exit point
 class Proposer(Protocol):
     """What proposes tokens."""
 
+    @property
+    def form(self) -> dict[str, int]:
+        """What the manifest's `ShortlistSpec` says of it."""
+
     def lower(self, head: Head, precision: Precision, rows: int) -> ir.Model:
         """The stage: `hidden [1, 1, hidden_size]` to `logits [vocab]` of its own, their
         `log_sum_exp [1]`, and `candidates [rows]`, the tokens to score exactly.
@@ -70,12 +74,10 @@ def with_shortlist(
     rows = min(_ROWS, vocabulary)
     proposer: Proposer | None
     if request.tokens is None:
-        proposer = low_rank = least_rank(head, fitted_on, tried_on, rows, _ENOUGH_RECALL)
-        form = {"rank": low_rank.rank if low_rank else None}
+        proposer = least_rank(head, fitted_on, tried_on, rows, _ENOUGH_RECALL)
     else:
         count = min(max(request.tokens, rows), vocabulary)
         proposer = frequent_rows(head, fitted_on, tried_on, count)
-        form = {"tokens": count}
     if proposer is None:
         return manifest
     model = proposer.lower(head, precision, rows)
@@ -85,7 +87,7 @@ def with_shortlist(
         rows=rows,
         multiply_adds=multiply_adds(model.graph) + rows * manifest.model.hidden_size,
         recall={},
-        **form,
+        **proposer.form,
     )
     record = {path: files.written[path]}
     drafted = manifest.model_copy(

@@ -144,18 +144,17 @@ def _rotated_by_contrib(value: ir.Value, rotary: _Rotary, seqlens: ir.Value) -> 
     assert old is not None and old.graph is not None  # it is the rotary embedding
     marks, projection = dict(old.metadata_props), _unrotated(value)
 
-    def op(domain: str, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
-        made = ir.node(op_type, inputs, attributes, domain=domain, metadata_props=dict(marks))
+    def put(made: ir.Node) -> ir.Value:
         assert old.graph is not None
         old.graph.insert_before(old, made)
         return made.outputs[0]
 
+    def op(domain: str, op_type: str, inputs: list[ir.Value], **attributes: int) -> ir.Value:
+        return put(ir.node(op_type, inputs, attributes, domain=domain, metadata_props=dict(marks)))
+
     def constant(value: int, *shape: int) -> ir.Value:
         array = np.full(shape, value, np.int64)
-        made = ir.node("Constant", [], {"value": ir.tensor(array)}, metadata_props=dict(marks))
-        assert old.graph is not None
-        old.graph.insert_before(old, made)
-        return made.outputs[0]
+        return put(ir.node("Constant", [], {"value": ir.tensor(array)}, metadata_props=dict(marks)))
 
     rows = op("", "Shape", [projection], start=1, end=2)
     last = op("", "Cast", [seqlens], to=ir.DataType.INT64.value)

@@ -112,7 +112,7 @@ _ORT_CUDA = replace(
     widen=standard.no_wide_form,
     fuse_joined=cuda.fuse_joined,
     kv_fill=None,
-    batched=False,
+    batched=False,  # its back end runs every sequence alone
     precision=with_half_activations,
 )
 

@@ -55,7 +55,18 @@ class BatchScheduler(Protocol):
 
 
 @dataclass(frozen=True)
-class ContinuousBatching:
+class _Limited:
+    """`at_once` texts are held at a time, each with a KV cache."""
+
+    at_once: int = 8
+
+    def __post_init__(self) -> None:
+        if self.at_once < 1:
+            raise RequestError(f"at_once must be at least 1, found {self.at_once}")
+
+
+@dataclass(frozen=True)
+class ContinuousBatching(_Limited):
     """Texts advance together: a pass carries a position of each, and reads its weights once.
 
     A text that exits early leaves the step's passes to the others, and one that ends makes room for
@@ -64,15 +75,7 @@ class ContinuousBatching:
     of one is: where logits are all but equal, or a score all but at its threshold, tokens and exits
     may differ from those of the text alone. A back end that cannot share passes has its texts take
     turns.
-
-    Attributes:
-        at_once: texts that are held at a time, each with a KV cache.
     """
-
-    at_once: int = 8
-
-    def __post_init__(self) -> None:
-        _check_at_once(self.at_once)
 
     def run(self, texts: Sequence[Text[T]], source: SessionSource) -> list[T]:
         """See `BatchScheduler.run`."""
@@ -84,18 +87,10 @@ class ContinuousBatching:
 
 
 @dataclass(frozen=True)
-class TakeTurns:
+class TakeTurns(_Limited):
     """One token of each text, round after round, no pass shared: results are to the bit those of
     each text alone, and take as long.
-
-    Attributes:
-        at_once: texts that are held at a time, each with a KV cache.
     """
-
-    at_once: int = 8
-
-    def __post_init__(self) -> None:
-        _check_at_once(self.at_once)
 
     def run(self, texts: Sequence[Text[T]], source: SessionSource) -> list[T]:
         """See `BatchScheduler.run`."""
@@ -123,8 +118,3 @@ class TakeTurns:
 def _on_borrowed(source: SessionSource, text: Text[T]) -> Run[T]:
     with source.borrow() as session:
         return (yield from text(session))
-
-
-def _check_at_once(at_once: int) -> None:
-    if at_once < 1:
-        raise RequestError(f"at_once must be at least 1, found {at_once}")

@@ -173,7 +173,7 @@ class SequenceLayout:
         return found
 
     def batch_inputs(self, pasts: Sequence[int]) -> dict[str, npt.NDArray[np.generic]]:
-        """`host_inputs` of a position of each of several sequences."""
+        """`host_inputs` of passes whose last position has `pasts` before it, one per sequence."""
         return {
             "seqlens_k": np.array(pasts, np.int32),
             "total_sequence_length": np.array(max(pasts) + 1, np.int32),
@@ -260,10 +260,7 @@ class SequenceLayout:
 
     def _host_inputs(self, rows: int, past: int) -> dict[str, npt.NDArray[np.generic]]:
         if self._manifest.positions is None:
-            return {
-                "seqlens_k": np.array([past + rows - 1], np.int32),
-                "total_sequence_length": np.array(past + rows, np.int32),
-            }
+            return self.batch_inputs((past + rows - 1,))
         values: dict[str, npt.NDArray[np.generic]] = {
             "position_ids": np.arange(past, past + rows, dtype=np.int64)[None]
         }

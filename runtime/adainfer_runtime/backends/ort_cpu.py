@@ -207,9 +207,7 @@ class OrtCpuBackend:
 
     def probe(self, hidden: Float32) -> ProbeResult:
         """One position `[hidden_size]`."""
-        feed = {"hidden": hidden.reshape(1, 1, -1)}
-        logits, token, top_prob, gap = self._probe.run(["logits", "token", "top_prob", "gap"], feed)
-        return ProbeResult(int(token[0, 0]), float(top_prob[0, 0]), float(gap[0, 0]), logits[0, 0])
+        return self.probe_rows(hidden[None])[0]
 
     def probe_rows(self, hidden: Float32) -> list[ProbeResult]:
         """Positions `[rows, hidden_size]`."""

@@ -12,7 +12,6 @@ from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ..batch import ContinuousBatching
 from ..engine import Engine
@@ -22,6 +21,7 @@ from ..results import GenerationResult
 from ..tasks import read_tasks
 from .generation_arguments import takes_generation_options
 from .options import DeviceOption, ThreadsOption
+from .progress_bar import progress_bar
 
 __all__ = ["register"]
 
@@ -78,8 +78,8 @@ def batch(
     requests = [_request(engine, texts[place], chat=chat) for place in missing]
     failed = 0
     console = Console(stderr=True)
-    with _opened(out) as stream, _progress(console) as progress:
-        bar = progress.add_task("generating", total=len(texts), completed=len(done))
+    with _opened(out) as stream, progress_bar(console) as progress:
+        bar = progress.add_task("generating", total=len(texts), completed=len(done), detail="")
 
         def write(place: int, content: dict[str, Any]) -> None:
             index = missing[place]
@@ -174,14 +174,3 @@ def _opened(out: Path) -> TextIO:
         return out.open("a", encoding="utf-8")
     except OSError as error:
         raise RequestError(f"{out} cannot be used: {error}") from error
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-    )

@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..engine import Engine
 from ..evaluation import AnswerLog, Evaluation, TaskResult, evaluate, make_methods
 from ..tasks import TaskExample, read_tasks
 from .options import DeviceOption, LevelOption, ThreadsOption, ThresholdOption
+from .progress_bar import progress_bar
 
 __all__ = ["register"]
 
@@ -90,7 +90,7 @@ def run_eval(
         question["device"] = device
     log = AnswerLog.open(log_file, engine.manifest, question) if log_file else None
     console = Console(stderr=True)
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("evaluating", total=len(examples), detail="")
         result = evaluate(
             chosen,
@@ -118,7 +118,7 @@ def _draw(
     from ..evaluation.curves import measure_curves
     from ..evaluation.plots import draw_plots
 
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         bar = progress.add_task("measuring curves", total=len(examples), detail="")
         curves = measure_curves(
             engine,
@@ -127,18 +127,6 @@ def _draw(
         )
     for path in draw_plots(plots, result, curves):
         console.print(f"wrote {path}")
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
-        console=console,
-        transient=True,
-    )
 
 
 def _limited(examples: list[TaskExample], limit: int | None) -> list[TaskExample]:
