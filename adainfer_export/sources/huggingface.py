@@ -19,7 +19,7 @@ from ..errors import CheckpointError, SourceError, UnsupportedError
 from ..quantise import BlockRows, Blocks
 from .checkpoint import require_finite
 from .packed import PackedLinears
-from .tensor_files import TensorFiles
+from .tensor_files import TensorFiles, Tensors
 
 __all__ = ["HuggingFaceFolder"]
 
@@ -44,11 +44,22 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 class HuggingFaceFolder:
-    """A local checkpoint in Hugging Face's layout. Never runs code from it, never unpickles."""
+    """A local checkpoint in Hugging Face's layout. Never runs code from it, never unpickles.
 
-    def __init__(self, folder: Path, *, id: str | None = None, revision: str | None = None) -> None:
+    Args:
+        tensors: the weights, where they are no safetensors.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        id: str | None = None,
+        revision: str | None = None,
+        tensors: Tensors | None = None,
+    ) -> None:
         self._folder = folder
-        self._files = TensorFiles(folder)
+        self._files = tensors or TensorFiles(folder)
         self._id = id
         self._revision = revision
 

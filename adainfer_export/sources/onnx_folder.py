@@ -16,7 +16,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
@@ -27,6 +26,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..lower.attention import SEQLENS_K, TOTAL_LENGTH
 from ..lower.graph import insert_before, remove_dead_nodes
 from ..quantise import BlockRows, Blocks
+from .onnx_files import load_graph, read_rows, require_inside
 
 __all__ = ["GENAI_CONFIG", "OnnxFolder"]
 
@@ -126,23 +126,8 @@ class OnnxFolder:
 
     def read(self, name: str, rows: slice | None = None) -> npt.NDArray[Any]:
         """A tensor as it is stored, which need not be float32."""
-        tensor = self._tensors[name]
-        dtype, shape = np.dtype(tensor.dtype.numpy()), self.shape(name)
-        rows = rows or slice(0, shape[0])
-        if not isinstance(tensor, ir.ExternalTensor):
-            return np.asarray(tensor.numpy()[rows])
-        width = int(np.prod(shape[1:])) * dtype.itemsize
-        count = rows.stop - rows.start
-        with (self._folder / str(tensor.location)).open("rb") as stream:
-            stream.seek((tensor.offset or 0) + rows.start * width)
-            raw = np.fromfile(stream, np.uint8, count * width)
-        if raw.size != count * width:
-            raise CheckpointError(
-                f"{self._folder / str(tensor.location)} ends inside tensor {name}; the file is "
-                "truncated: export it again"
-            )
-        array: npt.NDArray[Any] = raw.view(dtype).reshape(count, *shape[1:])
-        return array
+        rows = rows or slice(None)
+        return read_rows(self._folder, name, self._tensors[name], rows)
 
     def blocks(self, name: str) -> Blocks | None:
         """None: what is in blocks is stored as it is, like everything else."""
@@ -168,11 +153,7 @@ class OnnxFolder:
         path = self._folder / name
         if Path(name).name != name:
             raise CheckpointError(f"{self._folder / GENAI_CONFIG}: {name!r} is no file name")
-        try:
-            return ir.load(path)
-        except Exception as error:  # protobuf's and onnx_ir's exceptions share no public base
-            reason = " ".join(str(error).split())
-            raise CheckpointError(f"{path} cannot be read as ONNX: {reason}") from error
+        return load_graph(path)
 
     @cached_property
     def _tensors(self) -> dict[str, Any]:
@@ -184,24 +165,13 @@ class OnnxFolder:
             if tensor is None or tensor.nbytes <= _INLINE_BYTES or _is_table(tensor, positions):
                 continue
             found[str(name)] = tensor
-            self._require_inside(tensor)
+            require_inside(self._folder, tensor)
         return found
 
     @cached_property
     def _data_files(self) -> frozenset[str]:
         external = (t for t in self._tensors.values() if isinstance(t, ir.ExternalTensor))
         return frozenset(str(tensor.location) for tensor in external)
-
-    def _require_inside(self, tensor: Any) -> None:
-        if not isinstance(tensor, ir.ExternalTensor):
-            return
-        location = str(tensor.location)
-        path = self._folder / location
-        if Path(location).name != location:
-            raise CheckpointError(f"{self._folder}: {location!r} is no name of a data file")
-        end = (tensor.offset or 0) + tensor.nbytes
-        if not path.is_file() or path.stat().st_size < end:
-            raise CheckpointError(f"{path} is missing or truncated: export it again")
 
     def _require_form(self, graph: ir.Graph) -> None:
         layers = self.config.num_hidden_layers

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from ..errors import CheckpointError, UnsupportedError
 from ..quantise import BlockRows, Blocks
-from .tensor_files import TensorFiles
+from .tensor_files import Tensors
 
 __all__ = ["PackedLinears"]
 
@@ -50,7 +50,7 @@ class PackedLinears:
         UnsupportedError: another method, or a form of these two that cannot be read.
     """
 
-    def __init__(self, files: TensorFiles, settings: Mapping[str, Any]) -> None:
+    def __init__(self, files: Tensors, settings: Mapping[str, Any]) -> None:
         self._files = files
         where = files.folder
         self._method = str(settings.get("quant_method"))

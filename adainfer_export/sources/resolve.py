@@ -15,6 +15,7 @@ from .gguf import GgufFile
 from .hub import download_snapshot
 from .huggingface import HuggingFaceFolder
 from .onnx_folder import GENAI_CONFIG, OnnxFolder
+from .onnx_weights import OnnxWeights, find_onnx_weights
 from .package import fetch_from_package
 
 __all__ = ["resolve", "unknown_alias"]
@@ -52,11 +53,15 @@ def resolve(model: str, *, revision: str | None = None, weights: Path | None = N
 def _from_folder(folder: Path) -> Checkpoint:
     if (folder / GENAI_CONFIG).is_file():
         return OnnxFolder(folder)
-    if any(folder.glob("*.onnx")) and not any(folder.glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")):
+        return HuggingFaceFolder(folder)
+    if (folder / "config.json").is_file() and (graph := find_onnx_weights(folder)):
+        return HuggingFaceFolder(folder, tensors=OnnxWeights(folder, graph))
+    if any(folder.glob("*.onnx")):
         raise UnsupportedError(
-            f"{folder} holds an ONNX model without {GENAI_CONFIG}; split are decoders that "
-            "onnxruntime-genai's builder wrote, or `mobius build --ep cpu --runtime ort-genai` "
-            "(optimum's compute attention otherwise): export from the checkpoint instead"
+            f"{folder} holds an ONNX model without {GENAI_CONFIG} (decoders of onnxruntime-genai's "
+            "builder, or of `mobius build --ep cpu --runtime ort-genai`) or config.json beside "
+            "model.onnx (optimum's): export from the checkpoint instead"
         )
     return HuggingFaceFolder(folder)
 

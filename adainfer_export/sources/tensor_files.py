@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ..errors import CheckpointError, SourceError
 
-__all__ = ["TensorFiles", "TensorInfo"]
+__all__ = ["TensorFiles", "TensorInfo", "Tensors"]
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -25,8 +25,35 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
+class Tensors(Protocol):
+    """The tensors of a folder under the names of a transformers model."""
+
+    folder: Path
+
+    @property
+    def table(self) -> dict[str, TensorInfo]:
+        """Every tensor."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the weight files."""
+
+    def info(self, name: str) -> TensorInfo:
+        """Of one tensor.
+
+        Raises:
+            CheckpointError: there is none of this name.
+        """
+
+    def read(self, name: str, *index: slice) -> Any:
+        """A `torch.Tensor`, or a part of it."""
+
+
 class TensorFiles:
-    """Opens a file anew for every read: what stayed mapped would count as this process's memory."""
+    """The safetensors of a folder; see `Tensors`.
+
+    Files are opened anew for every read: what stayed mapped would count as this process's memory.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
