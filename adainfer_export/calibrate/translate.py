@@ -53,7 +53,7 @@ class Rotary:
     """The rotary tables that all layers share, `[max_length, head_dim / 2]` each, as stored.
 
     With `contrib` keys are rotated by ONNX Runtime's own operator, which counts the rows itself:
-    its CUDA provider leaves what is computed from a Shape to the CPU. TensorRT has no such operator.
+    its CUDA provider leaves what is computed from a Shape to the CPU. TensorRT does not have it.
     """
 
     cos: ir.Value

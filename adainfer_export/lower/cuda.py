@@ -7,12 +7,12 @@ the standard dialects: one 16-bit table.
 ONNX Runtime's CUDA provider must take every node of a stage, and leaves two kinds to the CPU:
 
 - Operators whose newest form at the stage's opset it has no kernel for. A kernel that is registered
-  from a version on does not serve the operator's next version, and several lag behind: Equal and
-  Pad are those of opset 13 and 18, ReduceMax is that of 18, Cast and Reshape have none of 24 in some
-  releases (microsoft/onnxruntime#28368). So stages have the lowest opset that their operators
-  need, `OPSET`, and GELU is the operator that ONNX Runtime had before ONNX did, in opset 20.
-- What is computed from a Shape or Size, whose result lies in host memory. So there is none: positions
-  are given (see `attention`).
+  from a version on does not serve the operator's next version, and several lag behind: Equal stands
+  at opset 13, Pad and ReduceMax at 18, and some releases have no Cast or Reshape of 24
+  (microsoft/onnxruntime#28368). So stages have the lowest opset that their operators need,
+  `OPSET`, and GELU is the operator that ONNX Runtime had before ONNX did, in opset 20.
+- What is computed from a Shape or Size, whose result lies in host memory. So there is none:
+  positions are given (see `attention`).
 """
 
 from __future__ import annotations

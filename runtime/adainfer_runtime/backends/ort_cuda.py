@@ -15,11 +15,18 @@ import numpy as np
 from ..cuda_libraries import provider_problem
 from ..errors import DeviceError, StageError
 from ..manifest import Manifest
+from ..plans import engine_files
 from .cuda_driver import CudaDriver
 from .device_backend import DeviceBackend
 from .device_sequence import BoundRun
 
-__all__ = ["load", "require_cuda_libraries", "require_cuda_sessions"]
+__all__ = [
+    "SessionStages",
+    "load",
+    "open_stages",
+    "require_cuda_libraries",
+    "require_cuda_sessions",
+]
 
 _PROVIDER = "CUDAExecutionProvider"
 _MAX_ROWS = 512
@@ -37,10 +44,21 @@ def load(
         StageError: the CUDA provider does not take every node of a stage.
     """
     driver = CudaDriver("cuda")
-    stages = _SessionStages(folder, _import_onnxruntime(), driver.stream)
-    for stage in (*manifest.layer_stages, manifest.embed, manifest.probe):
-        stages.load(stage.file)
+    stages = open_stages(folder, manifest, _import_onnxruntime(), driver.stream)
     return DeviceBackend(manifest, stages, driver, min(_MAX_ROWS, manifest.kv.max_length))
+
+
+def open_stages(folder: Path, manifest: Manifest, onnxruntime: Any, stream: int) -> SessionStages:
+    """Sessions of everything that may run, exit graphs as well: a node that CUDA does not take is
+    found here, and not in the middle of a request.
+
+    Raises:
+        StageError: with the file, and what ONNX Runtime says.
+    """
+    stages = SessionStages(folder, onnxruntime, stream)
+    for file in engine_files(manifest):
+        stages.load(file)
+    return stages
 
 
 def require_cuda_sessions(path: Path, providers: list[str]) -> None:
@@ -76,7 +94,7 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-class _SessionStages:
+class SessionStages:
     """See `device_sequence.Stages`."""
 
     def __init__(self, folder: Path, onnxruntime: Any, stream: int) -> None:
