@@ -295,7 +295,8 @@ def _new_stamp(
     if lacking := [str(number) for number in sm if number < least]:
         raise BuildError(
             f"precision {manifest.precision} needs SM {least} or later, not {', '.join(lacking)}; "
-            "export with --precision int4 or fp16 for older GPUs"
+            f"export with --precision {'int4 or fp16' if least > least_sm('int4') else 'fp16'} for "
+            "older GPUs"
         )
     return BuildStamp(
         backend=request.backend,

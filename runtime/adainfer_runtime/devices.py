@@ -10,7 +10,8 @@ __all__ = ["GpuInfo", "find_gpu", "jetson_model", "least_sm"]
 
 _NAME_BYTES = 128
 _MULTIPROCESSORS, _SM_MAJOR, _SM_MINOR = 16, 75, 76  # CUdevice_attribute
-_LEAST_SM = {"fp8": 89}  # Ada: the first with products of 8-bit floats
+# NVIDIA's support matrices: bfloat16 and int4 weights from Ampere on, 8-bit floats from Ada on.
+_LEAST_SM = {"bf16": 80, "int4": 80, "fp8": 89}
 _DEVICE_TREE = Path("/proc/device-tree/model")
 
 
@@ -64,7 +65,7 @@ def find_gpu() -> GpuInfo | None:
 
 
 def least_sm(precision: str) -> int:
-    """Compute capability from which on GPUs have a precision; 0 where all have it."""
+    """Compute capability from which on TensorRT has a precision; 0 where it has it everywhere."""
     return _LEAST_SM.get(precision, 0)
 
 

@@ -329,6 +329,14 @@ def test_8_bit_floats_are_built_for_gpus_that_have_them(tiny, tmp_path):
     assert build(tmp_path / "fp16", FakeBuilder(), "tensorrt-rtx").stamp.sm == (86, 89, 120)
 
 
+def test_int4_is_built_for_gpus_that_have_it(tiny, tmp_path):
+    made = tiny("llama", target="tensorrt", precision="int4")
+    shutil.copytree(made.folder, tmp_path / "engines")
+    match = "precision int4 needs SM 80 or later, not 75; export with --precision fp16 for older"
+    with pytest.raises(BuildError, match=match):
+        build(tmp_path / "engines", FakeBuilder(), "tensorrt-rtx", sm=(75, 86))
+
+
 @pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
 def test_rtx_refuses_contrib_operators_by_name(tiny, tmp_path):
     builder = SubprocessBuilder("tensorrt-rtx")
