@@ -11,8 +11,9 @@ import pytest
 
 from adainfer_runtime import Engine
 
-from .export.context_folder import make_context_folder
+from .export.context_folder import examples, make_context_folder
 
+PROMPTS = [example.prompt for example in examples(60, 66)]
 TOOL = Path(__file__).parents[1] / "tools" / "gpu_check.py"
 
 
@@ -33,7 +34,7 @@ def folder(tiny, tmp_path_factory):
 
 def rows(tool, device, cpu):
     found = tool.compare(device, cpu)
-    return {"precision": "fp16", **found, "modes": tool.run_modes(device)}
+    return {"precision": "fp16", **found, "modes": tool.run_modes(device, PROMPTS)}
 
 
 def test_equal_engines_pass_with_every_mode(tool, folder):

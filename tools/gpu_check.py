@@ -17,7 +17,7 @@ import json
 import statistics
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,9 @@ def run_check(check: Check) -> dict[str, Any]:
         row |= step("speed", lambda: speed(device))
         row["stage_times"] = step("bench", lambda: measure_times(device).model_dump(mode="json"))
         row |= step("compare", lambda: compare(device, check.reference()))
-        row["modes"] = step("modes", lambda: run_modes(device))
+        # Of another seed than those that were calibrated on.
+        prompts = [example.prompt for example in builtin_examples(seed=1)[:_PROMPTS]]
+        row["modes"] = step("modes", lambda: run_modes(device, prompts))
     except Exception:
         row["passed"] = False
         return row
@@ -193,13 +195,11 @@ def compare(device: Engine, cpu: Engine) -> dict[str, Any]:
     }
 
 
-def run_modes(engine: Engine) -> dict[str, Any]:
+def run_modes(engine: Engine, prompts: Sequence[str]) -> dict[str, Any]:
     """Modes that leave early or draft, against off on the same device.
 
     A mode that the folder has no exits for is marked `unavailable`.
     """
-    # Of another seed than those that were calibrated on.
-    prompts = [example.prompt for example in builtin_examples(seed=1)[:_PROMPTS]]
     off = [_generate(engine, prompt, "off") for prompt in prompts]
     found: dict[str, Any] = {}
     total = engine.manifest.model.num_layers
