@@ -14,7 +14,8 @@ import pytest
 from onnx import defs
 
 from adainfer_export.calibrate.affine import AffineMap
-from adainfer_export.calibrate.convert import lower_adapter
+from adainfer_export.calibrate.classifiers import CLASSIFIERS
+from adainfer_export.calibrate.convert import lower_adapter, lower_classifier
 from adainfer_export.calibrate.translate import Translator, lower_translator, read_rotary
 from adainfer_export.calibrate.trust import Trust
 from adainfer_export.graph_builder import serialise
@@ -22,6 +23,7 @@ from adainfer_export.lower.cuda import OPSET
 from adainfer_runtime.backends.layout import FIRST_POSITION
 from adainfer_runtime.backends.ort_cpu import open_session
 
+from .synthetic import fit_classifier, synthetic
 from .test_standard_dialects import differences
 
 VARIANTS = ["llama", "qwen3", "gemma2", "gpt2", "gpt_neox", "opt", "phi3"]
@@ -176,6 +178,14 @@ def test_exit_graphs_have_cuda_kernels(tiny):
     np.testing.assert_allclose(
         turned[:, 3:].reshape(2, 2, 5, 16), plain.transpose(1, 2, 0, 3), atol=0.02
     )
+
+
+@pytest.mark.parametrize("kind", list(CLASSIFIERS))
+def test_classifiers_have_cuda_kernels(kind):
+    features = CLASSIFIERS[kind].feature_sets[-1]
+    model = lower_classifier(fit_classifier(kind, synthetic(noise=0.05), (4, 8), features))
+    assert lacking(model.graph, model.opset_imports[""]) == []
+    assert "Equal" in lacking(model.graph, 21)  # what they had
 
 
 def translator_matrix(model):

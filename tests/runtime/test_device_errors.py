@@ -6,12 +6,16 @@ import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from adainfer_export.build import BuildRequest, build_plans
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine, certificate
+from adainfer_runtime.backends.device_memory import Tensor
+from adainfer_runtime.backends.device_sequence import BoundRun
 from adainfer_runtime.backends.ort_cuda import (
+    _SessionStage,
     open_stages,
     require_cuda_libraries,
     require_cuda_sessions,
@@ -123,6 +127,47 @@ def test_everything_that_may_run_is_checked_when_it_is_loaded(tiny):
             open_stages(made.folder, calibrated, ScriptedRuntime(file), 0)
     with pytest.raises(StageError, match=r"CUDA provider was not loaded .*runs on CPUExecution"):
         open_stages(made.folder, calibrated, ScriptedRuntime(None, ("CPUExecutionProvider",)), 0)
+
+
+class CountingSession:
+    """A session of ONNX Runtime that notes what is bound and what runs."""
+
+    def __init__(self):
+        self.bound, self.ran = [], []
+
+    def io_binding(self):
+        number = len(self.bound)
+        self.bound.append([])
+        note = self.bound[number].append
+        return SimpleNamespace(
+            number=number,
+            bind_input=lambda *given: note(given),
+            bind_output=lambda *given: note(given),
+        )
+
+    def run_with_iobinding(self, binding, options):
+        self.ran.append(binding.number)
+
+
+def test_runs_in_the_same_places_are_bound_once():
+    session = CountingSession()
+    stage = _SessionStage(ScriptedRuntime(None), session)
+
+    def run(address):
+        x, y = Tensor(address, "float32", (1, 2)), Tensor(64, "bfloat16", (1,))
+        stage.bind(BoundRun({"x": x}, {"y": y}))()
+
+    for address in (256, 256, 512, 256):
+        run(address)
+    assert session.ran == [0, 0, 1, 0]
+    assert session.bound[1] == [
+        ("x", "cuda", 0, np.float32, (1, 2), 512),
+        ("y", "cuda", 0, 16, (1,), 64),
+    ]
+    for address in range(1024, 1024 + 9 * 256, 256):
+        run(address)
+    run(256)  # forgotten by now
+    assert session.ran[-1] == len(session.bound) - 1 == 11
 
 
 def needs_gpu_and(module):

@@ -6,7 +6,7 @@ provider a session got is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ __all__ = [
 
 _PROVIDER = "CUDAExecutionProvider"
 _MAX_ROWS = 512
+_KEPT_BINDINGS = 8
 _BFLOAT16 = 16  # TensorProto.BFLOAT16: numpy has no such type
 _INSTALL = "pip uninstall onnxruntime, then pip install 'adainfer-export[cuda]'"
 
@@ -139,12 +140,30 @@ class _SessionStage:
 
     def __init__(self, onnxruntime: Any, session: Any) -> None:
         self._session = session
+        self._kept: dict[Hashable, Any] = {}
         self._options = onnxruntime.RunOptions()
         # The caller's stream orders runs and copies; waiting after every stage would cost a launch.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def bind(self, run: BoundRun) -> Callable[[], None]:
-        """An IOBinding onto the given addresses."""
+        """An IOBinding onto the given addresses; the last ones are kept for runs in the same places
+        (probe, adapters and classifiers, whose callers bind anew each time).
+        """
+        places = (frozenset(run.inputs.items()), frozenset(run.outputs.items()))
+        if run.host:  # of a sequence, which keeps its bindings itself
+            binding = self._bind(run)
+        elif (binding := self._kept.get(places)) is None:
+            if len(self._kept) == _KEPT_BINDINGS:
+                del self._kept[next(iter(self._kept))]
+            binding = self._kept[places] = self._bind(run)
+        session, options = self._session, self._options
+
+        def call() -> None:
+            session.run_with_iobinding(binding, options)
+
+        return call
+
+    def _bind(self, run: BoundRun) -> Any:
         binding = self._session.io_binding()
         for name, tensor in run.inputs.items():
             dtype = _element_type(tensor.dtype)
@@ -154,12 +173,7 @@ class _SessionStage:
         for name, tensor in run.outputs.items():
             dtype = _element_type(tensor.dtype)
             binding.bind_output(name, "cuda", 0, dtype, tensor.shape, tensor.address)
-        session, options = self._session, self._options
-
-        def call() -> None:
-            session.run_with_iobinding(binding, options)
-
-        return call
+        return binding
 
 
 def _element_type(dtype: str) -> Any:
