@@ -202,7 +202,6 @@ def run_modes(engine: Engine, prompts: Sequence[str]) -> dict[str, Any]:
     """
     off = [_generate(engine, prompt, "off") for prompt in prompts]
     found: dict[str, Any] = {}
-    total = engine.manifest.model.num_layers
     for mode in _LEAST_AGREEMENT:
         try:
             results = [_generate(engine, prompt, mode) for prompt in prompts]
@@ -215,7 +214,7 @@ def run_modes(engine: Engine, prompts: Sequence[str]) -> dict[str, Any]:
             "same_first_token": float(np.mean(first)),
             "same_text": float(np.mean([mine == theirs for mine, theirs in pairs])),
             "layers_saved": float(np.mean([result.layers_saved for result in results])),
-            "left_early": sum(min(result.exit_layers) < total for result in results),
+            "left_early": sum(result.layers_saved > 0.0 for result in results),
         }
     return found
 
