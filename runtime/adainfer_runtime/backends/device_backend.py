@@ -51,6 +51,7 @@ class DeviceBackend:
             for name, size in (("token", 8), ("top_prob", 4), ("gap", 4))
         }
         self._small = {name: driver.allocate(8 * vocabulary) for name in ("candidates", "inputs")}
+        self._classifier_inputs = {spec.graph: spec.inputs for spec in manifest.classifiers}
         self._unread: weakref.ref[_DeviceProbe] | None = None
         self._spare_logits: list[int] = []
         self._unread_trust: _DeviceTrust | None = None
@@ -148,7 +149,8 @@ class DeviceBackend:
         self, exit_layer: int, hidden: Float32, start: int
     ) -> dict[int, tuple[Float32, Float32]]:
         """`[rows, hidden_size]` to K and V per layer above, on the host."""
-        file = self.manifest.context_points[exit_layer].translate
+        point = self.manifest.context_points[exit_layer]
+        file = point.translate
         assert file is not None  # a context point has one
         kv, total = self.manifest.kv, self.manifest.model.num_layers
         shape = (total - exit_layer, kv.num_heads, len(hidden), kv.head_dim)
@@ -160,6 +162,7 @@ class DeviceBackend:
                 "hidden": Tensor(rows.address, "float32", rows.shape),
                 "start": Tensor(self._small["inputs"], "int64", (1,)),
             }
+            inputs = {name: inputs[name] for name in point.translate_inputs}
             places = {name: self._driver.allocate(size) for name in ("key", "value")}
             outputs = {name: Tensor(place, "float32", shape) for name, place in places.items()}
             self._run(file, inputs, outputs)
@@ -196,14 +199,15 @@ class DeviceBackend:
                 "depth": np.array([depth], np.float32),
                 "state": np.ascontiguousarray(state, np.float32)[None],
             }
-            inputs = {}
-            for number, (name, value) in enumerate(given.items()):
+            inputs: dict[str, Tensor] = {}
+            for number, name in enumerate(self._classifier_inputs[graph]):
+                value = given[name]
                 at = number * ALIGNMENT
                 host[at : at + value.nbytes] = value.reshape(-1).view(np.uint8)
                 inputs[name] = Tensor(place + at, str(value.dtype), value.shape)
             self._driver.upload(place, host)
             if direct:
-                for name in ("token", "top_prob", "gap", "trust"):
+                for name in inputs.keys() & {"token", "top_prob", "gap", "trust"}:
                     dtype = str(given[name].dtype)
                     inputs[name] = Tensor(self._slot(name), dtype, (1,))
             size = state.shape[-1]
