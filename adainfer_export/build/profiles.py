@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adainfer_runtime.backends.layout import PROBED_ROWS, SequenceLayout, StageRun
+from adainfer_runtime.backends.layout import (
+    CANDIDATE_ROWS,
+    PROBED_ROWS,
+    SequenceLayout,
+    StageRun,
+)
 from adainfer_runtime.manifest import Manifest
 
 __all__ = ["Profile", "ShapeRange", "profiles_of"]
 
 Shape = tuple[int, ...]
 _USUAL_ROWS = 128
-_MAX_CANDIDATES = 512
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,7 @@ def _other_profiles(
         most = min(PROBED_ROWS, rows[-1])
         return {"hidden": one}, {"hidden": _range((1, 1, width), 1, most, most)}
     if file == manifest.candidates.file:
-        limit = min(_MAX_CANDIDATES, manifest.model.vocab_size)
+        limit = min(CANDIDATE_ROWS, manifest.model.vocab_size)
         return ({"hidden": one, "candidates": ShapeRange((2,), (4,), (limit,))},)
     for point in manifest.context_points.values():
         if point.translate == file:

@@ -255,7 +255,8 @@ class SequenceLayout:
 
     def from_runs(self, runs: npt.NDArray[Any]) -> npt.NDArray[Any]:
         """The inverse of `to_runs`."""
-        by_run = runs.reshape(len(runs), -1, self._kv.head_dim)
+        width = self._kv.head_dim
+        by_run = runs.reshape(len(runs), runs.shape[1] // width, width)
         return np.transpose(by_run, (1, 0, 2)) if self._prefix else by_run
 
     def _pass_inputs(self, spec: StageSpec, rows: int, past: int) -> Iterator[tuple[str, Region]]:
