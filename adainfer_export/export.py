@@ -150,15 +150,16 @@ def _write_folder(
     workers: int,
     reporter: Reporter,
 ) -> Manifest:
-    """The data files, tokenizer and report of a folder whose graphs are written."""
+    """The tokenizer, data files and report of a folder whose graphs are written."""
     journal = Journal(folder, plan.identity())
     remove_others(folder, {*plan.layout.graphs, *journal.finished(), JOURNAL_NAME})
+    # Before the weights, which take long: one that cannot be built is refused at once.
+    tokenizer, tokenizer_files = _write_tokenizer(folder, plan.checkpoint)
     plans = plan.layout.plans
     reporter.begin("writing weights", len(plans))
     writer = DataWriter(folder, plan.checkpoint, journal)
     written = writer.write_all(plans, workers, lambda file: reporter.step(Path(file).stem))
     matrices = [matrix for file in written.values() for matrix in file.matrices]
-    tokenizer, tokenizer_files = _write_tokenizer(folder, plan.checkpoint)
     files = plan.layout.graphs | {name: file.record for name, file in written.items()}
     files |= tokenizer_files | write_quantisation_report(folder, matrices)
     return plan.manifest(tokenizer, dict(sorted(files.items())))

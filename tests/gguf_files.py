@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
-from gguf import quants
+from gguf import TokenType, quants
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -47,6 +47,36 @@ def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     add[type(value)](key, value)
 
 
+def sentencepiece_keys(**changes: Any) -> dict[str, Any]:
+    """Keys of a tokenizer as Llama 2 has it, 320 tokens, those of bytes included.
+
+    `changes` are further keys, or others' values; a key whose value is None is left out.
+    """
+    tokens = [("<unk>", 0.0, TokenType.UNKNOWN)]
+    tokens += [(name, 0.0, TokenType.CONTROL) for name in ("<s>", "</s>")]
+    tokens += [(f"<0x{byte:02X}>", 0.0, TokenType.BYTE) for byte in range(256)]
+    merged = ["▁t", "he", "▁the", "▁▁", "in", "▁a", "er", "▁in", "on", "▁there", "▁▁▁▁", "re", "an"]
+    tokens += [(piece, -float(rank), TokenType.NORMAL) for rank, piece in enumerate(merged)]
+    letters = "▁abcdefghijklmnopqrstuvwxyzTé日.,!<>s/"
+    for letter in dict.fromkeys(letters):
+        tokens.append((letter, -float(len(tokens)), TokenType.NORMAL))
+    tokens.append(("<tool>", -1000.0, TokenType.USER_DEFINED))
+    while len(tokens) < 320:
+        tokens.append((f"[PAD{len(tokens)}]", -1000.0, TokenType.UNUSED))
+    names, scores, kinds = (list(column) for column in zip(*tokens, strict=True))
+    found = {
+        "model": "llama",
+        "tokens": names,
+        "scores": scores,
+        "token_type": [int(kind) for kind in kinds],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        **changes,
+    }
+    return {f"tokenizer.ggml.{k}": value for k, value in found.items() if value is not None}
+
+
 def rotary_factors(config: Any) -> np.ndarray:
     """What llama.cpp's converter stores of Llama-3's scaling: plain over scaled frequencies."""
     parameters = config.rope_parameters
@@ -81,7 +111,8 @@ def write_gguf(
     writer.add_key_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_eos_token_id(1)
+    if "tokenizer.ggml.eos_token_id" not in keys:
+        writer.add_eos_token_id(1)
     for key, value in keys.items():
         add_key(writer, key, value)
     if config.rope_parameters["rope_type"] == "llama3":

@@ -156,7 +156,7 @@ class GgufFile:
         return raw.reshape(last - first, width)[wanted - first]
 
     def write_tokenizer(self, folder: Path) -> bool:
-        """Builds tokenizer.json from the file's vocabulary and merges."""
+        """Builds tokenizer.json from the file's vocabulary and its merges or scores."""
         tokens = self._optional("tokenizer.ggml.tokens")
         if not tokens:
             return False
@@ -169,7 +169,7 @@ class GgufFile:
             (folder / "chat_template.jinja").write_text(str(template), encoding="utf-8")
         settings = {"eos_token_id": list(self.eos_token_ids)}
         (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        names = json.dumps(special_tokens(keys), ensure_ascii=False)
+        names = json.dumps(special_tokens(keys, str(self._path)), ensure_ascii=False)
         (folder / "special_tokens_map.json").write_text(names, encoding="utf-8")
         return True
 
