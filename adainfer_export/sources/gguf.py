@@ -237,7 +237,8 @@ class GgufFile:
         for entry in ARCHITECTURES:
             if entry.gguf_name == name:
                 return entry
-        known = ", ".join(entry.gguf_name for entry in ARCHITECTURES if entry.gguf_name)
+        names = dict.fromkeys(entry.gguf_name for entry in ARCHITECTURES)
+        known = ", ".join(name for name in names if name)
         raise UnsupportedError(
             f"{self._path}: GGUF architecture {name!r} is not supported (supported: {known})"
         )

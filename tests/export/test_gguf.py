@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import gguf
 import numpy as np
 import onnx
 import pytest
@@ -11,8 +12,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
 from adainfer_export import ExportRequest, export
-from adainfer_export.errors import CheckpointError, UnsupportedError
+from adainfer_export.errors import CheckpointError, SourceError, UnsupportedError
 from adainfer_export.sources import resolve
+from adainfer_export.sources.gguf import GgufFile
 from adainfer_export.sources.gguf_blocks import KEPT_TYPES, read_rows
 from adainfer_export.validate import reference_model, validate_folder
 from adainfer_runtime import Engine
@@ -223,3 +225,34 @@ def test_what_a_file_says_of_positions_and_is_not_known_is_refused(
         export(ExportRequest(str(tmp_path / "m.gguf"), tmp_path / "out", precision="fp32"))
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]
+
+
+def test_a_llama_file_may_be_a_mistral(models, tmp_path):
+    write_gguf(tmp_path / "m.gguf", models[False], {}, Type.F16)
+    weights = tmp_path / "m.gguf"
+    assert isinstance(resolve("mistral-7b", weights=weights), GgufFile)
+    assert isinstance(resolve("llama2-7b", weights=weights), GgufFile)
+    for alias, architecture in (("qwen3-8b", "qwen3"), ("opt-13b", "opt")):
+        match = f"holds a model of architecture llama; {alias} is of architecture {architecture}"
+        with pytest.raises(SourceError, match=match):
+            resolve(alias, weights=weights)
+    make_checkpoint(tmp_path / "folder", "llama", tokenizer=False)
+    with pytest.raises(SourceError, match="mistral-7b is of architecture mistral"):
+        resolve("mistral-7b", weights=tmp_path / "folder")
+
+
+def test_a_mistral_from_a_llama_file_equals_transformers(tmp_path):
+    model = make_checkpoint(tmp_path / "c", "mistral", tokenizer=False)
+    write_gguf(tmp_path / "m.gguf", model, {}, Type.F32)
+    logits = logits_of("mistral-7b", tmp_path / "out", weights=tmp_path / "m.gguf")
+    assert np.abs(logits - reference_logits(model, LONG)).max() <= 1e-4
+
+
+def test_another_family_s_file_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    match = r"'gemma2' is not supported \(supported: llama, qwen2, qwen3\)"
+    with pytest.raises(UnsupportedError, match=match):
+        export(ExportRequest(str(tmp_path / "m.gguf"), tmp_path / "out"))
