@@ -19,6 +19,7 @@ __all__ = [
     "ExitPolicy",
     "FixedExit",
     "NoExit",
+    "OnlyAt",
     "path_places",
 ]
 
@@ -211,6 +212,39 @@ class CombinedExit:
         else:
             stop, other = self.context.decide(check, evidence, other)
         return stop, np.concatenate([mine, other])
+
+
+@dataclass(frozen=True)
+class OnlyAt:
+    """Another policy, asked at some of its exit points alone.
+
+    Its thresholds were chosen for all of them: it promises nothing of its own.
+    """
+
+    policy: ExitPolicy
+    layers: frozenset[int]
+    promised: float | None = None
+
+    @property
+    def checks(self) -> tuple[ExitCheck, ...]:
+        """Those of the policy that are at these layers."""
+        return tuple(check for check in self.policy.checks if check.layer in self.layers)
+
+    @property
+    def state_size(self) -> int:
+        """The policy's."""
+        return self.policy.state_size
+
+    @property
+    def over_candidates(self) -> bool:
+        """The policy's."""
+        return self.policy.over_candidates
+
+    def decide(
+        self, check: ExitCheck, evidence: ExitEvidence, state: Float32
+    ) -> tuple[bool, Float32]:
+        """The policy's decision."""
+        return self.policy.decide(check, evidence, state)
 
 
 def path_places(

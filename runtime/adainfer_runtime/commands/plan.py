@@ -166,8 +166,9 @@ def _decode_table(forecasts: tuple[DecodeForecast, ...]) -> Table:
         title="each token after the first (the runtime stops what does not pay)",
     )
     for forecast in forecasts:
-        drafts = f"{forecast.drafts} draft(s) after layer {forecast.layer}"
-        way, unit = (drafts, "right") if forecast.layer else ("exits", "leaving")
+        after = f"after {', '.join(map(str, forecast.layers))}"
+        drafts = f"{forecast.drafts} draft(s) {after}"
+        way, unit = (drafts, "right") if forecast.drafts else (f"exits {after}", "leaving")
         pays = "never" if forecast.pays_from is None else f"{forecast.pays_from:.0%} {unit}"
         table.add_row(
             f"{forecast.mode}: {way}",
