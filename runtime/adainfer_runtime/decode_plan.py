@@ -18,7 +18,7 @@ from .exit_looks import ExitCosts
 from .manifest import Manifest
 from .session import ExitProbe
 
-__all__ = ["DecodeForecast", "forecast_decode"]
+__all__ = ["DecodeForecast", "best_drafting", "forecast_decode"]
 
 _MOST_DRAFTS = 8
 _STEPS = 100  # of the search for the share from which something pays
@@ -65,6 +65,18 @@ def forecast_decode(
             found.append(_looks(known, probe, *looks))
         found += _drafts(manifest, known, probe)
     return tuple(sorted(found, key=lambda forecast: (forecast.mode, forecast.relative)))
+
+
+def best_drafting(manifest: Manifest, costs: DecodeCosts) -> float:
+    """Expected time of a token in mode `verified` over the full model's; 1 where drafts, which it
+    then gives up, do not pay.
+    """
+    known = agreement_by_layer(manifest)
+    ways = (
+        _best(costs, layer, known.get(layer, UNKNOWN_AGREEMENT))[0]
+        for layer in manifest.exit_points
+    )
+    return min(1.0, min(ways, default=1.0))
 
 
 def _looks(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .decode_costs import DecodeCosts
-from .exit_policy import ExitPolicy, NoExit, OnlyAt
+from .exit_policy import ExitPolicy, NoExit, SomeChecks
 
 __all__ = ["Always", "ExitCosts", "Looks", "Paying"]
 
@@ -66,10 +66,8 @@ class ExitCosts:
         best, chosen = self.costs.token, tuple[int, ...]()
         for last in range(1, len(self.layers) + 1):
             spent, points = self._path(last, gone)
-            total = self.costs.overhead + spent
-            total += (1.0 - gone[last]) * (
-                self.costs.layers - self.layers[last - 1] + self.costs.probe
-            )
+            total = self.costs.overhead * self.costs.share + spent
+            total += (1.0 - gone[last]) * self._to_the_end(self.layers[last - 1])
             if total < best:
                 best, chosen = total, points
         layers = tuple(self.layers[point - 1] for point in chosen)
@@ -79,18 +77,15 @@ class ExitCosts:
 
     def _path(self, last: int, gone: tuple[float, ...]) -> tuple[float, tuple[int, ...]]:
         """Least cost up to the look at point `last` (from 1), and the points that are looked at."""
-        later = self._later_row(gone[last])
         depths = (0, *self.layers)
         found: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
         for point in range(1, last + 1):
-            kept = self.costs.probe if self.confirmed else 0.0
-            kept += (self.costs.layers - depths[point]) * later
+            leaving = self._leaving(depths[point], gone[last])
             options = (
                 (
                     spent
-                    + (1.0 - gone[before])
-                    * (depths[point] - depths[before] + self.costs.exit_check)
-                    + (gone[point] - gone[before]) * kept,
+                    + (1.0 - gone[before]) * self._to(depths[point], depths[before])
+                    + (gone[point] - gone[before]) * leaving,
                     (*points, point),
                 )
                 for before, (spent, points) in enumerate(found)
@@ -100,21 +95,32 @@ class ExitCosts:
 
     def token(self, shares: Sequence[float]) -> float:
         """Where these shares of tokens leave at each point."""
-        costs = self.costs
-        total, left, reached = costs.overhead, 1.0, 0
+        costs, gone = self.costs, sum(shares)
+        total, left, reached = costs.overhead * costs.share, 1.0, 0
         for layer, share in zip(self.layers, shares, strict=True):
-            total += left * (layer - reached + costs.exit_check)
-            total += share * (costs.probe if self.confirmed else 0.0)
-            total += share * (costs.layers - layer) * self._later_row(sum(shares))
+            total += left * self._to(layer, reached) + share * self._leaving(layer, gone)
             left, reached = left - share, layer
-        return total + max(left, 0.0) * (costs.layers - reached + costs.probe)
+        return total + max(left, 0.0) * self._to_the_end(reached)
+
+    def _to(self, layer: int, reached: int) -> float:
+        """The way to an exit point, and the look there."""
+        return (layer - reached) * self.costs.share + self.costs.exit_check
+
+    def _to_the_end(self, reached: int) -> float:
+        costs = self.costs
+        return (costs.layers - reached + costs.probe) * costs.share
+
+    def _leaving(self, layer: int, gone: float) -> float:
+        """What a token that leaves still costs, where so many leave in all."""
+        confirming = self.costs.probe * self.costs.share if self.confirmed else 0.0
+        return confirming + (self.costs.layers - layer) * self._later_row(gone)
 
     def _later_row(self, share: float) -> float:
         """A skipped layer's time in the pass of the token that goes deeper."""
         if self.fills:
             return 0.0  # a small part of a layer
         waiting = min(max(1, round(share / max(1.0 - share, 1e-6))), self.costs.rows[-1][0])
-        return (self.costs.batch(waiting + 1) - 1.0) / waiting
+        return (self.costs.batch(waiting + 1) - self.costs.share) / waiting
 
 
 class Paying:
@@ -159,7 +165,8 @@ class Paying:
             if self._points:
                 self._since_all = 0
             return policy
-        return OnlyAt(policy, self._points) if self._points else NoExit()
+        checks = tuple(check for check in policy.checks if check.layer in self._points)
+        return SomeChecks(policy, checks) if checks else NoExit()
 
     def record(self, exit_layer: int | None) -> None:
         """Weighs in one more token."""

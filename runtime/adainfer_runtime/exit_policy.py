@@ -19,7 +19,8 @@ __all__ = [
     "ExitPolicy",
     "FixedExit",
     "NoExit",
-    "OnlyAt",
+    "SomeChecks",
+    "first_checks",
     "path_places",
 ]
 
@@ -215,20 +216,18 @@ class CombinedExit:
 
 
 @dataclass(frozen=True)
-class OnlyAt:
-    """Another policy, asked at some of its exit points alone.
+class SomeChecks:
+    """Another policy, asked at some of its checks alone.
 
-    Its thresholds were chosen for all of them: it promises nothing of its own.
+    Attributes:
+        promised: None: thresholds were chosen for all checks together, and a later one may go wrong
+            where one that is left out would have stopped in time. Of the first checks alone see
+            `first_checks`.
     """
 
     policy: ExitPolicy
-    layers: frozenset[int]
+    checks: tuple[ExitCheck, ...]
     promised: float | None = None
-
-    @property
-    def checks(self) -> tuple[ExitCheck, ...]:
-        """Those of the policy that are at these layers."""
-        return tuple(check for check in self.policy.checks if check.layer in self.layers)
 
     @property
     def state_size(self) -> int:
@@ -245,6 +244,18 @@ class OnlyAt:
     ) -> tuple[bool, Float32]:
         """The policy's decision."""
         return self.policy.decide(check, evidence, state)
+
+
+def first_checks(policy: ExitPolicy, count: int) -> ExitPolicy:
+    """A policy that gives up after so many checks.
+
+    It either stops where the whole policy stops, knowing the same, or runs the full model: whatever
+    the reason for the count, it is wrong on no prompt on which the whole policy is right. So it
+    promises what that one promises.
+    """
+    if count == len(policy.checks):
+        return policy
+    return SomeChecks(policy, policy.checks[:count], policy.promised)
 
 
 def path_places(

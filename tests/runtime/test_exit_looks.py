@@ -158,3 +158,20 @@ def test_requests_take_what_pays_or_always_look(tiny):
     ):
         result = looking.generate(PROMPT, decoding=options, **settings)
         assert result.exit_layers == expected
+
+
+def test_approximate_fills_are_counted(tiny):
+    engine = tiny("llama").engine
+    manifest = engine.manifest.model_copy(update={"exit": exits(((0.9,), (0.9,), (0.9,)))})
+    backend = _Scorer(engine.backend, 1.0)
+    looking = Engine(manifest, backend, engine.tokenizer)
+    backend.classify = lambda kind, result, depth, state: (next(scores), state)
+    scores = iter([1.0, -1.0, 1.0])
+    always = DecodeOptions(kv_policy="propagate", exit_looks="always")
+    settings = {"max_new_tokens": 3, "mode": "adaptive", "ignore_eos": True}
+    done = looking.generate(PROMPT, decoding=always, **settings)
+    assert done.exit_layers == (2, 4, 2)
+    # The prompt left two of four layers out, which the second token went through; the first
+    # position is computed.
+    assert (done.statistics.kv_filled, done.statistics.kv_fills) == (2 * (len(PROMPT) - 1), 0)
+    assert looking.statistics.kv_filled == done.statistics.kv_filled
