@@ -43,6 +43,7 @@ from .translate import (
     fit_translators,
     lower_translator,
     read_rotary,
+    translate_inputs,
     translator_layers,
 )
 
@@ -166,6 +167,7 @@ def _write_translator(
     return ExitPoint(
         exit_layer=translator.exit_layer,
         translate=path,
+        translate_inputs=translate_inputs(model),
         multiply_adds=multiply_adds(model.graph),
     )
 
