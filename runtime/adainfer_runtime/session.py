@@ -73,14 +73,20 @@ class Session:
     """
 
     def __init__(
-        self, backend: Backend, manifest: Manifest, waited: Callable[[], float] = lambda: 0.0
+        self,
+        backend: Backend,
+        manifest: Manifest,
+        waited: Callable[[], float] = lambda: 0.0,
+        texts: int = 1,
     ) -> None:
         """Opens an empty one.
 
         Args:
             waited: seconds that its passes have spent on other sequences, where it shares them.
+            texts: so many sequences share passes, this one among them.
         """
         self.waited = waited
+        self.texts = texts
         self._backend = backend
         self._manifest = manifest
         self._chain = Chain(backend, manifest)
@@ -159,13 +165,17 @@ class Session:
         Returns:
             the length that is kept; `extend` with `tokens` from there on.
         """
-        common = min(self.exact_length, len(tokens) - 1)
-        if common > 0:
-            kept, wanted = self._chain.tokens[:common], np.asarray(tokens[:common])
-            different = np.flatnonzero(kept != wanted)
-            common = int(different[0]) if different.size else common
-        self.truncate(max(common, 0))
+        self.truncate(self.common(tokens))
         return self.length
+
+    def common(self, tokens: Sequence[int]) -> int:
+        """How much `reuse` would keep."""
+        common = min(self.exact_length, len(tokens) - 1)
+        if common <= 0:
+            return 0
+        kept, wanted = self._chain.tokens[:common], np.asarray(tokens[:common])
+        different = np.flatnonzero(kept != wanted)
+        return int(different[0]) if different.size else common
 
     def predict(
         self,
