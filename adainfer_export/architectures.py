@@ -26,7 +26,8 @@ class Architecture:
         wrapped_in: `model_type` of models that hold this decoder beside others (of images).
         others: prefixes of those others' tensors, which are not read.
         prunable: layers may differ in heads and feed-forward width.
-        gguf_name: `general.architecture` of GGUF files, where they are supported.
+        gguf_name: `general.architecture` of GGUF files, where they are supported. Several
+            families may share one: such files are read as the first of them.
         gguf_permuted_rope: llama.cpp's converter interleaves the rows of Q and K of this
             family (its rotary rotates neighbouring pairs); reading undoes that.
     """
@@ -44,7 +45,7 @@ class Architecture:
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("llama", "llama", prunable=True, gguf_name="llama", gguf_permuted_rope=True),
-    Architecture("mistral", "mistral", prunable=True),
+    Architecture("mistral", "mistral", prunable=True, gguf_name="llama", gguf_permuted_rope=True),
     Architecture("qwen2", "qwen2", prunable=True, gguf_name="qwen2"),
     Architecture("qwen3", "qwen3", prunable=True, gguf_name="qwen3"),
     Architecture("opt", build=opt.build, aliases=(("model.decoder.", "decoder."),)),

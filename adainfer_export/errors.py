@@ -3,6 +3,7 @@
 AdaInferError
 ├── SourceError               the model cannot be found or fetched
 │   ├── GatedSourceError
+│   ├── PickledSourceError
 │   └── UnknownModelError
 ├── CheckpointError           the checkpoint is damaged or incomplete
 │   └── NonFiniteWeightError
@@ -26,6 +27,7 @@ __all__ = [
     "LoweringError",
     "NonFiniteWeightError",
     "OutputError",
+    "PickledSourceError",
     "SourceError",
     "UnknownModelError",
     "UnsupportedError",
@@ -39,6 +41,10 @@ class SourceError(AdaInferError):
 
 class GatedSourceError(SourceError):
     """The weights are to be had only once their licence was accepted."""
+
+
+class PickledSourceError(SourceError):
+    """There are weights, but pickled ones alone, which are not read."""
 
 
 class UnknownModelError(SourceError):

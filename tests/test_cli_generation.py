@@ -123,6 +123,16 @@ def test_decode_options_of_the_command_line():
     assert "Invalid value" in decoding_of("--drafts", -1)
 
 
+def test_times_by_stage_are_shown_where_they_are_wanted(folder):
+    arguments = ["run", folder, "--prompt", "hello", "--max-new-tokens", 4]
+    assert "ms by stage: embed " in run(*arguments, "--profile").output.replace("\n", " ")
+    assert "ms by stage" not in run(*arguments).output
+    data = json.loads(run(*arguments, "--profile", "--json").stdout)
+    assert data["statistics"]["stage_seconds"]["layers"] > 0
+    labels = run("run", folder, "--prompt", "x:", "--labels", "a,b", "--profile")
+    assert "ms by stage" in labels.output.replace("\n", " ")
+
+
 def test_run_drafts_as_asked(folder, engine):
     arguments = ["--prompt", "hello", "--max-new-tokens", 12, "--json"]
     off = json.loads(run("run", folder, *arguments).stdout)

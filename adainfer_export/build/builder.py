@@ -125,7 +125,8 @@ def build_plans(
         if _is_current(place, known.get(file), source, profiles):
             kept.append(file)
         else:
-            outcome = _build_one(builder, folder, place, request, stamp, file, profiles)
+            again = "; run `adainfer calibrate` again" if _is_calibrated(manifest, file) else ""
+            outcome = _build_one(builder, folder, place, request, stamp, file, profiles, again)
             known[file] = _record(place, file, source, profiles, outcome)
             built.append(file)
             warnings += [f"{file}: {warning}" for warning in outcome.warnings]
@@ -181,6 +182,7 @@ def _build_one(
     stamp: BuildStamp,
     file: str,
     profiles: tuple[PlanShapes, ...],
+    again: str,
 ) -> Outcome:
     job = Job(
         backend=request.backend,
@@ -196,7 +198,7 @@ def _build_one(
     )
     outcome = builder.build(job)
     if outcome.error is None and outcome.unused_inputs:
-        outcome = Outcome(f"inputs are ignored: {'; '.join(outcome.unused_inputs)}")
+        outcome = Outcome(f"inputs are ignored: {'; '.join(outcome.unused_inputs)}{again}")
     if outcome.error is not None:
         Path(job.plan).unlink(missing_ok=True)
         raise BuildError(f"{folder / file}: {stamp.backend} {stamp.version}: {outcome.error}")
@@ -210,6 +212,12 @@ def _shapes(manifest: Manifest, file: str, stamp: BuildStamp) -> tuple[PlanShape
         {name: (s.smallest, s.usual, s.largest) for name, s in profile.items()}
         for profile in profiles
     )
+
+
+def _is_calibrated(manifest: Manifest, file: str) -> bool:
+    """Of a classifier or translator: those of earlier versions have inputs that they do not use."""
+    files = {classifier.graph for classifier in manifest.classifiers}
+    return file in files | {point.translate for point in manifest.context_points.values()}
 
 
 def _record(

@@ -43,6 +43,7 @@ from .translate import (
     fit_translators,
     lower_translator,
     read_rotary,
+    translate_inputs,
     translator_layers,
 )
 
@@ -53,7 +54,7 @@ _LOG = logging.getLogger(__name__)
 # Positions from the end on that run through all layers: the question itself is told by more than
 # its last token. On SmolLM2 (int4, 12 tasks) eight of some 150 are worth two layers of the context.
 _ANSWER_ROWS = 8
-_TIMED = 20  # prompts
+_TIMED = 40  # prompts
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def fit_context(
     engine = Engine.of_manifest(files.folder, bare)
 
     def fit_maps() -> dict[str, npt.NDArray[np.float32]]:
-        fitted = _fit_translators(engine, files.folder, rotary, layers, parts, request, reporter)
+        fitted = _fit_translators(
+            engine, files.folder, rotary, layers, parts, request, reporter, kept
+        )
         return {
             name: part
             for layer, translator in fitted.items()
@@ -146,14 +149,16 @@ def _fit_translators(
     parts: Parts,
     request: CalibrationRequest,
     reporter: Reporter,
+    kept: KeptSteps,
 ) -> dict[int, Translator]:
     reporter.begin("fitting translators", len(parts.adapters))
     translators, lessons = fit_translators(engine, rotary, parts.adapters, layers, reporter)
     head = read_head(folder, engine.manifest) if request.translators == "distilled" else None
     if head is None:
         return translators
+    keep, seed = kept.layers("translators"), request.seed
     return distil_translators(
-        engine, folder, head, rotary, translators, lessons, reporter, request.seed
+        engine, folder, head, rotary, translators, lessons, reporter, seed, keep
     )
 
 
@@ -166,6 +171,7 @@ def _write_translator(
     return ExitPoint(
         exit_layer=translator.exit_layer,
         translate=path,
+        translate_inputs=translate_inputs(model),
         multiply_adds=multiply_adds(model.graph),
     )
 
@@ -210,14 +216,20 @@ def _predict(
 def _check_layers(
     engine: Engine, examples: tuple[TaskExample, ...], layers: tuple[int, ...]
 ) -> tuple[float, ...]:
-    """Time of each look in layers: what it takes of a prompt's run."""
-    prompts = [engine.tokenizer.encode(example.prompt) for example in examples[-_TIMED:]]
+    """Time of each look in layers: what it takes of a prompt's run, as a mean over prompts.
+
+    A look is dearer the shorter the prompt, and prompts come task by task: those that are timed lie
+    evenly among all of them.
+    """
+    places = np.unique(np.linspace(0, len(examples) - 1, _TIMED).astype(int))
+    prompts = [engine.tokenizer.encode(examples[place].prompt) for place in places]
     taken = np.array([_seconds(engine, ids, layers) for ids in prompts if len(ids) > 1])
     if not taken.size:
         return (0.0,) * len(layers)
-    *looks, whole = np.median(taken, axis=0).tolist()
-    layer = max(whole - sum(looks), 1e-9) / engine.manifest.model.num_layers
-    return tuple(look / layer for look in looks)
+    looks, whole = taken[:, :-1], taken[:, -1]
+    layer = np.maximum(whole - looks.sum(axis=1), 1e-9) / engine.manifest.model.num_layers
+    prices: list[float] = (looks / layer[:, np.newaxis]).mean(axis=0).tolist()
+    return tuple(prices)
 
 
 def _seconds(engine: Engine, ids: list[int], layers: Sequence[int]) -> tuple[float, ...]:

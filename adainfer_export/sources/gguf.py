@@ -19,6 +19,7 @@ from ..errors import CheckpointError, SourceError, UnsupportedError
 from ..quantise import BlockRows, Blocks
 from .checkpoint import require_finite
 from .gguf_blocks import KEPT_TYPES, read_rows
+from .gguf_rope import FACTORS, rope_parameters
 from .gguf_tokenizer import build_tokenizer, special_tokens
 
 __all__ = ["GgufFile"]
@@ -43,9 +44,9 @@ class GgufFile:
         key = self._architecture.gguf_name
         heads = int(self._field(f"{key}.attention.head_count"))
         hidden = int(self._field(f"{key}.embedding_length"))
-        scaling = self._optional(f"{key}.rope.scaling.type")
-        if scaling not in (None, "none"):
-            raise UnsupportedError(f"{self._path}: rope scaling {scaling!r} in GGUF")
+        head_dim = int(self._optional(f"{key}.attention.key_length") or hidden // heads)
+        positions = int(self._field(f"{key}.context_length"))
+        self._require_no_window(positions)
         return AutoConfig.for_model(
             self._architecture.model_type,
             hidden_size=hidden,
@@ -53,13 +54,16 @@ class GgufFile:
             num_hidden_layers=int(self._field(f"{key}.block_count")),
             num_attention_heads=heads,
             num_key_value_heads=int(self._optional(f"{key}.attention.head_count_kv") or heads),
-            head_dim=int(self._optional(f"{key}.attention.key_length") or hidden // heads),
-            max_position_embeddings=int(self._field(f"{key}.context_length")),
+            head_dim=head_dim,
+            max_position_embeddings=positions,
             rms_norm_eps=float(self._field(f"{key}.attention.layer_norm_rms_epsilon")),
-            rope_parameters={
-                "rope_type": "default",
-                "rope_theta": float(self._optional(f"{key}.rope.freq_base") or 10000.0),
-            },
+            rope_parameters=rope_parameters(
+                lambda name: self._optional(f"{key}.rope.{name}"),
+                self._rotary_factors(),
+                head_dim,
+                positions,
+                str(self._path),
+            ),
             vocab_size=int(self._tensor("token_embd.weight").shape[1]),
             tie_word_embeddings=self.tied_head,
             bos_token_id=self._optional("tokenizer.ggml.bos_token_id"),
@@ -94,9 +98,8 @@ class GgufFile:
         """None: the source holds weights."""
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
-        """Under their GGUF names; llama.cpp's own rotary tables are left out."""
-        left = self._tensors.keys() - {self._mapped(name) for name in read}
-        return tuple(sorted(name for name in left if not name.startswith("rope_")))
+        """Under their GGUF names; rotary factors went into the configuration."""
+        return tuple(sorted(self._tensors.keys() - {self._mapped(n) for n in read} - {FACTORS}))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """From the file's tensor table."""
@@ -153,7 +156,7 @@ class GgufFile:
         return raw.reshape(last - first, width)[wanted - first]
 
     def write_tokenizer(self, folder: Path) -> bool:
-        """Builds tokenizer.json from the file's vocabulary and merges."""
+        """Builds tokenizer.json from the file's vocabulary and its merges or scores."""
         tokens = self._optional("tokenizer.ggml.tokens")
         if not tokens:
             return False
@@ -166,9 +169,25 @@ class GgufFile:
             (folder / "chat_template.jinja").write_text(str(template), encoding="utf-8")
         settings = {"eos_token_id": list(self.eos_token_ids)}
         (folder / "generation_config.json").write_text(json.dumps(settings), encoding="utf-8")
-        names = json.dumps(special_tokens(keys), ensure_ascii=False)
+        names = json.dumps(special_tokens(keys, str(self._path)), ensure_ascii=False)
         (folder / "special_tokens_map.json").write_text(names, encoding="utf-8")
         return True
+
+    def _rotary_factors(self) -> npt.NDArray[np.float32] | None:
+        from gguf.quants import dequantize
+
+        if (tensor := self._tensors.get(FACTORS)) is None:
+            return None
+        return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
+
+    def _require_no_window(self, positions: int) -> None:
+        """The families that are read from GGUF have none there; a file that says so is another."""
+        window = self._optional(f"{self._architecture.gguf_name}.attention.sliding_window")
+        if window and int(window) < positions:
+            raise UnsupportedError(
+                f"{self._path}: a sliding window ({window} of {positions} positions) in GGUF is "
+                "not supported; export from the Hugging Face folder instead"
+            )
 
     def _interleaving(self, rows: int, is_key: bool) -> npt.NDArray[np.int64]:
         """Where the file has each row: its converter put the halves of a head alternately."""
@@ -218,7 +237,8 @@ class GgufFile:
         for entry in ARCHITECTURES:
             if entry.gguf_name == name:
                 return entry
-        known = ", ".join(entry.gguf_name for entry in ARCHITECTURES if entry.gguf_name)
+        names = dict.fromkeys(entry.gguf_name for entry in ARCHITECTURES)
+        known = ", ".join(name for name in names if name)
         raise UnsupportedError(
             f"{self._path}: GGUF architecture {name!r} is not supported (supported: {known})"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import GatedSourceError, SourceError
+from ..errors import GatedSourceError, PickledSourceError, SourceError
 
 __all__ = ["download_snapshot"]
 
@@ -19,7 +19,8 @@ def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
 
     Raises:
         GatedSourceError: its licence was not accepted.
-        SourceError: not in the cache and not to be had, or without safetensors.
+        PickledSourceError: it is without safetensors.
+        SourceError: not in the cache and not to be had.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError
@@ -35,8 +36,8 @@ def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
             f"{repository} cannot be downloaded and is not in the local cache"
         ) from error
     if not any(Path(folder).glob("*.safetensors")):
-        raise SourceError(
+        raise PickledSourceError(
             f"{repository} at revision {revision} holds no safetensors, and pickled weights are "
-            "not read: load it with transformers, save_pretrained(DIR), and export DIR"
+            "not read"
         )
     return Path(folder), Path(folder).name

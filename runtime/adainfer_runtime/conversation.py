@@ -63,7 +63,7 @@ class Conversation:
         self._stop_running()
         asked: list[dict[str, object]] = [*self._messages, {"role": "user", "content": content}]
         tokens = self._engine.tokenizer.encode_chat(asked)
-        request = prepare(self._engine, tokens, GenerationOptions.of(options))
+        request = prepare(self._engine, tokens, GenerationOptions.of(options), self._session)
         self._running = self._turn(request, asked)
         return self._running
 

@@ -6,7 +6,7 @@ forecasts with it (`tools/decode_forecast.py`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -34,6 +34,9 @@ class DecodeCosts:
         draft_probe: the probe that drafts and first looks use, where it is another.
         overhead: of a pass of one row through the model, beside layers and probe: embedding,
             bookkeeping.
+        share: of a pass of one row, what it takes of its time alone: less than 1 where texts share
+            such passes. Those of several rows, which drafts and positions that wait make, are not
+            shared.
     """
 
     layers: int
@@ -43,6 +46,7 @@ class DecodeCosts:
     draft_probe: float | None = None
     classifier: float = 0.0
     overhead: float = 0.0
+    share: float = 1.0
 
     @classmethod
     def of_manifest(cls, manifest: Manifest, *, shortlist: bool = False) -> DecodeCosts:
@@ -94,15 +98,20 @@ class DecodeCosts:
         numbers, relative = zip(*self.rows, strict=True)
         return rows * float(np.interp(rows, numbers, relative))
 
+    def of_texts(self, count: int) -> DecodeCosts:
+        """The same for each of so many texts that advance together."""
+        return replace(self, share=self.batch(count) / count)
+
     @property
     def token(self) -> float:
         """A token of the full model."""
-        return self.layers + self.probe + self.overhead
+        return (self.layers + self.probe + self.overhead) * self.share
 
     @property
     def draft_check(self) -> float:
         """Reading one draft."""
-        return self.adapter + (self.probe if self.draft_probe is None else self.draft_probe)
+        probe = self.probe * self.share if self.draft_probe is None else self.draft_probe
+        return self.adapter + probe
 
     @property
     def exit_check(self) -> float:
@@ -112,7 +121,7 @@ class DecodeCosts:
     def round(self, draft_layer: int, drafts: int) -> float:
         """So many drafts, one after the other, and the pass that confirms them."""
         deeper = (self.layers - draft_layer + self.probe) * self.batch(drafts + 1)
-        below = (drafts + 1) * (draft_layer + self.overhead)
+        below = (drafts + 1) * (draft_layer + self.overhead) * self.share
         return below + drafts * self.draft_check + deeper
 
     def per_token(self, draft_layer: int, drafts: int, acceptance: float) -> float:
@@ -124,8 +133,8 @@ class DecodeCosts:
     def least_confidence(self, draft_layer: int, drafts: int) -> float:
         """The chance of being right at which one draft more, after so many, is worth its row."""
         row = self.batch(drafts + 2) - self.batch(drafts + 1)
-        extra = draft_layer + self.overhead + (self.layers - draft_layer + self.probe) * row
-        return extra / self.token
+        below = (draft_layer + self.overhead) * self.share
+        return (below + (self.layers - draft_layer + self.probe) * row) / self.token
 
 
 def expected_tokens(drafts: int, acceptance: float) -> float:

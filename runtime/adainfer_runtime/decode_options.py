@@ -38,8 +38,8 @@ class DecodeOptions:
             cheaper, and never has the last word.
         draft_layer: exit point that drafts in mode `verified`; default: by expected cost.
         draft_schedule: how many drafts; default: by their acceptance so far and their cost.
-        exit_looks: whether a token of mode `adaptive` after the first looks at exit points:
-            `paying` while that is expected to save time, `always` at each.
+        exit_looks: at which exit points a token of mode `adaptive` after the first looks: `paying`
+            where that is expected to save time, `always` at each.
         costs: that drafts and looks are judged by; default: the plan's measured times where they
             are of this machine, else multiply-adds.
         acceptance: share of drafts expected to be right before any was judged.

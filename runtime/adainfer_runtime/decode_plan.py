@@ -18,7 +18,7 @@ from .exit_looks import ExitCosts
 from .manifest import Manifest
 from .session import ExitProbe
 
-__all__ = ["DecodeForecast", "forecast_decode"]
+__all__ = ["DecodeForecast", "best_drafting", "forecast_decode"]
 
 _MOST_DRAFTS = 8
 _STEPS = 100  # of the search for the share from which something pays
@@ -29,7 +29,8 @@ class DecodeForecast:
     """One way to use exits in decode.
 
     Attributes:
-        layer: exit point of drafts; None: all of the exit graph's.
+        layers: exit points: that of drafts, or those at which a look is worth its price (none pay:
+            all of the exit graph's).
         drafts: per round, where that costs least.
         share: of tokens that leave early, or of drafts that are right, on held-out prompts.
         relative: expected time of a token over the full model's, at that share.
@@ -38,7 +39,7 @@ class DecodeForecast:
 
     mode: Literal["adaptive", "verified"]
     probe: ExitProbe
-    layer: int | None
+    layers: tuple[int, ...]
     drafts: int
     share: float
     relative: float
@@ -66,18 +67,40 @@ def forecast_decode(
     return tuple(sorted(found, key=lambda forecast: (forecast.mode, forecast.relative)))
 
 
+def best_drafting(manifest: Manifest, costs: DecodeCosts) -> float:
+    """Expected time of a token in mode `verified` over the full model's; 1 where drafts, which it
+    then gives up, do not pay.
+    """
+    known = agreement_by_layer(manifest)
+    ways = (
+        _best(costs, layer, known.get(layer, UNKNOWN_AGREEMENT))[0]
+        for layer in manifest.exit_points
+    )
+    return min(1.0, min(ways, default=1.0))
+
+
 def _looks(
     costs: DecodeCosts, probe: ExitProbe, layers: tuple[int, ...], shares: tuple[float, ...]
 ) -> DecodeForecast:
-    exits = ExitCosts(costs, layers, confirmed=probe == "shortlist")
+    every = ExitCosts(costs, layers, confirmed=probe == "shortlist")
     total = sum(shares)
     alike = tuple(share / total for share in shares) if total else (1.0, *shares[1:])
 
     def relative(share: float) -> float:
-        return exits.token([share * part for part in alike]) / costs.token
+        exits, moved = every.cheapest([share * part for part in alike])
+        return exits.token(moved) / costs.token
 
+    chosen, moved = every.cheapest(shares)
+    if not chosen.layers:  # what it would cost
+        chosen, moved = every, shares
     return DecodeForecast(
-        "adaptive", probe, None, 0, total, exits.token(shares) / costs.token, _pays_from(relative)
+        "adaptive",
+        probe,
+        chosen.layers,
+        0,
+        sum(moved),
+        chosen.token(moved) / costs.token,
+        _pays_from(relative),
     )
 
 
@@ -91,7 +114,7 @@ def _drafts(manifest: Manifest, costs: DecodeCosts, probe: ExitProbe) -> Iterato
 
         best, drafts = _best(costs, layer, agreement)
         yield DecodeForecast(
-            "verified", probe, layer, drafts, agreement, best, _pays_from(relative)
+            "verified", probe, (layer,), drafts, agreement, best, _pays_from(relative)
         )
 
 

@@ -59,7 +59,7 @@ class PolicyDecoder:
 
     Args:
         schedule: in place of the policy, another one for every token.
-        looks: whether tokens after the first look at exit points at all.
+        looks: at which exit points tokens after the first look.
     """
 
     def __init__(
@@ -88,8 +88,7 @@ class PolicyDecoder:
         self._steps += 1
         if self._last is not None:
             self._session.extend([self._last])
-            if self._refuses(policy):
-                policy = NoExit()
+            policy = self._after_first(policy)
         prediction = self._session.predict(
             policy, kv_policy=self._kv_policy, exit_probe=self._exit_probe
         )
@@ -98,10 +97,11 @@ class PolicyDecoder:
         self._last = take(self._sampler, prediction.result, self._session)
         return Emitted(self._last, prediction.exit_layer, prediction.result.logits)
 
-    def _refuses(self, policy: ExitPolicy) -> bool:
+    def _after_first(self, policy: ExitPolicy) -> ExitPolicy:
         # Translated K,V answer one question; the KV policy says what follows is over.
-        over_context = any(check.kind == "context" for check in policy.checks)
-        return over_context or not self._looks.due()
+        if any(check.kind == "context" for check in policy.checks):
+            return NoExit()
+        return self._looks.narrow(policy)
 
     def close(self) -> None:
         """Nothing to take back."""

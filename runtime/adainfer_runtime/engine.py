@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -16,7 +18,7 @@ from .certificate import device_class, device_option
 from .choose import Chosen, choose, join_label
 from .conversation import Conversation
 from .decode_costs import DecodeCosts, decode_costs
-from .decode_plan import DecodeForecast, forecast_decode
+from .decode_plan import DecodeForecast, best_drafting, forecast_decode
 from .engine_folder import load_manifest, verify_files
 from .errors import DeadlineError, ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
@@ -44,6 +46,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["Engine"]
 
+_LOG = logging.getLogger(__name__)
 _IDLE_SESSIONS = 4
 
 
@@ -66,6 +69,7 @@ class Engine:
         here: Machine | None = None,
     ) -> None:
         self._here = here
+        self._warned = False
         self._costs: dict[ExitProbe, DecodeCosts] = {}
         self._shadow = shadow
         self._device = device
@@ -216,6 +220,21 @@ class Engine:
             return self._planned(shape, strictness).policy
         return self._policies.of_mode(mode, strictness, classifier)
 
+    def plan(
+        self,
+        shape: RequestShape,
+        *,
+        threshold: float | None = None,
+        level: float | None = None,
+        text: ApproximateText | None = None,
+    ) -> ModeForecast:
+        """What mode `auto` takes for a request; arguments as for `policy`.
+
+        Raises:
+            ExitUnavailableError: there is no plan.
+        """
+        return self._planned(shape, Strictness(threshold, level, self._device_class, text))
+
     def choice_policy(
         self,
         mode: Mode,
@@ -260,9 +279,30 @@ class Engine:
                 f"the plan's times are of {plan.machine.device_class}, this is "
                 f"{self._device_class}: run `adainfer bench DIR{device_option(self._device_class)}`"
             )
+        self._warn_of_other_machine(plan.machine)
         layers = self._manifest.model.num_layers
         predictor = TimePredictor(plan.times, layers, self._backend.max_rows)
-        return forecast_modes(self._policies, predictor, shape, strictness, self.recent)
+        return forecast_modes(
+            self._policies, predictor, shape, strictness, self.recent, self._drafting
+        )
+
+    def _warn_of_other_machine(self, planned: Machine) -> None:
+        if self._here is not None and planned != self._here and not self._warned:
+            self._warned = True
+            _LOG.warning(
+                "the plan that mode auto goes by was measured on %s with %d threads, this is %s "
+                "with %d: run `adainfer bench DIR%s` here",
+                planned.processor,
+                planned.threads,
+                self._here.processor,
+                self._here.threads,
+                device_option(self._device_class),
+            )
+
+    @cached_property
+    def _drafting(self) -> float:
+        """Expected time of a token in mode `verified`, as a share of the full model's."""
+        return best_drafting(self._manifest, self.decode_costs())
 
     def decode_costs(self, probe: ExitProbe = "full") -> DecodeCosts:
         """What drafts and looks at exit points cost here, with the probe they use."""

@@ -1,15 +1,18 @@
-"""Whether the next token of a text looks at its exit points: what looks cost, and gain."""
+"""At which exit points the next token of a text looks: what looks cost, and gain."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from .decode_costs import DecodeCosts
+from .exit_policy import ExitPolicy, NoExit, SomeChecks
 
 __all__ = ["Always", "ExitCosts", "Looks", "Paying"]
 
@@ -17,19 +20,19 @@ __all__ = ["Always", "ExitCosts", "Looks", "Paying"]
 class Looks(Protocol):
     """Of one request; decides token by token."""
 
-    def due(self) -> bool:
-        """Whether the next token looks; where not, it runs every layer."""
+    def narrow(self, policy: ExitPolicy) -> ExitPolicy:
+        """The policy of the next token: this one, at some of its exit points or at none."""
 
     def record(self, exit_layer: int | None) -> None:
         """Where a token that looked has left (the model's depth: nowhere); None: it did not."""
 
 
 class Always:
-    """Every token looks, whatever that costs."""
+    """Every token looks at every exit point, whatever that costs."""
 
-    def due(self) -> bool:
-        """Yes."""
-        return True
+    def narrow(self, policy: ExitPolicy) -> ExitPolicy:
+        """As it is."""
+        return policy
 
     def record(self, exit_layer: int | None) -> None:
         """Nothing to learn."""
@@ -51,33 +54,84 @@ class ExitCosts:
     fills: bool = False
     confirmed: bool = False
 
+    def cheapest(self, shares: Sequence[float]) -> tuple[ExitCosts, tuple[float, ...]]:
+        """The exit points that are worth a look, none where nothing pays, and the shares there.
+
+        Tokens that would leave at a point which is left out leave at the next that is not. So what
+        is spent between two neighbouring points depends on these two alone, but for the price of
+        skipped layers, which depends on how many leave in all, that is on the last point: a dynamic
+        program over the points, for every last one.
+        """
+        gone = (0.0, *accumulate(shares))
+        best, chosen = self.costs.token, tuple[int, ...]()
+        for last in range(1, len(self.layers) + 1):
+            spent, points = self._path(last, gone)
+            total = self.costs.overhead * self.costs.share + spent
+            total += (1.0 - gone[last]) * self._to_the_end(self.layers[last - 1])
+            if total < best:
+                best, chosen = total, points
+        layers = tuple(self.layers[point - 1] for point in chosen)
+        ends = (0.0, *(gone[point] for point in chosen))
+        moved = tuple(end - start for start, end in pairwise(ends))
+        return replace(self, layers=layers), moved
+
+    def _path(self, last: int, gone: tuple[float, ...]) -> tuple[float, tuple[int, ...]]:
+        """Least cost up to the look at point `last` (from 1), and the points that are looked at."""
+        depths = (0, *self.layers)
+        found: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
+        for point in range(1, last + 1):
+            leaving = self._leaving(depths[point], gone[last])
+            options = (
+                (
+                    spent
+                    + (1.0 - gone[before]) * self._to(depths[point], depths[before])
+                    + (gone[point] - gone[before]) * leaving,
+                    (*points, point),
+                )
+                for before, (spent, points) in enumerate(found)
+            )
+            found.append(min(options))
+        return found[last]
+
     def token(self, shares: Sequence[float]) -> float:
         """Where these shares of tokens leave at each point."""
-        costs = self.costs
-        total, left, reached = costs.overhead, 1.0, 0
+        costs, gone = self.costs, sum(shares)
+        total, left, reached = costs.overhead * costs.share, 1.0, 0
         for layer, share in zip(self.layers, shares, strict=True):
-            total += left * (layer - reached + costs.exit_check)
-            total += share * (costs.probe if self.confirmed else 0.0)
-            total += share * (costs.layers - layer) * self._later_row(sum(shares))
+            total += left * self._to(layer, reached) + share * self._leaving(layer, gone)
             left, reached = left - share, layer
-        return total + max(left, 0.0) * (costs.layers - reached + costs.probe)
+        return total + max(left, 0.0) * self._to_the_end(reached)
+
+    def _to(self, layer: int, reached: int) -> float:
+        """The way to an exit point, and the look there."""
+        return (layer - reached) * self.costs.share + self.costs.exit_check
+
+    def _to_the_end(self, reached: int) -> float:
+        costs = self.costs
+        return (costs.layers - reached + costs.probe) * costs.share
+
+    def _leaving(self, layer: int, gone: float) -> float:
+        """What a token that leaves still costs, where so many leave in all."""
+        confirming = self.costs.probe * self.costs.share if self.confirmed else 0.0
+        return confirming + (self.costs.layers - layer) * self._later_row(gone)
 
     def _later_row(self, share: float) -> float:
         """A skipped layer's time in the pass of the token that goes deeper."""
         if self.fills:
             return 0.0  # a small part of a layer
         waiting = min(max(1, round(share / max(1.0 - share, 1e-6))), self.costs.rows[-1][0])
-        return (self.costs.batch(waiting + 1) - 1.0) / waiting
+        return (self.costs.batch(waiting + 1) - self.costs.share) / waiting
 
 
 class Paying:
-    """Looks while that is expected to cost less than running every layer.
+    """Looks where that is expected to cost less than running every layer.
 
     It knows the share of tokens that left at each point, lately: every token weighs `memory` times
-    as much as the one after it, and what is known beforehand counts as `weight` tokens. Where looks
-    do not pay, one token looks at the start (the text's first, which always does) and every
-    `retry_every` tokens, so that a text which is easy, or becomes so, is noticed; none where even
-    leaving always at the first point would save less than `least_gain`.
+    as much as the one after it, and what is known beforehand counts as `weight` tokens. From these
+    shares follows at which points to look (`ExitCosts.cheapest`). Where none pays, one token looks
+    at the start (the text's first, which always does) and every `retry_every` tokens, so that a
+    text which is easy, or becomes so, is noticed; none where even leaving always at the first point
+    would save less than `least_gain`. As often all points are looked at where only some pay.
     """
 
     def __init__(
@@ -98,27 +152,35 @@ class Paying:
         best = (1.0, *(0.0 for _ in costs.layers[1:]))
         full = costs.costs.token
         self._may_pay = costs.token(best) < (1.0 - least_gain) * full
-        self._idle: int | None = None  # tokens since one that looked did not leave
-        self._pays = self._may_pay and self._expected_to_pay()
+        self._since_all: float = (
+            math.inf
+        )  # tokens since one that looked everywhere, and did not leave
+        self._points: frozenset[int] = self._paying() if self._may_pay else frozenset()
 
-    def due(self) -> bool:
+    def narrow(self, policy: ExitPolicy) -> ExitPolicy:
         """See the class."""
-        retry = self._idle is None or self._idle >= self._retry_every
-        return self._pays or (self._may_pay and retry)
+        if not self._may_pay:
+            return NoExit()
+        if self._since_all >= self._retry_every:
+            if self._points:
+                self._since_all = 0
+            return policy
+        checks = tuple(check for check in policy.checks if check.layer in self._points)
+        return SomeChecks(policy, checks) if checks else NoExit()
 
     def record(self, exit_layer: int | None) -> None:
         """Weighs in one more token."""
+        self._since_all += 1
         if exit_layer is None:
-            self._idle = None if self._idle is None else self._idle + 1
             return
         self._tokens = self._tokens * self._memory + 1.0
         self._left = self._left * self._memory
         if exit_layer in self._costs.layers:
             self._left[self._costs.layers.index(exit_layer)] += 1.0
-        else:
-            self._idle = 0
-        self._pays = self._expected_to_pay()
+        elif not self._points:
+            self._since_all = 0
+        self._points = self._paying()
 
-    def _expected_to_pay(self) -> bool:
-        shares = (self._left / self._tokens).tolist()
-        return self._costs.token(shares) < self._costs.costs.token
+    def _paying(self) -> frozenset[int]:
+        chosen, _ = self._costs.cheapest((self._left / self._tokens).tolist())
+        return frozenset(chosen.layers)

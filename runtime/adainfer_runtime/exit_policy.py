@@ -19,6 +19,8 @@ __all__ = [
     "ExitPolicy",
     "FixedExit",
     "NoExit",
+    "SomeChecks",
+    "first_checks",
     "path_places",
 ]
 
@@ -211,6 +213,49 @@ class CombinedExit:
         else:
             stop, other = self.context.decide(check, evidence, other)
         return stop, np.concatenate([mine, other])
+
+
+@dataclass(frozen=True)
+class SomeChecks:
+    """Another policy, asked at some of its checks alone.
+
+    Attributes:
+        promised: None: thresholds were chosen for all checks together, and a later one may go wrong
+            where one that is left out would have stopped in time. Of the first checks alone see
+            `first_checks`.
+    """
+
+    policy: ExitPolicy
+    checks: tuple[ExitCheck, ...]
+    promised: float | None = None
+
+    @property
+    def state_size(self) -> int:
+        """The policy's."""
+        return self.policy.state_size
+
+    @property
+    def over_candidates(self) -> bool:
+        """The policy's."""
+        return self.policy.over_candidates
+
+    def decide(
+        self, check: ExitCheck, evidence: ExitEvidence, state: Float32
+    ) -> tuple[bool, Float32]:
+        """The policy's decision."""
+        return self.policy.decide(check, evidence, state)
+
+
+def first_checks(policy: ExitPolicy, count: int) -> ExitPolicy:
+    """A policy that gives up after so many checks.
+
+    It either stops where the whole policy stops, knowing the same, or runs the full model: whatever
+    the reason for the count, it is wrong on no prompt on which the whole policy is right. So it
+    promises what that one promises.
+    """
+    if count == len(policy.checks):
+        return policy
+    return SomeChecks(policy, policy.checks[:count], policy.promised)
 
 
 def path_places(

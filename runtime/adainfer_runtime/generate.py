@@ -57,7 +57,8 @@ class Generated:
         prompt: work up to the first token; `decode`: after it. Debts of early exits count where
             they are paid, so decode's savings can be negative.
         prompt_seconds, decode_seconds: of the same work; of passes that others share, its part.
-        first_token: the first that came, even if it ended the text.
+        first_token: the first that came, even if it ended the text; `first_token_at` by
+            `time.perf_counter()`, `first_exit` the layers that it took.
         text: of the tokens; `tail` is its end, which was let out only when no token followed.
     """
 
@@ -69,6 +70,8 @@ class Generated:
     prompt_seconds: float
     decode_seconds: float
     first_token: int | None
+    first_token_at: float = 0.0
+    first_exit: int | None = None
     text: str = ""
     tail: str = ""
     logprobs: tuple[TokenLogprob, ...] | None = None
@@ -106,6 +109,8 @@ class _Progress:
     exit_layers: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     first_token: int | None = None
+    first_token_at: float = 0.0
+    first_exit: int | None = None
     prompt: WorkCount = _NOTHING
     decode: WorkCount = _NOTHING
     prompt_seconds: float = 0.0
@@ -123,7 +128,8 @@ class _Progress:
         seconds, count = time.perf_counter() - start - waited, self.session.count - self._before
         self._before += count
         if self.first_token is None:
-            self.first_token = emitted.token
+            self.first_token, self.first_exit = emitted.token, emitted.exit_layer
+            self.first_token_at = time.perf_counter()
             self.prompt, self.prompt_seconds = count, seconds
         else:
             self.decode += count
@@ -206,6 +212,8 @@ def stream(
         progress.prompt_seconds,
         progress.decode_seconds,
         progress.first_token,
+        progress.first_token_at,
+        progress.first_exit,
         text.text,
         tail,
         None if request.logprobs is None else tuple(progress.logprobs),

@@ -133,6 +133,12 @@ class GenerationOptions:
                 "logits; leave temperature, penalties, logit_bias and min_new_tokens out, or give "
                 "a threshold instead"
             )
+        changed = self.decoding.confidence is not None or self.decoding.probe == "shortlist"
+        if self.level is not None and changed:
+            raise RequestError(
+                f"level {self.level}: certificates speak of exits as they were calibrated; leave "
+                "confidence decay and the shortlist out, or give a threshold instead"
+            )
 
     @property
     def greedy(self) -> bool:

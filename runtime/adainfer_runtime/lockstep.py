@@ -151,6 +151,7 @@ class Lockstep(Generic[T]):
         self._batch = batch
         self._manifest = manifest
         self._clock = clock
+        self._slots = slots
         self._free = set(range(slots))
         self._running: list[_Text[T]] = []
 
@@ -185,7 +186,7 @@ class Lockstep(Generic[T]):
         seat = _Seat(min(self._free), tokens)
         self._free.remove(seat.slot)
         backend = _SeatBackend(self._backend, self._batch, seat, self._clock)
-        session = Session(backend, self._manifest, lambda: seat.waited)
+        session = Session(backend, self._manifest, lambda: seat.waited, self._slots)
         text = _Text(place, seat, session, start)
         self._running.append(text)
         text.go_on()

@@ -9,7 +9,7 @@ from .approximate_text import ApproximateText
 from .backends import Backend
 from .certificate import certified_text_threshold, certified_threshold, device_class
 from .errors import ExitUnavailableError, RequestError
-from .exit_policy import ClassifierExit, CombinedExit, ExitPolicy, NoExit
+from .exit_policy import ClassifierExit, CombinedExit, ExitPolicy, NoExit, SomeChecks
 from .manifest import CombinedExitSpec, ExitSpec, Manifest
 
 __all__ = ["MODES", "Mode", "PolicyFactory", "Strictness"]
@@ -96,11 +96,14 @@ class PolicyFactory:
     def of_choice(self, mode: str, strictness: Strictness) -> ExitPolicy:
         """The same for choices among labels: the exit graph that was calibrated for them.
 
-        A folder whose calibration data had no labels has none; that of the mode is taken then.
+        A folder whose calibration data had no labels has none; that of the mode is taken then. It
+        promises nothing of choices: another label may be likelier where the likeliest token of all
+        is the same.
         """
         spec = self.manifest.choice_exit
         if mode != "adaptive" or spec is None:
-            return self.of_mode(mode, strictness)
+            policy = self.of_mode(mode, strictness)
+            return SomeChecks(policy, policy.checks) if policy.checks else policy
         return self._of_graph(spec, strictness, over_candidates=True)
 
     def _of_graph(

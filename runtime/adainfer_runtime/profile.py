@@ -17,7 +17,8 @@ __all__ = ["ProfiledBackend", "StageClock", "measuring"]
 
 
 class StageClock:
-    """Seconds by kind of stage: `embed`, `layers`, `probe`, `adapter`, `translate`, `classifier`.
+    """Seconds by kind of stage: `embed`, `layers`, `probe`, `shortlist`, `adapter`, `translate`,
+    `kv_fill`, `classifier`.
 
     One clock may serve several threads, and texts that a thread advances by turns: each adds to the
     request that it is working for.
@@ -111,8 +112,8 @@ class ProfiledBackend:
             return self._inner.translate(exit_layer, hidden, start)
 
     def shortlist(self, hidden: Float32) -> ProbeResult:
-        """Measured as `probe`."""
-        with self._clock.measure("probe"):
+        """Measured as `shortlist`."""
+        with self._clock.measure("shortlist"):
             return self._inner.shortlist(hidden)
 
     def kv_fill(self, layer: int, hidden: Float32, start: int) -> tuple[Float32, Float32]:

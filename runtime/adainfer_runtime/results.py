@@ -61,12 +61,13 @@ class RequestStatistics:
     Attributes:
         prompt_tokens: of the whole prompt; `reused_tokens` of them were in the KV cache already.
         time_to_first_token: seconds from the request's arrival, tokenisation included; None
-            where no token came.
+            where no token came. In a batch what passed meanwhile on other texts is in.
         prompt_seconds: up to the first token; `decode_seconds` after it.
         tokens_per_second: tokens after the first by `decode_seconds`; 0 where there were none.
         layers_executed: position-layers, prompt and decode together.
         kv_fills: those among them that were made up for earlier positions, whose layers an early
-            exit had left out.
+            exit had left out; `kv_filled` those that were given approximate keys and values
+            instead of being executed (KV policies `propagate` and `translated`).
         exits: tokens by exit layer.
         stage_seconds: by kind of stage, where the engine was loaded with `profile=True`.
         drafts: proposed and accepted, in mode `verified`.
@@ -84,6 +85,7 @@ class RequestStatistics:
     exits: Mapping[int, int]
     stage_seconds: Mapping[str, float]
     drafts: DraftCount = NO_DRAFTS
+    kv_filled: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends import Backend, ExitEvidence, ProbeResult
+from .backends.rescore import among
 from .chain import Chain
 from .errors import PromptTooLongError, RequestError
 from .exit_policy import ExitCheck, ExitPolicy
@@ -72,14 +73,20 @@ class Session:
     """
 
     def __init__(
-        self, backend: Backend, manifest: Manifest, waited: Callable[[], float] = lambda: 0.0
+        self,
+        backend: Backend,
+        manifest: Manifest,
+        waited: Callable[[], float] = lambda: 0.0,
+        texts: int = 1,
     ) -> None:
         """Opens an empty one.
 
         Args:
             waited: seconds that its passes have spent on other sequences, where it shares them.
+            texts: so many sequences share passes, this one among them.
         """
         self.waited = waited
+        self.texts = texts
         self._backend = backend
         self._manifest = manifest
         self._chain = Chain(backend, manifest)
@@ -158,13 +165,17 @@ class Session:
         Returns:
             the length that is kept; `extend` with `tokens` from there on.
         """
-        common = min(self.exact_length, len(tokens) - 1)
-        if common > 0:
-            kept, wanted = self._chain.tokens[:common], np.asarray(tokens[:common])
-            different = np.flatnonzero(kept != wanted)
-            common = int(different[0]) if different.size else common
-        self.truncate(max(common, 0))
+        self.truncate(self.common(tokens))
         return self.length
+
+    def common(self, tokens: Sequence[int]) -> int:
+        """How much `reuse` would keep."""
+        common = min(self.exact_length, len(tokens) - 1)
+        if common <= 0:
+            return 0
+        kept, wanted = self._chain.tokens[:common], np.asarray(tokens[:common])
+        different = np.flatnonzero(kept != wanted)
+        return int(different[0]) if different.size else common
 
     def predict(
         self,
@@ -399,12 +410,7 @@ def _among(result: ProbeResult, candidates: npt.NDArray[np.int64] | None) -> Pro
     """A result over the vocabulary, cut to the candidates (others are over them already)."""
     if candidates is None or len(result.logits) == len(candidates):
         return result
-    logits = result.logits[candidates]
-    probabilities = np.exp(log_softmax(logits))
-    best = int(np.argmax(logits))
-    second = np.delete(probabilities, best).max(initial=0.0)
-    top = float(probabilities[best])
-    return ProbeResult(int(candidates[best]), top, top - float(second), logits)
+    return among(candidates, result.logits[candidates])
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

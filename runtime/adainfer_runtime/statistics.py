@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .ledger import WorkCount
-from .results import RequestStatistics
+from .results import NO_DRAFTS, DraftCount, RequestStatistics
 
 __all__ = ["EngineStatistics", "StatisticsRecorder"]
 
@@ -24,7 +24,7 @@ class EngineStatistics:
         tokens_per_second: tokens after a text's first by the seconds of decode; 0 without any.
         exits: tokens and choices by exit layer.
         layers_executed: position-layers, `layers_dense` those of the dense model for the same.
-        kv_fills, stage_seconds: see `RequestStatistics`.
+        kv_fills, kv_filled, drafts, stage_seconds: see `RequestStatistics`.
     """
 
     texts: Mapping[str, int]
@@ -39,6 +39,8 @@ class EngineStatistics:
     layers_executed: int
     layers_dense: int
     kv_fills: int
+    kv_filled: int
+    drafts: DraftCount
     exits: Mapping[int, int]
     stage_seconds: Mapping[str, float]
 
@@ -59,6 +61,7 @@ class StatisticsRecorder:
         self._seconds: dict[str, float] = {}
         self._stage_seconds: dict[str, float] = {}
         self._work = WorkCount(0, 0)
+        self._drafts = NO_DRAFTS
 
     def text(self, reason: str, done: RequestStatistics, work: WorkCount) -> None:
         """A text that has come to its end."""
@@ -73,6 +76,7 @@ class StatisticsRecorder:
             self._add_seconds("decode", done.decode_seconds)
             self._exits.update(done.exits)
             self._work += work
+            self._drafts += done.drafts
             self._add_stages(done.stage_seconds)
 
     def abandoned(self, how: str) -> None:
@@ -109,6 +113,8 @@ class StatisticsRecorder:
                 layers_executed=self._work.executed,
                 layers_dense=self._work.dense,
                 kv_fills=self._work.deferred,
+                kv_filled=self._work.filled,
+                drafts=self._drafts,
                 exits=dict(sorted(self._exits.items())),
                 stage_seconds=dict(self._stage_seconds),
             )

@@ -7,13 +7,15 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
+from .approximate_text import ApproximateText
 from .decode_options import drafts_of, make_decoder
 from .errors import RequestError
 from .exit_policy import ExitPolicy
 from .generate import Generated, GenerateRequest, check_request, stream
 from .generation_options import GenerationOptions
+from .mode_policies import Mode
 from .planning import RequestShape
 from .profile import measuring
 from .results import GenerationResult, RequestStatistics, StreamEvent
@@ -33,6 +35,7 @@ class TextRequest:
 
     Attributes:
         tokens: the whole prompt.
+        mode: as it was asked for; of `auto` what was planned.
         request: the same without options that are the caller's own: `prompt` is set when it is
             known how much of it is new.
         arrived: `time.perf_counter()` when it came.
@@ -41,6 +44,7 @@ class TextRequest:
     engine: Engine
     tokens: Sequence[int]
     options: GenerationOptions
+    mode: Mode
     policy: ExitPolicy
     request: GenerateRequest
     arrived: float
@@ -76,7 +80,6 @@ class TextRequest:
         reused = session.reuse(tokens)
         sampler = make_sampler(options.sampling, len(tokens), options.minimum(model.eos_token_ids))
         stage_seconds: dict[str, float] = {}
-        waited = time.perf_counter() - self.arrived
         manifest = self.engine.manifest
         decoder = make_decoder(
             session,
@@ -85,8 +88,8 @@ class TextRequest:
             sampler,
             len(tokens) + options.max_new_tokens - 1,
             options.decoding,
-            self.engine.decode_costs(options.decoding.probe),
-            verified=options.mode == "verified",
+            self.engine.decode_costs(options.decoding.probe).of_texts(session.texts),
+            verified=self.mode == "verified",
             with_logits=options.logprobs is not None,
         )
         done = yield from stream(
@@ -97,11 +100,11 @@ class TextRequest:
             TextStream(self.engine.tokenizer, tokens, options.stop_strings),
             partial(measuring, self.engine.clock, stage_seconds),
         )
-        if done.exit_layers:
-            self.engine.recent.record(self.policy, done.exit_layers[0])
+        if done.first_exit is not None:
+            self.engine.recent.record(self.policy, done.first_exit)
         if options.greedy and done.first_token is not None:
             self.engine.compare(self.policy, tokens, done.first_token)
-        statistics = _statistics(done, len(tokens), reused, waited, stage_seconds)
+        statistics = _statistics(done, len(tokens), reused, self.arrived, stage_seconds)
         return done, replace(statistics, drafts=drafts_of(decoder))
 
     def _result(self, done: Generated, statistics: RequestStatistics) -> GenerationResult:
@@ -122,8 +125,22 @@ class TextRequest:
         )
 
 
-def prepare(engine: Engine, prompt: Sequence[int], options: GenerationOptions) -> TextRequest:
+class _Strictness(TypedDict):
+    threshold: float | None
+    level: float | None
+    text: ApproximateText | None
+
+
+def prepare(
+    engine: Engine,
+    prompt: Sequence[int],
+    options: GenerationOptions,
+    session: Session | None = None,
+) -> TextRequest:
     """Checks a request before anything is computed.
+
+    Args:
+        session: that it will run on, where that is known: what it holds need not be read.
 
     Raises:
         RequestError: it cannot be served.
@@ -135,6 +152,7 @@ def prepare(engine: Engine, prompt: Sequence[int], options: GenerationOptions) -
     tokens = check_tokens(prompt, vocabulary).tolist()
     _check_ids("stop_token_ids", options.stop_token_ids, vocabulary)
     _check_ids("logit_bias", options.sampling.logit_bias, vocabulary)
+    reused = 0 if session is None else session.common(tokens)
     eos, stop = options.ends(engine.manifest.model.eos_token_ids)
     request = GenerateRequest(
         tokens,
@@ -146,15 +164,26 @@ def prepare(engine: Engine, prompt: Sequence[int], options: GenerationOptions) -
         options.cancelled,
     )
     check_request(request, 0, engine.manifest.max_seq_len)
-    shape = RequestShape(len(tokens), options.max_new_tokens)
-    policy = engine.policy(
-        options.mode,
-        threshold=options.threshold,
-        level=options.level,
-        shape=shape,
-        text=options.approximate_text,
+    deferred = options.decoding.kv_policy == "deferred"
+    shape = RequestShape(
+        len(tokens), options.max_new_tokens, reused_tokens=reused, deferred=deferred
     )
-    return TextRequest(engine, tokens, options, policy, request, arrived)
+    mode, policy = _planned(engine, options, shape)
+    return TextRequest(engine, tokens, options, mode, policy, request, arrived)
+
+
+def _planned(
+    engine: Engine, options: GenerationOptions, shape: RequestShape
+) -> tuple[Mode, ExitPolicy]:
+    settings: _Strictness = {
+        "threshold": options.threshold,
+        "level": options.level,
+        "text": options.approximate_text,
+    }
+    if options.mode == "auto":
+        plan = engine.plan(shape, **settings)
+        return plan.mode, plan.policy
+    return options.mode, engine.policy(options.mode, **settings)
 
 
 def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> None:
@@ -177,7 +206,7 @@ def _statistics(
     done: Generated,
     prompt_tokens: int,
     reused: int,
-    waited: float,
+    arrived: float,
     stage_seconds: dict[str, float],
 ) -> RequestStatistics:
     count, new = done.prompt + done.decode, len(done.tokens)
@@ -186,12 +215,13 @@ def _statistics(
         prompt_tokens=prompt_tokens,
         reused_tokens=reused,
         new_tokens=new,
-        time_to_first_token=None if done.first_token is None else waited + done.prompt_seconds,
+        time_to_first_token=None if done.first_token is None else done.first_token_at - arrived,
         prompt_seconds=done.prompt_seconds,
         decode_seconds=done.decode_seconds,
         tokens_per_second=later / done.decode_seconds if done.decode_seconds else 0.0,
         layers_executed=count.executed,
         kv_fills=count.deferred,
+        kv_filled=count.filled,
         exits=dict(sorted(Counter(done.exit_layers).items())),
         stage_seconds=stage_seconds,
     )

@@ -313,8 +313,32 @@ def test_gated_alias_names_the_next_step(monkeypatch):
 
 def test_absent_alias_names_the_next_step(monkeypatch):
     resolve = refuse(monkeypatch, SourceError)
-    with pytest.raises(SourceError, match=r"next: try again with a network, or .* as --source$"):
+    again = r"next: try again with a network, or give a folder"
+    with pytest.raises(SourceError, match=again + r" with the weights as --source$"):
         resolve("gpt2")
+    with pytest.raises(SourceError, match=again + r" or .gguf file with the weights as --source$"):
+        resolve("mistral-7b")
+
+
+@pytest.mark.parametrize(
+    ("model", "start", "end"),
+    [
+        ("opt-1.3b", "opt-1.3b: facebook/opt-1.3b at revision main", "give DIR as --source"),
+        ("a/b", "a/b at revision main", "export DIR"),
+    ],
+)
+def test_pickled_weights_have_one_next_step(tmp_path, monkeypatch, model, start, end):
+    import huggingface_hub
+
+    (tmp_path / "config.json").write_text("{}")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    fails(
+        SourceError,
+        model,
+        tmp_path,
+        f"^{start} holds no safetensors, and pickled weights are not read; next: load model and "
+        rf"tokenizer with transformers, save_pretrained\(DIR\) both, and {end}$",
+    )
 
 
 def test_gated_repository_names_the_next_step(monkeypatch):

@@ -9,7 +9,7 @@ import pytest
 from adainfer_export import ExportRequest, export
 from adainfer_runtime import Engine
 
-from ..checkpoints import PARTIAL_ROPE, make_checkpoint
+from ..checkpoints import PARTIAL_ROPE, longrope, make_checkpoint
 from ..reference import reference_logits
 
 YARN = {
@@ -22,6 +22,7 @@ LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
 SETTINGS = {
     "yarn": ("llama", {"rope_parameters": YARN}),
     "linear": ("llama", {"rope_parameters": LINEAR}),
+    "longrope": ("llama", longrope(32)),
     "gelu": ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
     # ONNX Runtime's attention rotates multiples of 16 alone: these are rotated before it.
     "head-24": ("llama", {"head_dim": 24}),

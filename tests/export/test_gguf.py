@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import gguf
 import numpy as np
 import onnx
 import pytest
@@ -11,8 +12,9 @@ from gguf import GGMLQuantizationType as Type
 from gguf import quants
 
 from adainfer_export import ExportRequest, export
-from adainfer_export.errors import UnsupportedError
+from adainfer_export.errors import CheckpointError, SourceError, UnsupportedError
 from adainfer_export.sources import resolve
+from adainfer_export.sources.gguf import GgufFile
 from adainfer_export.sources.gguf_blocks import KEPT_TYPES, read_rows
 from adainfer_export.validate import reference_model, validate_folder
 from adainfer_runtime import Engine
@@ -25,6 +27,7 @@ from ..reference import reference_greedy, reference_logits
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "head_dim": 32,
         "num_attention_heads": 8, "num_key_value_heads": 2}  # fmt: skip
 PROMPT = [5, 99, 17, 250, 3, 3, 42, 180]
+LONG = [int(token) for token in np.random.default_rng(1).integers(2, 320, 96)]
 
 
 @pytest.fixture(scope="module")
@@ -143,3 +146,113 @@ def test_a_type_that_cannot_be_read_is_named_before_anything_is_written(models, 
     with pytest.raises(UnsupportedError, match=match):
         export(ExportRequest(str(tmp_path / "m.gguf"), tmp_path / "out"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]
+
+
+@pytest.fixture(scope="module")
+def llama3(tmp_path_factory):
+    """A model whose rotary frequencies are scaled as Llama-3.1's are."""
+    return make_checkpoint(tmp_path_factory.mktemp("llama3") / "c", "llama3-rope", tokenizer=False)
+
+
+def logits_of(path, out, **settings):
+    """The exported file's logits of 96 tokens, beyond the 32 of the original training."""
+    export(ExportRequest(str(path), out, precision="fp32", **settings))
+    engine = Engine.load(out)
+    session = engine.session()
+    session.extend(LONG)
+    session.complete()
+    return engine.backend.probe_logits(session.hidden())
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "onnx-std"])
+def test_llama_3_rotary_factors_are_applied(llama3, tmp_path, target):
+    write_gguf(tmp_path / "m.gguf", llama3, {}, Type.F32)
+    logits = logits_of(tmp_path / "m.gguf", tmp_path / "out", target=target)
+    assert np.abs(logits - reference_logits(llama3, LONG)).max() <= 1e-4
+    report = validate_folder(tmp_path / "out", reference=str(tmp_path / "m.gguf"))
+    assert report.logits <= 1e-4
+
+
+def test_without_rotary_factors_it_is_another_model(llama3, tmp_path):
+    """So the test above sees them."""
+    ones = {"rope_freqs.weight": np.ones(8, np.float32)}
+    write_gguf(tmp_path / "m.gguf", llama3, {}, Type.F32, tensors=ones)
+    assert resolve(str(tmp_path / "m.gguf")).config.rope_parameters["rope_type"] == "default"
+    logits = logits_of(tmp_path / "m.gguf", tmp_path / "out")
+    assert np.abs(logits - reference_logits(llama3, LONG)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},
+    ],
+)
+def test_linear_scaling(tmp_path, keys):
+    linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+    model = make_checkpoint(tmp_path / "c", "llama", tokenizer=False, rope_parameters=linear)
+    write_gguf(tmp_path / "m.gguf", model, {}, Type.F32, keys=keys)
+    logits = logits_of(tmp_path / "m.gguf", tmp_path / "out")
+    assert np.abs(logits - reference_logits(model, LONG)).max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("further", "error", "message"),
+    [
+        ({"keys": {"llama.rope.dimension_count": 8}}, UnsupportedError,
+         r"positions in 8 of each head's 16 values are not supported in GGUF; export from"),
+        ({"keys": {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}},
+         UnsupportedError, r"rope scaling 'yarn' in GGUF is not supported \(supported: none, lin"),
+        ({"keys": {"llama.rope.scaling.attn_factor": 1.5}}, UnsupportedError,
+         r"rope scaling 'linear' with attention factor 1.5 in GGUF is not supported"),
+        ({"keys": {"llama.attention.sliding_window": 64}}, UnsupportedError,
+         r"a sliding window \(64 of 128 positions\) in GGUF is not supported"),
+        ({"tensors": {"rope_factors_long.weight": np.ones(8, np.float32)}}, UnsupportedError,
+         r"no place in the graph of architecture llama: rope_factors_long.weight$"),
+        ({"tensors": {"rope_freqs.weight": np.ones(16, np.float32)}}, CheckpointError,
+         r"rope_freqs.weight must hold 8 positive numbers, found shape \[16\]"),
+        ({"tensors": {"rope_freqs.weight": np.zeros(8, np.float32)}}, CheckpointError,
+         r"rope_freqs.weight must hold 8 positive numbers"),
+    ],
+)  # fmt: skip
+def test_what_a_file_says_of_positions_and_is_not_known_is_refused(
+    llama3, tmp_path, further, error, message
+):
+    write_gguf(tmp_path / "m.gguf", llama3, {}, Type.F32, **further)
+    with pytest.raises(error, match=message) as caught:
+        export(ExportRequest(str(tmp_path / "m.gguf"), tmp_path / "out", precision="fp32"))
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]
+
+
+def test_a_llama_file_may_be_a_mistral(models, tmp_path):
+    write_gguf(tmp_path / "m.gguf", models[False], {}, Type.F16)
+    weights = tmp_path / "m.gguf"
+    assert isinstance(resolve("mistral-7b", weights=weights), GgufFile)
+    assert isinstance(resolve("llama2-7b", weights=weights), GgufFile)
+    for alias, architecture in (("qwen3-8b", "qwen3"), ("opt-13b", "opt")):
+        match = f"holds a model of architecture llama; {alias} is of architecture {architecture}"
+        with pytest.raises(SourceError, match=match):
+            resolve(alias, weights=weights)
+    make_checkpoint(tmp_path / "folder", "llama", tokenizer=False)
+    with pytest.raises(SourceError, match="mistral-7b is of architecture mistral"):
+        resolve("mistral-7b", weights=tmp_path / "folder")
+
+
+def test_a_mistral_from_a_llama_file_equals_transformers(tmp_path):
+    model = make_checkpoint(tmp_path / "c", "mistral", tokenizer=False)
+    write_gguf(tmp_path / "m.gguf", model, {}, Type.F32)
+    logits = logits_of("mistral-7b", tmp_path / "out", weights=tmp_path / "m.gguf")
+    assert np.abs(logits - reference_logits(model, LONG)).max() <= 1e-4
+
+
+def test_another_family_s_file_is_refused(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "gemma2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    match = r"'gemma2' is not supported \(supported: llama, qwen2, qwen3\)"
+    with pytest.raises(UnsupportedError, match=match):
+        export(ExportRequest(str(tmp_path / "m.gguf"), tmp_path / "out"))

@@ -57,8 +57,9 @@ def test_lookup():
     recipe = load_recipe("llama2-7b")
     assert recipe is not None
     assert recipe.gated
-    assert "accept the licence at https://huggingface.co/meta-llama/Llama-2-7b-hf" in (
-        recipe.next_step
+    assert recipe.next_step("a folder") == (
+        "accept the licence at https://huggingface.co/meta-llama/Llama-2-7b-hf, log in with "
+        "`hf auth login` and try again, or give a folder with the weights as --source"
     )
     assert load_recipe("nothing") is None
     assert load_recipe("../recipes") is None

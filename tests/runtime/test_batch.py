@@ -153,6 +153,14 @@ def test_shares_of_shared_passes_add_up(tiny):
         assert 0 < sum(seconds.values()) <= result.seconds
 
 
+def test_the_first_token_takes_what_other_texts_took_too(tiny):
+    """Of the last of four prompts, which is read when the others have been."""
+    engine = tiny("llama").engine
+    results = engine.generate_batch([[5 + n] * 60 for n in range(4)], max_new_tokens=2)
+    last = results[-1].statistics
+    assert last.time_to_first_token >= sum(r.statistics.prompt_seconds for r in results)
+
+
 def counting(number, tokens, log):
     for token in range(tokens):
         log.append((number, token))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from adainfer_runtime import Engine
+from adainfer_runtime.batch import ContinuousBatching
 from adainfer_runtime.decode_costs import DecodeCosts, decode_costs
 from adainfer_runtime.decode_options import DecodeOptions, make_decoder
+from adainfer_runtime.exit_looks import ExitCosts
 from adainfer_runtime.exit_policy import NoExit
 from adainfer_runtime.manifest import ShortlistSpec
 from adainfer_runtime.plan_spec import Machine, PlanSpec, StageTimes
@@ -107,3 +109,33 @@ def test_engines_know_the_costs_of_their_machine(tiny):
         decoder.step()
         assert decoder._schedule.length(decoder._acceptance) >= drafts
         assert (decoder._schedule.length(decoder._acceptance) > 0) == (drafts > 0)
+
+
+def test_texts_share_passes_of_one_row_alone():
+    """Drafts that pay for one text may not for several, whose passes are cheap already."""
+    alone = DecodeCosts(32, probe=1.0, rows=((1, 1.0), (2, 0.6), (4, 0.5), (8, 0.45)))
+    four = alone.of_texts(4)
+    assert four.token == pytest.approx(alone.token * 0.5)
+    assert four.round(16, 2) == pytest.approx(
+        3 * 16 * 0.5 + 2 * 0.5 + (32 - 16 + 1) * four.batch(3)
+    )
+    assert alone.per_token(16, 2, 0.8) < alone.token
+    assert four.per_token(16, 2, 0.8) > four.token
+    assert four.least_confidence(16, 1) > alone.least_confidence(16, 1)
+    looks, shared = ExitCosts(alone, (16,)), ExitCosts(four, (16,))
+    assert shared.token((0.0,)) == pytest.approx(looks.token((0.0,)) * 0.5)
+    assert shared.token((0.5,)) / four.token > looks.token((0.5,)) / alone.token
+    assert alone.of_texts(1) == alone
+
+
+def test_texts_of_a_batch_are_told_how_many_share(tiny):
+    engine = tiny("llama").engine
+    seen = []
+
+    def text(session):
+        seen.append(session.texts)
+        yield
+
+    ContinuousBatching(at_once=3).run([text] * 5, engine)
+    assert seen == [3] * 5
+    assert engine.session().texts == 1

@@ -41,10 +41,9 @@ def test_cheap_probes_pay_from_the_share_at_which_they_cost_what_off_costs(manif
     assert looks.relative == pytest.approx(exits.token((0.3, 0.3)) / CHEAP.token)
     assert looks.share == pytest.approx(0.6)
     assert looks.pays_from is not None
-    half = looks.pays_from / 2
-    assert exits.token((half, half)) < CHEAP.token
-    assert exits.token((half - 0.005, half - 0.005)) >= CHEAP.token
-    drafts = {forecast.layer: forecast for forecast in found if forecast.mode == "verified"}
+    assert exits.cheapest([looks.pays_from / 2] * 2)[0].layers == (24,)
+    assert exits.cheapest([looks.pays_from / 2 - 0.005] * 2)[0].layers == ()
+    drafts = {forecast.layers[0]: forecast for forecast in found if forecast.mode == "verified"}
     assert set(drafts) == {2, 3}
     for layer, forecast in drafts.items():
         assert forecast.relative == pytest.approx(

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
+from itertools import combinations, pairwise
 
-from adainfer_runtime import ClassifierExit, DecodeOptions, Engine
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from adainfer_runtime import ClassifierExit, DecodeOptions, Engine, FixedExit, NoExit
 from adainfer_runtime.decode_costs import DecodeCosts
 from adainfer_runtime.decoding import PolicyDecoder
 from adainfer_runtime.exit_looks import Always, ExitCosts, Paying
+from adainfer_runtime.exit_policy import ExitCheck
 from adainfer_runtime.sampling import Greedy
 
 from .test_deferred import PROMPT, _Scorer
@@ -35,11 +41,11 @@ def test_cost_of_a_token_that_looks():
     )
 
 
-def looked(paying, exits, tokens):
+def looked(paying, exits, tokens, layer=16):
     """At which of so many tokens it looks, where looks leave at `exits(token)`."""
     found = []
     for token in range(tokens):
-        due = paying.due()
+        due = bool(paying.narrow(FixedExit(layer)).checks)
         paying.record(exits(token) if due else None)
         if due:
             found.append(token)
@@ -52,7 +58,7 @@ def test_looks_go_on_while_they_pay():
 
 def test_a_dear_head_is_asked_once_in_a_while():
     paying = Paying(ExitCosts(SMALL, (22, 26)), (0.3, 0.2))
-    assert looked(paying, lambda token: 30, 200) == [0, 65, 130, 195]
+    assert looked(paying, lambda token: 30, 200, layer=22) == [0, 65, 130, 195]
 
 
 def test_an_easier_passage_is_noticed():
@@ -67,6 +73,52 @@ def test_exits_that_can_never_pay_are_never_looked_at():
     assert looked(Always(), lambda token: 29, 5) == [*range(5)]
 
 
+@given(
+    shares=st.lists(st.floats(0.0, 0.3), min_size=3, max_size=3),
+    check=st.floats(0.0, 6.0),
+    probe=st.floats(0.0, 6.0),
+    fills=st.booleans(),
+    confirmed=st.booleans(),
+)
+def test_points_are_those_that_cost_least(shares, check, probe, fills, confirmed):
+    """Against every set of points, one by one."""
+    costs = DecodeCosts(layers=32, probe=probe, classifier=check, rows=LARGE.rows)
+    every = ExitCosts(costs, (8, 16, 24), fills=fills, confirmed=confirmed)
+
+    def cost(kept):
+        layers = tuple(every.layers[point] for point in kept)
+        bounds = (-1, *kept)
+        moved = [sum(shares[a + 1 : b + 1]) for a, b in pairwise(bounds)]
+        return replace(every, layers=layers).token(moved)
+
+    sets = [kept for n in range(4) for kept in combinations(range(3), n)]
+    chosen, moved = every.cheapest(shares)
+    assert chosen.token(moved) == pytest.approx(min(map(cost, sets)))
+    assert set(chosen.layers) <= set(every.layers)
+
+
+def test_a_text_looks_where_it_pays():
+    """A dear look at the first point, at which few leave, is left out; now and then it is taken."""
+    costs = DecodeCosts(layers=32, probe=0.5, classifier=1.5, rows=LARGE.rows)
+    paying = Paying(ExitCosts(costs, (8, 24), fills=True), (0.02, 0.9), retry_every=10)
+    policy = Scripted((8, 24))
+    seen = []
+    for _ in range(30):
+        narrowed = paying.narrow(policy)
+        seen.append(tuple(check.layer for check in narrowed.checks))
+        paying.record(24)
+    assert seen[0] == (8, 24)
+    assert seen[1:10] == [(24,)] * 9
+    assert seen.count((8, 24)) == 3
+
+
+class Scripted:
+    """Exit points alone."""
+
+    def __init__(self, layers):
+        self.checks = tuple(ExitCheck(layer) for layer in layers)
+
+
 def test_a_decoder_looks_when_it_is_due(tiny):
     engine = tiny("llama").engine
     depths = {1: 0.25, 2: 0.5, 3: 0.75}
@@ -76,8 +128,8 @@ def test_a_decoder_looks_when_it_is_due(tiny):
         def __init__(self):
             self.seen = []
 
-        def due(self):
-            return len(self.seen) % 3 == 0
+        def narrow(self, policy):
+            return NoExit() if len(self.seen) % 3 else policy
 
         def record(self, exit_layer):
             self.seen.append(exit_layer)
@@ -106,3 +158,20 @@ def test_requests_take_what_pays_or_always_look(tiny):
     ):
         result = looking.generate(PROMPT, decoding=options, **settings)
         assert result.exit_layers == expected
+
+
+def test_approximate_fills_are_counted(tiny):
+    engine = tiny("llama").engine
+    manifest = engine.manifest.model_copy(update={"exit": exits(((0.9,), (0.9,), (0.9,)))})
+    backend = _Scorer(engine.backend, 1.0)
+    looking = Engine(manifest, backend, engine.tokenizer)
+    backend.classify = lambda kind, result, depth, state: (next(scores), state)
+    scores = iter([1.0, -1.0, 1.0])
+    always = DecodeOptions(kv_policy="propagate", exit_looks="always")
+    settings = {"max_new_tokens": 3, "mode": "adaptive", "ignore_eos": True}
+    done = looking.generate(PROMPT, decoding=always, **settings)
+    assert done.exit_layers == (2, 4, 2)
+    # The prompt left two of four layers out, which the second token went through; the first
+    # position is computed.
+    assert (done.statistics.kv_filled, done.statistics.kv_fills) == (2 * (len(PROMPT) - 1), 0)
+    assert looking.statistics.kv_filled == done.statistics.kv_filled

@@ -6,17 +6,28 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from adainfer_runtime import Engine
+from adainfer_runtime.certificate import device_class
 from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.engine_folder import load_manifest, write_manifest
 from adainfer_runtime.errors import ExitUnavailableError, RequestError
 from adainfer_runtime.evaluation.answers import ask
 from adainfer_runtime.evaluation.methods import Method
-from adainfer_runtime.exit_policy import ExitCheck, NoExit
-from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec
+from adainfer_runtime.exit_policy import ExitCheck, NoExit, first_checks
+from adainfer_runtime.generation_options import GenerationOptions
+from adainfer_runtime.manifest import (
+    Certificate,
+    CertificateLevel,
+    ClassifierSpec,
+    ExitPoint,
+    ExitSpec,
+)
 from adainfer_runtime.plan_spec import Machine, PlanSpec, StageTimes
 from adainfer_runtime.planning import (
     RecentExits,
@@ -26,6 +37,9 @@ from adainfer_runtime.planning import (
     measure_times,
 )
 from adainfer_runtime.tasks import TaskExample
+from adainfer_runtime.text_request import prepare
+
+from .test_deferred import PROMPT
 
 # A layer takes 1 s + 1 s for 10 positions; other times are powers of ten, to be told apart.
 TIMES = StageTimes(
@@ -78,14 +92,23 @@ def test_context_exits_grow_with_the_prompt():
     assert PREDICTOR.check(check, RequestShape(20)) == pytest.approx(2e7 + 100.0 + 1e5)
 
 
-def exits(shares, threshold=0.0):
+def exits(shares, threshold=0.0, layers=(2,)):
     return ExitSpec(
-        points=(ExitPoint(exit_layer=2),),
+        points=tuple(ExitPoint(exit_layer=layer) for layer in layers),
         classifier=ClassifierSpec(kind="svm", graph="x", state_size=3, features=()),
         threshold=threshold,
         thresholds=(2.0, 1.0, 0.0),
         exit_shares=shares,
         target_agreement=0.9,
+    )
+
+
+def certified(pair):
+    """One level, with its threshold."""
+    level, threshold = pair
+    levels = (CertificateLevel(level=level, confidence=0.95, prompts=500, threshold=threshold),)
+    return Certificate(
+        target="ort-cpu", precision="fp32", device_class=device_class(), data=("x",), levels=levels
     )
 
 
@@ -224,3 +247,148 @@ def test_every_way_to_ask_is_recorded(tiny):
     method = Method.of("off", engine, NoExit())
     ask(method, TaskExample(prompt="abc", task="t"), labels_only=False)
     assert seen == [((), 4)] * 3
+
+
+def test_a_mode_takes_as_many_of_its_checks_as_pay(tiny):
+    """A look costs as much for every prompt, and spares more the longer it is."""
+    spec = exits(((0.3, 0.3),) * 3, layers=(1, 3))
+    long = {"rows": (1, 10, 100), "layer": (1.1, 2.0, 11.0), "embed": (0.0, 0.0, 0.0)}
+    engine = planned(tiny("llama").engine, spec, **FREE | long | {"classifier": 1.0})
+    assert engine.policy("auto", shape=RequestShape(1)).checks == ()
+    assert engine.policy("auto", shape=RequestShape(10)).checks == (ExitCheck(1),)
+    assert engine.policy("auto", shape=RequestShape(60)).checks == (ExitCheck(1), ExitCheck(3))
+    _, adaptive = engine.forecasts(RequestShape(10))
+    assert (adaptive.shares, adaptive.looks) == ((0.3,), (1.0,))
+    # What requests did that were asked once tells of those that would be asked twice.
+    for _ in range(10):
+        engine.recent.record(adaptive.policy, 4)
+    _, adaptive = engine.forecasts(RequestShape(60))
+    first = 4 * 0.3 / (4 + sum(0.97**n for n in range(10)))
+    assert adaptive.shares == pytest.approx((first, (1 - first) * 0.3 / 0.7))
+    for _ in range(30):
+        engine.recent.record(adaptive.policy, 4)
+    assert engine.policy("auto", shape=RequestShape(10)).checks == ()
+
+
+@given(
+    scores=st.lists(st.floats(0.0, 1.0), min_size=4, max_size=4),
+    agrees=st.lists(st.booleans(), min_size=4, max_size=4),
+    count=st.integers(0, 4),
+    memory=st.floats(0.0, 1.0),
+)
+def test_fewer_checks_are_never_wrong_where_all_are_right(scores, agrees, count, memory):
+    """Whatever the classifier remembers of the checks before: so a certificate holds for them."""
+
+    class Remembering:
+        checks = tuple(ExitCheck(layer) for layer in (1, 2, 3, 4))
+        promised = 0.02
+        state_size = 1
+        over_candidates = False
+
+        def decide(self, check, evidence, state):
+            score = scores[check.layer - 1] + state[0]
+            return score >= 0.8, np.array([memory * score], np.float32)
+
+    def wrong(policy):
+        state = np.zeros(policy.state_size, np.float32)
+        for check in policy.checks:
+            stop, state = policy.decide(check, None, state)
+            if stop:
+                return not agrees[check.layer - 1]
+        return False
+
+    some = first_checks(Remembering(), count)
+    assert len(some.checks) == count
+    assert some.promised == 0.02
+    assert not wrong(some) or wrong(Remembering())
+
+
+def test_a_level_goes_by_one_exit_graph(tiny):
+    """Requests dealt out among two graphs may be wrong as often as both together."""
+    engine = tiny("llama").engine
+    certificate = certified((0.02, 0.0))
+    answer = exits(((0.8,),) * 3).model_copy(update={"certificate": certificate})
+    plan = PlanSpec(
+        machine=Machine(device_class=engine.device_class, processor="y", threads=1),
+        times=TIMES.model_copy(update=FREE | {"context": {2: (0.0, 0.0)}}),
+    )
+    both = {"exit": answer, "context_exit": answer, "plan": plan}
+    made = Engine(engine.manifest.model_copy(update=both), engine.backend, engine.tokenizer)
+    shape = RequestShape(10)
+    assert [f.mode for f in made.forecasts(shape)] == ["off", "adaptive", "context"]
+    assert [f.mode for f in made.forecasts(shape, level=0.02)] == ["off", "context"]
+    alone = Engine(
+        engine.manifest.model_copy(update={"exit": answer, "plan": plan}),
+        engine.backend,
+        engine.tokenizer,
+    )
+    assert [f.mode for f in alone.forecasts(shape, level=0.02)] == ["off", "adaptive"]
+
+
+def test_what_the_cache_holds_is_not_read_and_nothing_is_owed_for_approximate_entries():
+    shape = RequestShape(10, reused_tokens=6)
+    assert PREDICTOR.off(shape) == pytest.approx(PREDICTOR.layers(4, 4, 6) + 100.0)
+    check = ExitCheck(2)
+    owing, filling = (
+        PREDICTOR.exits([check], [0.5], RequestShape(10, 2, deferred=deferred))
+        for deferred in (True, False)
+    )
+    assert owing - filling == pytest.approx(0.5 * PREDICTOR.layers(2, 10))
+
+
+def test_auto_drafts_where_that_is_expected_to_be_faster(tiny):
+    engine = tiny("llama").engine
+    spec = exits(((0.0,),) * 3).model_copy(
+        update={"calibration": {"agreement_by_layer": {"2": 0.95}}}
+    )
+    made = planned(engine, spec, **FREE)
+    assert made.plan(RequestShape(10)).mode == "off"
+    assert made.plan(RequestShape(10, 64)).mode == "verified"
+    off = engine.generate(PROMPT, max_new_tokens=20, ignore_eos=True)
+    done = made.generate(PROMPT, max_new_tokens=20, ignore_eos=True, mode="auto")
+    assert done.tokens == off.tokens
+    assert done.compute_saved < 0.0  # of a random model one draft was looked at
+
+
+def test_a_conversation_is_planned_by_what_is_new(tiny):
+    engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))), **FREE)
+    shapes = []
+    plan = engine.plan
+    engine.plan = lambda shape, **settings: shapes.append(shape) or plan(shape, **settings)
+    session = engine.session()
+    options = GenerationOptions(max_new_tokens=2, mode="auto", ignore_eos=True)
+    for tokens in ([5, 6, 7], [5, 6, 7, 8, 9]):
+        for _ in prepare(engine, tokens, options, session).run(session):
+            pass
+    assert [shape.reused_tokens for shape in shapes] == [0, 3]
+
+
+def test_an_answer_that_ends_the_text_is_remembered_too(tiny):
+    engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))))
+    seen = []
+    engine.recent.record = lambda policy, layer: seen.append(layer)
+    (first,) = engine.generate(PROMPT, max_new_tokens=1, ignore_eos=True).tokens
+    done = engine.generate(PROMPT, max_new_tokens=4, stop_token_ids=[first])
+    assert (done.tokens, seen) == ((), [4, 4])
+
+
+def test_levels_of_answers_promise_nothing_of_choices(tiny):
+    """A folder without exits for choices: the likeliest label is another matter."""
+    certificate = certified((0.02, 0.0))
+    spec = exits(((0.8,),) * 3).model_copy(update={"certificate": certificate})
+    engine = planned(tiny("llama").engine, spec)
+    assert engine.policy("adaptive", level=0.02).promised == 0.02
+    policy = engine.choice_policy("adaptive", level=0.02)
+    assert (policy.checks, policy.promised) == ((ExitCheck(2),), None)
+
+
+def test_a_plan_of_another_machine_is_told_once(tiny, caplog):
+    engine = planned(tiny("llama").engine, exits(((0.0,),) * 3))
+    here = Machine(device_class=engine.device_class, processor="z", threads=2)
+    moved = Engine(engine.manifest, engine.backend, engine.tokenizer, here=here)
+    for _ in range(2):
+        moved.forecasts(RequestShape(10))
+    (record,) = caplog.records
+    assert "measured on y with 1 threads, this is z with 2: run `adainfer bench DIR`" in (
+        record.getMessage()
+    )

@@ -22,6 +22,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
+from adainfer_runtime.confidence import ConfidenceDecay
+from adainfer_runtime.decode_options import DecodeOptions
 from adainfer_runtime.errors import RequestError
 from adainfer_runtime.generation_options import CancelToken, GenerationKeywords, GenerationOptions
 from adainfer_runtime.sampling import Drawn, Greedy, MinimumLength, make_sampler
@@ -170,6 +172,14 @@ def test_everything_forbidden():
         ({"stop": ["a", ""]}, "a stop string is empty"),
         ({"level": 0.02, "temperature": 0.5}, "certificates speak of greedy decoding"),
         ({"level": 0.02, "repetition_penalty": 1.1}, "certificates speak of greedy decoding"),
+        (
+            {"level": 0.02, "decoding": DecodeOptions(probe="shortlist")},
+            "certificates speak of exits as they were calibrated; leave confidence decay and the",
+        ),
+        (
+            {"level": 0.02, "decoding": DecodeOptions(confidence=ConfidenceDecay(4.0, 8))},
+            "certificates speak of exits as they were calibrated",
+        ),
     ],
 )
 def test_bad_options_are_one_line(options, message):

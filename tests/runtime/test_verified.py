@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from adainfer_runtime import Engine
 from adainfer_runtime.decode_costs import DecodeCosts
 from adainfer_runtime.decode_options import DecodeOptions
 from adainfer_runtime.draft_schedule import Acceptance, Adaptive, Fixed
@@ -153,8 +154,9 @@ def test_a_text_that_ends_amid_confirmed_drafts_takes_the_rest_back(tiny, stop, 
 
 @pytest.mark.parametrize("variant", ["llama-tied", "qwen3", "mistral-window"])
 def test_requests_in_mode_verified(tiny, variant):
-    engine = tiny(variant).engine
+    engine = Engine.load(tiny(variant).folder)  # its statistics are this test's alone
     off = engine.generate("hello", max_new_tokens=30, ignore_eos=True)
+    proposed = DraftCount()
     for drafts in (0, 1, 4):
         options = DecodeOptions(draft_layer=3, draft_schedule=Fixed(drafts))
         result = engine.generate(
@@ -162,6 +164,8 @@ def test_requests_in_mode_verified(tiny, variant):
         )
         assert (result.tokens, result.text) == (off.tokens, off.text)
         assert (result.statistics.drafts.proposed > 0) == (drafts > 0)
+        proposed += result.statistics.drafts
+    assert engine.statistics.drafts == proposed
     adaptive = engine.generate(
         "hello", max_new_tokens=30, mode="verified", ignore_eos=True,
         decoding=DecodeOptions(draft_layer=3),

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ..generation_options import CancelToken
 from ..manifest import Manifest
-from ..results import GenerationResult, StreamEvent
+from ..results import DraftCount, GenerationResult, StreamEvent
 from ..statistics import EngineStatistics
 from ..tokenizer import Tokenizer
 
@@ -26,6 +26,7 @@ __all__ = [
     "ExitColours",
     "cancel_on_interrupt",
     "describe_logprobs",
+    "describe_stages",
     "describe_statistics",
     "describe_text",
 ]
@@ -114,10 +115,12 @@ def describe_text(result: GenerationResult) -> str:
     cancelled = ", cancelled" if result.finish_reason == "cancelled" else ""
     reused = result.statistics.reused_tokens
     kept = f"; {reused} prompt tokens kept" if reused else ""
+    drafts = _drafts(result.statistics.drafts)
+    stages = describe_stages(result.statistics.stage_seconds)
     return (
         f"{len(result.tokens)} tokens in {result.seconds:.2f} s ({rate:.0f}/s){cancelled}; "
         f"{result.layers_saved:.1%} of layers saved; tokens by exit layer of "
-        f"{result.layers_total}: {_layers(Counter(result.exit_layers))}{kept}"
+        f"{result.layers_total}: {_layers(Counter(result.exit_layers))}{kept}{drafts}{stages}"
     )
 
 
@@ -143,8 +146,22 @@ def describe_statistics(done: EngineStatistics) -> str:
         f"time: {done.prompt_seconds:.2f} s prompts, {done.decode_seconds:.2f} s answers "
         f"({done.tokens_per_second:.0f} tokens/s)\n"
         f"layers: {done.layers_executed} executed, {done.layers_saved:.1%} saved, "
-        f"{done.kv_fills} to fill in; tokens by exit layer: {_layers(done.exits) or 'none'}"
+        f"{done.kv_fills} to fill in, {done.kv_filled} filled approximately; "
+        f"tokens by exit layer: {_layers(done.exits) or 'none'}"
+        f"{_drafts(done.drafts)}{describe_stages(done.stage_seconds)}"
     )
+
+
+def describe_stages(seconds: Mapping[str, float]) -> str:
+    """Where the time went, to be put behind a line; nothing unless it was measured."""
+    parts = (f"{kind} {time * 1000:.0f}" for kind, time in sorted(seconds.items()))
+    return f"; ms by stage: {', '.join(parts)}" if seconds else ""
+
+
+def _drafts(drafts: DraftCount) -> str:
+    if not drafts.proposed:
+        return ""
+    return f"; {drafts.accepted} of {drafts.proposed} drafts accepted in {drafts.passes} passes"
 
 
 def _layers(exits: Mapping[int, int]) -> str:

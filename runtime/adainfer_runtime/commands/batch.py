@@ -19,8 +19,9 @@ from ..errors import RequestError
 from ..generation_options import GenerationKeywords
 from ..results import GenerationResult
 from ..tasks import read_tasks
+from .answers import describe_statistics
 from .generation_arguments import takes_generation_options
-from .options import DeviceOption, ThreadsOption
+from .options import DeviceOption, ProfileOption, ThreadsOption
 from .progress_bar import progress_bar
 
 __all__ = ["register"]
@@ -62,6 +63,7 @@ def batch(
     ] = False,
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
+    profile: ProfileOption = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print a summary as JSON.")] = False,
 ) -> None:
     """Generate a text for each of many prompts; passes are shared where the target allows.
@@ -71,7 +73,7 @@ def batch(
     scheduler = ContinuousBatching(at_once)
     texts = [example.prompt for example in read_tasks([prompts])]
     _check_out(out, resume=resume)
-    engine = Engine.load(folder, device, threads)
+    engine = Engine.load(folder, device, threads, profile=profile)
     marks = [_mark(engine, text, options, chat=chat) for text in texts]
     done = set(_indices(out, marks)) if resume else set()
     missing = [place for place in range(len(texts)) if place not in done]
@@ -107,6 +109,8 @@ def batch(
         failures = f", {failed} failed: see their lines" if failed else ""
         summary = f"{out}: {len(texts)} prompts, {len(missing)} of them new{failures}"
         console.print(summary, highlight=False)
+        if profile:
+            console.print(describe_statistics(engine.statistics), highlight=False)
 
 
 def _request(engine: Engine, prompt: str, *, chat: bool) -> str | Sequence[int]:

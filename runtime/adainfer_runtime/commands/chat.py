@@ -27,7 +27,7 @@ from .answers import (
     describe_text,
 )
 from .generation_arguments import takes_generation_options
-from .options import DeviceOption, ThreadsOption
+from .options import DeviceOption, ProfileOption, ThreadsOption
 
 __all__ = ["register"]
 
@@ -60,6 +60,7 @@ def chat(
     ] = False,
     device: DeviceOption = "cpu",
     threads: ThreadsOption = None,
+    profile: ProfileOption = False,
     json_output: Annotated[
         bool, typer.Option("--json", help="Print a line of JSON per answer.")
     ] = False,
@@ -68,7 +69,7 @@ def chat(
 
     In a conversation: /reset, /stats, /exit.
     """
-    engine = Engine.load(folder, device, threads)
+    engine = Engine.load(folder, device, threads, profile=profile)
     beginning = [] if system is None else [{"role": "system", "content": system}]
     talk = engine.conversation(beginning)
     colours = ExitColours(engine.manifest) if show_exits else None

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-__all__ = ["DeviceOption", "LevelOption", "ThreadsOption", "ThresholdOption"]
+__all__ = ["DeviceOption", "LevelOption", "ProfileOption", "ThreadsOption", "ThresholdOption"]
 
 DeviceOption = Annotated[str, typer.Option(help="`cpu`, which runs every target, or `cuda`.")]
 ThresholdOption = Annotated[
@@ -18,5 +18,8 @@ LevelOption = Annotated[
         help="Certified disagreement, such as 0.02 (see inspect): of answers; of texts with "
         "--kv-policy translated, the share of their tokens."
     ),
+]
+ProfileOption = Annotated[
+    bool, typer.Option("--profile", help="Measure time by kind of stage, and show it.")
 ]
 ThreadsOption = Annotated[int | None, typer.Option(help="Threads; default: all cores.")]

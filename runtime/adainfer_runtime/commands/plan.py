@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from ..decode_plan import DecodeForecast
 from ..engine import Engine
 from ..engine_folder import load_manifest, verify_files, write_manifest
 from ..errors import RequestError
+from ..exit_policy import ExitCheck
 from ..plan_spec import PlanSpec
 from ..planning import ModeForecast, RequestShape, machine, measure_times, pick_mode
 from .options import DeviceOption, LevelOption, ThreadsOption
@@ -119,8 +121,8 @@ def _as_json(
         forecast.mode: {
             "seconds": forecast.seconds,
             "checks": [
-                {"layer": check.layer, "kind": check.kind, "share": share}
-                for check, share in zip(forecast.policy.checks, forecast.shares, strict=True)
+                {"layer": check.layer, "kind": check.kind, "share": share, "seconds": look}
+                for check, share, look in _checks(forecast)
             ],
         }
         for forecast in forecasts
@@ -135,6 +137,10 @@ def _as_json(
     }
 
 
+def _checks(forecast: ModeForecast) -> Iterator[tuple[ExitCheck, float, float]]:
+    return zip(forecast.policy.checks, forecast.shares, forecast.looks, strict=True)
+
+
 def _forecast_table(shape: RequestShape, forecasts: tuple[ModeForecast, ...]) -> Table:
     what = "a label" if shape.candidates else f"{shape.new_tokens} new token(s)"
     table = Table(
@@ -147,8 +153,8 @@ def _forecast_table(shape: RequestShape, forecasts: tuple[ModeForecast, ...]) ->
     off, best = forecasts[0], pick_mode(forecasts)
     for forecast in forecasts:
         leaves = ", ".join(
-            f"{check.kind} after {check.layer}: {share:.0%}"
-            for check, share in zip(forecast.policy.checks, forecast.shares, strict=True)
+            f"{check.kind} after {check.layer}: {share:.0%} (a look {look * 1000:.1f} ms)"
+            for check, share, look in _checks(forecast)
         )
         name = f"[bold]{forecast.mode}[/bold] ← auto" if forecast is best else forecast.mode
         ratio = f"{forecast.seconds / off.seconds:.2f}"
@@ -166,8 +172,9 @@ def _decode_table(forecasts: tuple[DecodeForecast, ...]) -> Table:
         title="each token after the first (the runtime stops what does not pay)",
     )
     for forecast in forecasts:
-        drafts = f"{forecast.drafts} draft(s) after layer {forecast.layer}"
-        way, unit = (drafts, "right") if forecast.layer else ("exits", "leaving")
+        after = f"after {', '.join(map(str, forecast.layers))}"
+        drafts = f"{forecast.drafts} draft(s) {after}"
+        way, unit = (drafts, "right") if forecast.drafts else (f"exits {after}", "leaving")
         pays = "never" if forecast.pays_from is None else f"{forecast.pays_from:.0%} {unit}"
         table.add_row(
             f"{forecast.mode}: {way}",

@@ -22,10 +22,11 @@ from .answers import (
     ExitColours,
     cancel_on_interrupt,
     describe_logprobs,
+    describe_stages,
     describe_text,
 )
 from .generation_arguments import takes_generation_options
-from .options import DeviceOption, ThreadsOption
+from .options import DeviceOption, ProfileOption, ThreadsOption
 
 __all__ = ["register"]
 
@@ -79,10 +80,11 @@ def run(
     ] = None,
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
+    profile: ProfileOption = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Generate text, or choose a label, from one prompt."""
-    engine = Engine.load(folder, device, threads)
+    engine = Engine.load(folder, device, threads, profile=profile)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     if not text:
         raise RequestError("the prompt is empty")
@@ -130,7 +132,8 @@ def _choose(
         print(json.dumps(asdict(choice) | {"text": choice.label}))
         return
     print(choice.label)
-    _print_summary(_describe_choice(choice))
+    stages = describe_stages(engine.statistics.stage_seconds)
+    _print_summary(f"{_describe_choice(choice)}{stages}")
 
 
 def _print_summary(summary: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..errors import ExitUnavailableError
-from ..exit_policy import ExitPolicy
+from ..exit_policy import ExitPolicy, first_checks
 from ..manifest import CombinedExitSpec, ExitSpec, Manifest
 from ..mode_policies import Mode, PolicyFactory, Strictness
 from .predict import RequestShape, TimePredictor
@@ -21,12 +21,18 @@ _LEAST_GAIN = 0.01
 
 @dataclass(frozen=True)
 class ModeForecast:
-    """A mode with its expected seconds; `shares` are those of requests that leave at each check."""
+    """A mode with its expected seconds.
+
+    Attributes:
+        policy: the first of the mode's checks, as many of them as pay.
+        shares: of requests that leave at each check; `looks` the seconds that a look there takes.
+    """
 
     mode: Mode
     policy: ExitPolicy
     shares: tuple[float, ...]
     seconds: float
+    looks: tuple[float, ...] = ()
 
 
 def forecast_modes(
@@ -35,13 +41,25 @@ def forecast_modes(
     shape: RequestShape,
     strictness: Strictness,
     recent: RecentExits,
+    drafting: float = 1.0,
 ) -> tuple[ModeForecast, ...]:
     """Every mode that the folder has at this strictness, `off` first; requests leave as held-out
     prompts did, and as those did that came lately.
+
+    How many of its checks a mode takes follows from the request: whether a look pays depends on the
+    prompt's length and on what comes after the answer. Only the last ones may be left out, for this
+    takes nothing from what is promised (see `first_checks`); so there are few sets to compare, and
+    what classifiers remember from earlier checks stays what it was.
+
+    Args:
+        drafting: expected time of a token in mode `verified`, as a share of the full model's.
     """
     off = ModeForecast("off", policies.of_mode("off", strictness), (), predictor.off(shape))
     found = [off]
-    for mode, spec in _specs(policies.manifest, shape):
+    if drafting < 1.0 and shape.new_tokens > 1:
+        seconds = predictor.off(shape, drafting)
+        found.append(ModeForecast("verified", off.policy, (), seconds))
+    for mode, spec in _specs(policies.manifest, shape, strictness):
         try:
             policy = (
                 policies.of_choice(mode, strictness)
@@ -50,12 +68,33 @@ def forecast_modes(
             )
         except ExitUnavailableError:  # not certified at the level that is asked for
             continue
-        if not policy.checks or not spec.exit_shares:
-            continue
-        shares = recent.shares(policy, exit_shares(spec, strictness))
-        seconds = predictor.exits(policy.checks, shares, shape)
-        found.append(ModeForecast(mode, policy, shares, seconds))
+        if policy.checks and spec.exit_shares:
+            known = exit_shares(spec, strictness)
+            found.append(_cheapest(mode, policy, known, predictor, shape, recent))
     return tuple(found)
+
+
+def _cheapest(
+    mode: Mode,
+    policy: ExitPolicy,
+    known: tuple[float, ...],
+    predictor: TimePredictor,
+    shape: RequestShape,
+    recent: RecentExits,
+) -> ModeForecast:
+    """By as many of the policy's first checks as take least time."""
+    candidates = policy.over_candidates and shape.candidates
+    looks = tuple(
+        predictor.check(check, shape, over_candidates=candidates) for check in policy.checks
+    )
+    shares = recent.shares(policy, known)
+    found = []
+    for count in range(1, len(policy.checks) + 1):
+        some = first_checks(policy, count)
+        leaving = shares[:count]
+        seconds = predictor.exits(some.checks, leaving, shape, over_candidates=candidates)
+        found.append(ModeForecast(mode, some, leaving, seconds, looks[:count]))
+    return min(found, key=lambda forecast: forecast.seconds)
 
 
 def pick_mode(forecasts: Sequence[ModeForecast]) -> ModeForecast:
@@ -88,7 +127,11 @@ def shares_at(spec: ExitSpec | CombinedExitSpec, threshold: float) -> tuple[floa
 _Spec = tuple[Literal["adaptive", "context", "combined"], ExitSpec | CombinedExitSpec]
 
 
-def _specs(manifest: Manifest, shape: RequestShape) -> list[_Spec]:
+def _specs(manifest: Manifest, shape: RequestShape, strictness: Strictness) -> list[_Spec]:
+    """At a certified level only one of them: each keeps to it alone, but requests that are dealt
+    out among two may be wrong as often as both together. It is the context exit where there is one:
+    a rule, for what was seen on the prompts of the certificate must not choose.
+    """
     if shape.candidates and manifest.choice_exit is not None:
         return [("adaptive", manifest.choice_exit)]
     found: list[_Spec] = []
@@ -96,6 +139,8 @@ def _specs(manifest: Manifest, shape: RequestShape) -> list[_Spec]:
         found.append(("adaptive", manifest.exit))
     if manifest.context_exit is not None:
         found.append(("context", manifest.context_exit))
-    if manifest.combined_exit is not None:
+    if manifest.combined_exit is not None and strictness.threshold is None:  # it has two
         found.append(("combined", manifest.combined_exit))
-    return found
+    if strictness.level is None:
+        return found
+    return sorted(found, key=lambda spec: spec[0] != "context")[:1]

@@ -18,12 +18,22 @@ class RequestShape:
     """What of a request its time depends on.
 
     Attributes:
-        candidates: the answer is one of a few tokens, whose rows of the head alone are read.
+        candidates: the answer is one of a few tokens.
+        reused_tokens: of the prompt, that the KV cache holds already.
+        deferred: where the prompt stops early, the second token pays for the layers that it left
+            out (the exact KV policy); otherwise they get approximate keys and values.
     """
 
     prompt_tokens: int
     new_tokens: int = 1
     candidates: bool = False
+    reused_tokens: int = 0
+    deferred: bool = True
+
+    @property
+    def read(self) -> int:
+        """Positions of the prompt that are computed."""
+        return self.prompt_tokens - self.reused_tokens
 
 
 @dataclass(frozen=True)
@@ -38,38 +48,49 @@ class TimePredictor:
     num_layers: int
     max_rows: int
 
-    def off(self, shape: RequestShape) -> float:
-        """Every layer for every position."""
-        prompt = self.layers(self.num_layers, shape.prompt_tokens) + self._probe(shape)
-        return self._embed(shape.prompt_tokens) + prompt + self._decode(shape)
+    def off(self, shape: RequestShape, later: float = 1.0) -> float:
+        """Every layer for every position.
+
+        Args:
+            later: time of a token after the first, as a share of the full model's.
+        """
+        prompt = self._prompt(self.num_layers, shape) + self._probe(shape)
+        return self._embed(shape.read) + prompt + later * self._decode(shape)
 
     def exits(
-        self, checks: Sequence[ExitCheck], shares: Sequence[float], shape: RequestShape
+        self,
+        checks: Sequence[ExitCheck],
+        shares: Sequence[float],
+        shape: RequestShape,
+        *,
+        over_candidates: bool = False,
     ) -> float:
-        """With checks at which these shares of requests stop.
+        """With checks at which these shares of requests stop. Tokens after the first take what they
+        take in mode off: what answers did says little of them.
 
-        After an early answer the context still owes its upper layers: under the `deferred` policy
-        the second token pays them.
+        Args:
+            over_candidates: looks read the candidates' rows of the head alone.
         """
-        total, left, reached = self._embed(shape.prompt_tokens), 1.0, 0
+        total, left, reached = self._embed(shape.read), 1.0, 0
         for check, share in zip(checks, shares, strict=True):
-            total += left * self.layers(check.layer - reached, shape.prompt_tokens)
-            total += left * self.check(check, shape)
+            total += left * self._prompt(check.layer - reached, shape)
+            total += left * self.check(check, shape, over_candidates=over_candidates)
             left, reached = left - share, check.layer
-            if shape.new_tokens > 1:
-                total += share * self.layers(self.num_layers - reached, shape.prompt_tokens)
-        rest = self.layers(self.num_layers - reached, shape.prompt_tokens) + self._probe(shape)
+            if shape.new_tokens > 1 and shape.deferred:
+                total += share * self._prompt(self.num_layers - reached, shape)
+        rest = self._prompt(self.num_layers - reached, shape) + self._probe(shape)
         return total + max(left, 0.0) * rest + self._decode(shape)
 
-    def check(self, check: ExitCheck, shape: RequestShape) -> float:
+    def check(
+        self, check: ExitCheck, shape: RequestShape, *, over_candidates: bool = False
+    ) -> float:
         """One look at an exit point."""
         times = self.times
         if check.kind == "answer":
-            return times.adapter + self._probe(shape) + times.classifier
-        seconds = float(
-            np.interp(shape.prompt_tokens, times.context_rows, times.context[check.layer])
-        )
-        beyond = shape.prompt_tokens / times.context_rows[-1]
+            probe = times.candidates if over_candidates else times.probe
+            return times.adapter + probe + times.classifier
+        seconds = float(np.interp(shape.read, times.context_rows, times.context[check.layer]))
+        beyond = shape.read / times.context_rows[-1]
         return seconds * max(1.0, beyond) + times.probe + times.classifier
 
     def layers(self, count: int, positions: int, past: int = 0) -> float:
@@ -81,6 +102,9 @@ class TimePredictor:
             alone = float(np.interp(rows, self.times.rows, self.times.layer))
             seconds += alone + pair * rows * (past + start)
         return count * seconds
+
+    def _prompt(self, count: int, shape: RequestShape) -> float:
+        return self.layers(count, shape.read, shape.reused_tokens)
 
     def _embed(self, positions: int) -> float:
         whole, rest = divmod(positions, self.max_rows)
