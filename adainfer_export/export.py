@@ -24,6 +24,7 @@ from adainfer_runtime.manifest import (
 
 from .architectures import sliding_windows
 from .calibrate import CalibrationRequest
+from .calibrate.kept import KEPT_FOLDER
 from .cost import multiply_adds
 from .decoder_source import prepare_decoder
 from .decoders.builder import LayerHeads
@@ -129,7 +130,9 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     else:
         with new_folder(request.out, resume=request.resume) as folder:
             plan = plan_stages(folder, request, checkpoint, dialect, precision)
-            manifest = _write_folder(folder, plan, workers, reporter)
+            # What a calibration that was killed had fitted is good for another one alone.
+            kept = {KEPT_FOLDER} if request.calibration is not None else set[str]()
+            manifest = _write_folder(folder, plan, workers, kept, reporter)
             if request.calibration is not None and manifest.tokenizer is not None:
                 from .calibrate.pipeline import calibrate
 
@@ -148,11 +151,15 @@ def _write_folder(
     folder: Path,
     plan: StagePlan,
     workers: int,
+    kept: set[str],
     reporter: Reporter,
 ) -> Manifest:
-    """The tokenizer, data files and report of a folder whose graphs are written."""
+    """The tokenizer, data files and report of a folder whose graphs are written.
+
+    Of what a killed export left there, its finished data files and `kept` stay.
+    """
     journal = Journal(folder, plan.identity())
-    remove_others(folder, {*plan.layout.graphs, *journal.finished(), JOURNAL_NAME})
+    remove_others(folder, {*plan.layout.graphs, *journal.finished(), JOURNAL_NAME, *kept})
     # Before the weights, which take long: one that cannot be built is refused at once.
     tokenizer, tokenizer_files = _write_tokenizer(folder, plan.checkpoint)
     plans = plan.layout.plans

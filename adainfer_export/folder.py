@@ -5,9 +5,10 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,8 +19,16 @@ from adainfer_runtime.engine_folder import MANIFEST_NAME
 from .errors import OutputError
 from .journal import JOURNAL_NAME
 
-__all__ = ["check_output", "new_folder", "remove_others", "save_hashed", "scratch_folder"]
+__all__ = [
+    "check_output",
+    "new_folder",
+    "remove_others",
+    "remove_unnamed",
+    "save_hashed",
+    "scratch_folder",
+]
 
+_HASHED = re.compile(r"[^.]+\.[0-9a-f]{8}\.")
 _STOPPED = "stopped"  # in the place of a process id: nobody is at work there
 
 
@@ -90,9 +99,13 @@ def scratch_folder(out: Path) -> Iterator[Path]:
 
 
 def remove_others(folder: Path, keep: set[str]) -> None:
-    """Removes every file but those named by relative path."""
-    for path in folder.rglob("*"):
-        if path.is_file() and path.relative_to(folder).as_posix() not in keep:
+    """Removes all but the files and folders named by relative path, empty folders as well."""
+    for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+        relative = path.relative_to(folder)
+        named = {relative.as_posix(), *(parent.as_posix() for parent in relative.parents)}
+        if path.is_dir() and not any(path.iterdir()):
+            path.rmdir()
+        elif path.is_file() and not named & keep:
             path.unlink()
 
 
@@ -108,6 +121,14 @@ def save_hashed(folder: Path, name: str, content: bytes) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return relative
+
+
+def remove_unnamed(folder: Path, named: Collection[str]) -> None:
+    """Removes what `save_hashed` wrote and no manifest came to name."""
+    for path in folder.glob("*/*"):
+        relative = path.relative_to(folder).as_posix()
+        if _HASHED.match(path.name) and relative not in named:
+            path.unlink()
 
 
 def _new_temporary(out: Path, remains: Path | None) -> Path:

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
 import pytest
 
 from adainfer_export import ExportRequest, export
 from adainfer_export.build import BuildRequest, build_plans
+from adainfer_export.calibrate import CalibrationRequest
+from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime.devices import least_sm
+from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.plans import engine_files
+
+from .export.context_folder import write_prompts
+from .export.exit_folder import make_exit_folder
 
 pytestmark = [
     pytest.mark.slow,
@@ -44,6 +51,33 @@ def builds(model, folder, precision):
         plan = stamp.plans[stage.file]
         assert plan.fused_attention == 2  # in each of the profiles
         assert plan.float8_products >= 8 if precision == "fp8" else plan.float8_products == 0
+
+
+@pytest.mark.parametrize("variant", ["llama", "opt"])  # OPT's translators know no positions
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_everything_of_a_folder_with_exits(tiny, tmp_path, target, variant):
+    made = tiny(variant, target=target, precision="fp16")
+    folder = make_exit_folder(made.folder, tmp_path / "engines")
+    builds_without_a_word(folder)
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_everything_of_a_calibrated_folder(tiny, tmp_path, target):
+    folder = tmp_path / "engines"
+    shutil.copytree(tiny("llama", target=target, precision="fp16").folder, folder)
+    prompts = write_prompts(tmp_path / "p.jsonl", 0, 160)
+    request = CalibrationRequest((prompts,), target_agreement=0.5, context_exit=True)
+    manifest = recalibrate(folder, load_manifest(folder), request, SilentReporter())
+    assert manifest.classifiers
+    builds_without_a_word(folder)
+
+
+def builds_without_a_word(folder):
+    manifest = load_manifest(folder)
+    request = BuildRequest("tensorrt-rtx", sm=FAMILIES)
+    report = build_plans(folder, manifest, request, SilentReporter())
+    assert set(report.built) == set(engine_files(manifest))
+    assert report.warnings == ()
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int4", "fp8"])

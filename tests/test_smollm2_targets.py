@@ -67,10 +67,8 @@ def stage_differences(engine, reference):
             mine.run_stage(index, rows, past)
             theirs.run_stage(index, rows, past)
             pairs = [(mine.hidden(index + 1, rows), theirs.hidden(index + 1, rows))]
-            pairs += [
-                (a[:, : past + rows], b[:, : past + rows])
-                for a, b in zip(mine.kv(index + 1), theirs.kv(index + 1), strict=True)
-            ]
+            caches = (sequence.kv(index + 1, past + rows) for sequence in (mine, theirs))
+            pairs += zip(*caches, strict=True)
             for a, b in pairs:
                 worst = max(worst, float(np.abs(a - b).max() / max(1.0, np.abs(b).max())))
     return worst

@@ -102,7 +102,8 @@ def measure(
         found = []
         for rows, layer in layer_ms.items():
             hidden = random.standard_normal((rows, width), np.float32)
-            feed = {"hidden": hidden, "start": np.array([1])}
+            given = {"hidden": hidden, "start": np.array([1])}
+            feed = {value.name: given[value.name] for value in session.get_inputs()}
             ms = timed(lambda feed=feed: session.run(None, feed), repeat)
             full = width * outputs / most_weights(manifest)
             found.append(Cost(exit_layer, rank, full, size, rows, ms, ms / layer))

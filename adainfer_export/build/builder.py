@@ -195,12 +195,19 @@ def _build_one(
     )
     outcome = builder.build(job)
     if outcome.error is None and outcome.unused_inputs:
-        outcome = Outcome(f"inputs are ignored: {'; '.join(outcome.unused_inputs)}")
+        again = "; run `adainfer calibrate` again" if _is_calibrated(manifest, file) else ""
+        outcome = Outcome(f"inputs are ignored: {'; '.join(outcome.unused_inputs)}{again}")
     if outcome.error is not None:
         Path(job.plan).unlink(missing_ok=True)
         raise BuildError(f"{folder / file}: {stamp.backend} {stamp.version}: {outcome.error}")
     Path(job.plan).replace(place / _plan_name(file))
     return outcome
+
+
+def _is_calibrated(manifest: Manifest, file: str) -> bool:
+    """Of a classifier or translator: those of earlier versions have inputs that they do not use."""
+    files = {classifier.graph for classifier in manifest.classifiers}
+    return file in files | {point.translate for point in manifest.context_points.values()}
 
 
 def _as_lists(profile: Profile) -> dict[str, tuple[tuple[int, ...], ...]]:

@@ -8,14 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adainfer_runtime.backends.layout import PROBED_ROWS, SequenceLayout, StageRun
+from adainfer_runtime.backends.layout import (
+    CANDIDATE_ROWS,
+    PROBED_ROWS,
+    SequenceLayout,
+    StageRun,
+)
 from adainfer_runtime.manifest import Manifest
 
 __all__ = ["Profile", "ShapeRange", "profiles_of"]
 
 Shape = tuple[int, ...]
 _USUAL_ROWS = 128
-_MAX_CANDIDATES = 512
 
 
 @dataclass(frozen=True)
@@ -81,11 +85,13 @@ def _other_profiles(
         most = min(PROBED_ROWS, rows[-1])
         return {"hidden": one}, {"hidden": _range((1, 1, width), 1, most, most)}
     if file == manifest.candidates.file:
-        limit = min(_MAX_CANDIDATES, manifest.model.vocab_size)
+        limit = min(CANDIDATE_ROWS, manifest.model.vocab_size)
         return ({"hidden": one, "candidates": ShapeRange((2,), (4,), (limit,))},)
-    if any(point.translate == file for point in manifest.context_points.values()):
-        hidden = ShapeRange(*((count, width) for count in rows))
-        return ({"hidden": hidden, "start": ShapeRange((1,), (1,), (1,))},)
+    for point in manifest.context_points.values():
+        if point.translate == file:
+            hidden = ShapeRange(*((count, width) for count in rows))
+            shapes = {"hidden": hidden, "start": ShapeRange((1,), (1,), (1,))}
+            return ({name: shapes[name] for name in point.translate_inputs},)
     return (_exit_profile(manifest, file, one),)
 
 
@@ -93,10 +99,9 @@ def _exit_profile(manifest: Manifest, file: str, hidden: ShapeRange) -> Profile:
     """Of a classifier or an adapter."""
     for classifier in manifest.classifiers:
         if classifier.graph == file:
-            names = ("token", "top_prob", "gap", "depth", "trust")
-            single = ShapeRange((1,), (1,), (1,))
             state = (1, classifier.state_size)
-            return {**dict.fromkeys(names, single), "state": ShapeRange(state, state, state)}
+            shapes = {name: state if name == "state" else (1,) for name in classifier.inputs}
+            return {name: ShapeRange(shape, shape, shape) for name, shape in shapes.items()}
     return {"hidden": hidden}
 
 

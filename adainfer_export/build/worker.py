@@ -80,13 +80,13 @@ def _build(trt: Any, job: Job) -> Outcome:
         return Outcome(error)
     for profile in job.profiles:
         config.add_optimization_profile(_profile(builder, network, profile))
-    cache = _attach_cache(config, job)
+    cache = _attach_cache(config, job, log)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         return Outcome(f"the builder refuses it: {_one_line(' '.join(log.errors))}")
     Path(job.plan).write_bytes(memoryview(plan))
     if cache is not None and job.timing_cache is not None:
-        Path(job.timing_cache).write_bytes(memoryview(cache.serialize()))
+        _write_cache(Path(job.timing_cache), memoryview(cache.serialize()))
     return Outcome(
         None,
         tuple(log.unused),
@@ -116,12 +116,34 @@ def _profile(builder: Any, network: Any, shapes: dict[str, Any]) -> Any:
     return profile
 
 
-def _attach_cache(config: Any, job: Job) -> Any:
+def _attach_cache(config: Any, job: Job, log: Any) -> Any:
+    """The folder's timing cache; an empty one in place of one that TensorRT does not take, which a
+    full disk or another driver may leave behind.
+    """
     if job.timing_cache is None:
         return None
     path = Path(job.timing_cache)
-    cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-    return cache if config.set_timing_cache(cache, False) else None
+    kept = path.read_bytes() if path.is_file() else b""
+    cache = _try_cache(config, kept)
+    if cache is None and kept:
+        log.warnings.append(f"{path} is damaged or of another device: kernels are timed anew")
+        cache = _try_cache(config, b"")
+    return cache
+
+
+def _try_cache(config: Any, content: bytes) -> Any:
+    try:
+        cache = config.create_timing_cache(content)
+        return cache if cache is not None and config.set_timing_cache(cache, False) else None
+    except (RuntimeError, ValueError, TypeError):  # the bindings' ways to say that it is no cache
+        return None
+
+
+def _write_cache(path: Path, content: memoryview) -> None:
+    """Atomically: a build that is killed leaves the old one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_bytes(content)
+    temporary.replace(path)
 
 
 def _make_log(trt: Any) -> Any:

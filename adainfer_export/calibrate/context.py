@@ -43,6 +43,7 @@ from .translate import (
     fit_translators,
     lower_translator,
     read_rotary,
+    translate_inputs,
     translator_layers,
 )
 
@@ -99,7 +100,9 @@ def fit_context(
     engine = Engine.of_manifest(files.folder, bare)
 
     def fit_maps() -> dict[str, npt.NDArray[np.float32]]:
-        fitted = _fit_translators(engine, files.folder, rotary, layers, parts, request, reporter)
+        fitted = _fit_translators(
+            engine, files.folder, rotary, layers, parts, request, reporter, kept
+        )
         return {
             name: part
             for layer, translator in fitted.items()
@@ -146,14 +149,16 @@ def _fit_translators(
     parts: Parts,
     request: CalibrationRequest,
     reporter: Reporter,
+    kept: KeptSteps,
 ) -> dict[int, Translator]:
     reporter.begin("fitting translators", len(parts.adapters))
     translators, lessons = fit_translators(engine, rotary, parts.adapters, layers, reporter)
     head = read_head(folder, engine.manifest) if request.translators == "distilled" else None
     if head is None:
         return translators
+    keep, seed = kept.layers("translators"), request.seed
     return distil_translators(
-        engine, folder, head, rotary, translators, lessons, reporter, request.seed
+        engine, folder, head, rotary, translators, lessons, reporter, seed, keep
     )
 
 
@@ -166,6 +171,7 @@ def _write_translator(
     return ExitPoint(
         exit_layer=translator.exit_layer,
         translate=path,
+        translate_inputs=translate_inputs(model),
         multiply_adds=multiply_adds(model.graph),
     )
 

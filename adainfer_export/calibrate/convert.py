@@ -1,6 +1,7 @@
 """The exit graph's pieces as ONNX: adapters, and the classifier in plain operators.
 
-The classifier's graph has the same inputs and outputs whatever its kind:
+The classifier's graph has the same inputs and outputs whatever its kind, less the inputs that its
+outputs do not depend on (they are named in the manifest):
 
     token int64 [n]; top_prob, gap, depth, trust float [n]; state float [n, 3]
         →  score [n], next_state [n, 3]
@@ -23,6 +24,7 @@ from adainfer_runtime.backends.ort_cpu import open_session
 
 from ..errors import LoweringError
 from ..graph_builder import GraphBuilder, graph_input
+from ..lower.graph import remove_dead_inputs
 from .affine import AffineMap
 from .classifiers import FittedClassifier
 from .predictions import LOG_ODDS_CLIP, log_odds
@@ -39,7 +41,7 @@ Float32 = npt.NDArray[np.float32]
 
 
 def lower_classifier(classifier: FittedClassifier) -> ir.Model:
-    """The decision in plain operators."""
+    """The decision in plain operators, with the inputs that it depends on."""
     inputs = {name: graph_input(name, ["n"]) for name in INPUTS}
     token = graph_input("token", ["n"], ir.DataType.INT64)
     state = graph_input("state", ["n", STATE_SIZE])
@@ -59,7 +61,9 @@ def lower_classifier(classifier: FittedClassifier) -> ir.Model:
         graph.output(graph.row(score), "score", ["n"]),
         graph.output(next_state, "next_state", ["n", STATE_SIZE]),
     ]
-    return graph.model("classifier", [token, *inputs.values(), state], outputs)
+    model = graph.model("classifier", [token, *inputs.values(), state], outputs)
+    remove_dead_inputs(model.graph)
+    return model
 
 
 def lower_adapter(adapter: AffineMap, trust: Trust) -> ir.Model:
@@ -93,7 +97,9 @@ def check_parity(
     """
     sample = _Sample.random(classifier, points)
     expected = classifier.decide(sample.x.astype(np.float64), sample.previous)
-    scores: Float32 = open_session(lowered).run(["score"], sample.feed)[0]
+    session = open_session(lowered)
+    feed = {value.name: sample.feed[value.name] for value in session.get_inputs()}
+    scores: Float32 = session.run(["score"], feed)[0]
     difference = float(np.abs(scores - expected).max())
     margin = _MARGIN * max(1.0, float(np.abs(expected).max()))
     if not difference <= margin:

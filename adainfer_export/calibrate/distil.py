@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from adainfer_runtime import Engine
 
 from ..progress import Reporter
 from .affine import AffineMap
+from .distilled import Distilled, KeepLayer, keep_nothing
 from .head import Head
 from .head_network import HeadNetwork, considered_tokens
 from .traces import AnswerTraces
@@ -51,26 +53,37 @@ def distil_adapters(
     adapters: Mapping[int, AffineMap],
     reporter: Reporter,
     seed: int,
+    keep: KeepLayer = keep_nothing,
 ) -> dict[int, AffineMap]:
-    """Per layer the distilled adapter, or the given one where held-out prompts prefer it."""
+    """Per layer the distilled adapter, or the given one where held-out prompts prefer it.
+
+    Every layer draws from random numbers of its own: it comes to the same, whichever layers are
+    kept already.
+    """
     train, test = np.flatnonzero(~traces.held_out), np.flatnonzero(traces.held_out)
     if len(train) < _BATCH or len(test) == 0:
         return dict(adapters)
     random = np.random.default_rng(seed)
     network = HeadNetwork(head, considered_tokens(engine, traces.final[train], random))
     target, best = network.teach(traces.final[train])
+
+    def distil(layer: int, column: int) -> Distilled:
+        lesson = _Lesson(traces.hidden[train, column], target, best)
+        start, random = adapters[layer], np.random.default_rng((seed, layer))
+        trained = _distil(network, start, lesson, random)
+        hidden, token = traces.hidden[test, column], traces.token[test]
+        before, after = (
+            float((predicted_tokens(engine, adapter.apply(hidden)) == token).mean())
+            for adapter in (start, trained)
+        )
+        return Distilled.better_of(start, trained, before, after)
+
     better = {}
     reporter.begin("distilling adapters", len(adapters))
     for column, layer in enumerate(traces.layers):
-        lesson = _Lesson(traces.hidden[train, column], target, best)
-        candidates = (adapters[layer], _distil(network, adapters[layer], lesson, random))
-        hidden = traces.hidden[test, column]
-        agreement = [
-            float((predicted_tokens(engine, candidate.apply(hidden)) == traces.token[test]).mean())
-            for candidate in candidates
-        ]
-        better[layer] = candidates[int(agreement[1] > agreement[0])]
-        reporter.step(f"layer {layer}: {agreement[0]:.3f} → {max(agreement):.3f}")
+        distilled = keep(layer, partial(distil, layer, column))
+        better[layer] = distilled.affine
+        reporter.step(f"layer {layer}: {distilled}")
     return better
 
 

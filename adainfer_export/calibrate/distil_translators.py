@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from adainfer_runtime.manifest import Manifest
 from ..progress import Reporter
 from .affine import AffineMap
 from .distil import predicted_tokens
+from .distilled import Distilled, KeepLayer, keep_nothing
 from .head import Head
 from .head_network import HeadNetwork, considered_tokens
 from .torch_stage import AttentionSpec, TorchStage, read_torch_stage
@@ -64,8 +66,10 @@ def distil_translators(
     lessons: Sequence[ContextLesson],
     reporter: Reporter,
     seed: int,
+    keep: KeepLayer = keep_nothing,
 ) -> dict[int, Translator]:
-    """Per exit point the distilled map, or the given one where held-out prompts prefer it.
+    """Per exit point the distilled map, or the given one where held-out prompts prefer it. Each
+    draws from random numbers of its own: it comes to the same, whichever are kept already.
 
     Points are left as they are where the layers above hold an operator that torch is not taught, or
     too many weights to be held in float32, with a warning; all of them with too few prompts.
@@ -102,14 +106,19 @@ def distil_translators(
         for layer, (_, agreement) in courses.items()
     }
     chosen = sorted(sorted(worth, key=lambda layer: -worth[layer])[:_MOST_POINTS])
+
+    def distil(layer: int) -> Distilled:
+        course, before = courses[layer]
+        start, random = translators[layer], np.random.default_rng((seed, layer))
+        trained = course.train(start, train, random)
+        after = course.agreement(trained, test)
+        return Distilled.better_of(start.affine, trained.affine, before, after)
+
     reporter.begin("distilling translators", len(chosen))
     for layer in chosen:
-        course, before = courses[layer]
-        trained = course.train(translators[layer], train, random)
-        after = course.agreement(trained, test)
-        if after > before:
-            result[layer] = trained
-        reporter.step(f"layer {layer}: {before:.3f} → {max(before, after):.3f}")
+        distilled = keep(layer, partial(distil, layer))
+        result[layer] = Translator(layer, distilled.affine)
+        reporter.step(f"layer {layer}: {distilled}")
     return result
 
 

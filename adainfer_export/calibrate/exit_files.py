@@ -6,14 +6,26 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import onnx
+import onnx_ir as ir
+
 from adainfer_runtime.engine_folder import record_file
-from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec, FileRecord, Manifest
+from adainfer_runtime.manifest import (
+    CLASSIFIER_INPUTS,
+    ClassifierInput,
+    ClassifierSpec,
+    ExitPoint,
+    ExitSpec,
+    FileRecord,
+    Manifest,
+)
 
 from ..cost import multiply_adds
 from ..folder import save_hashed
 from ..graph_builder import serialise
 from ..join import join_engines
 from ..lower import find_target
+from ..lower.graph import remove_dead_inputs
 from .affine import AffineMap
 from .classifiers import ExitClassifier, FittedClassifier, OwnClassifier
 from .convert import STATE_SIZE, check_parity, lower_adapter, lower_classifier
@@ -116,13 +128,15 @@ def write_classifier(
     """
     name, folder, save = f"exit/{graph_name}", files.folder, files.save
     if isinstance(classifier, OwnClassifier):
-        graph, reference, difference = save(f"{name}.onnx", classifier.content), None, 0.0
+        content, inputs = _without_dead_inputs(classifier.content)
+        graph, reference, difference = save(f"{name}.onnx", content), None, 0.0
         state_size = classifier.state_size
     else:
         assert isinstance(classifier, FittedClassifier)  # the two forms that there are
-        graph = save(f"{name}.onnx", serialise(lower_classifier(classifier)))
-        content = classifier.reference()
-        reference = save(f"{name}_reference.onnx", content) if content else None
+        model = lower_classifier(classifier)
+        graph, inputs = save(f"{name}.onnx", serialise(model)), _inputs(model)
+        converted = classifier.reference()
+        reference = save(f"{name}_reference.onnx", converted) if converted else None
         difference = check_parity(
             classifier, folder / graph, folder / reference if reference else None
         )
@@ -133,8 +147,23 @@ def write_classifier(
         reference=reference,
         state_size=state_size,
         features=classifier.features,
+        inputs=inputs,
     )
     return spec, difference
+
+
+def _without_dead_inputs(content: bytes) -> tuple[bytes, tuple[ClassifierInput, ...]]:
+    """A user's own graph, byte for byte where it reads every input."""
+    model = ir.from_proto(onnx.load_model_from_string(content))
+    before = _inputs(model)
+    remove_dead_inputs(model.graph)
+    inputs = _inputs(model)
+    return (content if inputs == before else serialise(model)), inputs
+
+
+def _inputs(model: ir.Model) -> tuple[ClassifierInput, ...]:
+    names = {value.name for value in model.graph.inputs}
+    return tuple(name for name in CLASSIFIER_INPUTS if name in names)
 
 
 def write_report(folder: Path, manifest: Manifest, report: Mapping[str, object]) -> Manifest:

@@ -21,6 +21,7 @@ from .affine import AffineMap
 from .classifiers import CLASSIFIERS, Entry, ExitClassifier, own_entry
 from .data import Parts, load_examples, split_parts
 from .distil import distil_adapters
+from .distilled import KeepLayer, keep_nothing
 from .head import read_head
 from .kept import KeptSteps
 from .low_rank import choose_ranks
@@ -157,7 +158,8 @@ def fit_graphs(
     def fit_maps() -> dict[str, npt.NDArray[Any]]:
         reporter.begin("tracing prompts", len(parts.adapters))
         prompts = trace_prompts(engine, parts.adapters, reporter, request.seed)
-        adapters = _fit_adapters(folder, engine, prompts, request, reporter)
+        keep = kept.layers("adapters")
+        adapters = _fit_adapters(folder, engine, prompts, request, reporter, keep)
         return FittedMaps(adapters, prompts.block_influence).arrays()
 
     maps = FittedMaps.of_arrays(kept.arrays("adapters", fit_maps))
@@ -175,7 +177,7 @@ def fit_traced(
 ) -> Fitted:
     """Everything that is fitted, on prompts that have been traced; see `fit_graphs`."""
     _check_answers(traced.selection)
-    adapters = _fit_adapters(folder, engine, traced.prompts, request, reporter)
+    adapters = _fit_adapters(folder, engine, traced.prompts, request, reporter, keep_nothing)
     maps = FittedMaps(adapters, traced.prompts.block_influence)
     classifier, selection = traced.classifier, traced.selection
     return _fit_exits(engine, parts, maps, classifier, selection, request, reporter, skipped)
@@ -251,6 +253,7 @@ def _fit_adapters(
     prompts: PromptTraces,
     request: CalibrationRequest,
     reporter: Reporter,
+    keep: KeepLayer,
 ) -> dict[int, AffineMap]:
     if request.adapters == "none":
         return {}
@@ -258,7 +261,8 @@ def _fit_adapters(
     distilled = request.adapters == "distilled"
     head = read_head(folder, engine.manifest) if distilled else None
     if head is not None:
-        fitted = distil_adapters(engine, head, prompts.answers, fitted, reporter, request.seed)
+        answers, seed = prompts.answers, request.seed
+        fitted = distil_adapters(engine, head, answers, fitted, reporter, seed, keep)
     elif distilled:
         _LOG.warning(
             "adapters and translators stay ridge regressions: the head of this model is more than "

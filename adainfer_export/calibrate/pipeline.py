@@ -20,6 +20,7 @@ from adainfer_runtime.plan_spec import PlanSpec
 from adainfer_runtime.planning import machine, measure_times
 
 from ..errors import OutputError
+from ..folder import remove_unnamed
 from ..progress import Reporter
 from .certify import make_certificate, threshold_grid
 from .combined import COMBINED, combine, fit_path, path_grid
@@ -104,6 +105,7 @@ def recalibrate(
         TaskFileError, CalibrationError: see `calibrate`.
     """
     try:
+        remove_unnamed(folder, manifest.files)  # what a calibration that was killed left
         renewed = calibrate(folder, manifest, request, reporter)
         write_manifest(folder, renewed)
         for name in manifest.files.keys() - renewed.files.keys():

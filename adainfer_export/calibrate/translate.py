@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ from adainfer_runtime.session import Session
 from adainfer_runtime.tasks import TaskExample
 
 from ..graph_builder import GraphBuilder, graph_input
+from ..lower.graph import remove_dead_inputs
 from ..progress import Reporter
 from .affine import AffineMap, reduce_rank
 from .ridge import Moments
@@ -38,6 +40,7 @@ __all__ = [
     "lower_translator",
     "most_weights",
     "read_rotary",
+    "translate_inputs",
     "translator_layers",
 ]
 
@@ -276,8 +279,8 @@ def _flatten(key: Float32, value: Float32) -> Float32:
 def lower_translator(
     translator: Translator, rotary: Rotary | Unrotated, manifest: Manifest
 ) -> ir.Model:
-    """`hidden [rows, hidden_size]` and `start [1]`, the first row's position, to `key` (after
-    rotary) and `value`, `[layers above, kv_heads, rows, head_dim]`.
+    """`hidden [rows, hidden_size]` and, where keys are rotated, `start [1]`, the first row's
+    position, to `key` (after rotary) and `value`, `[layers above, kv_heads, rows, head_dim]`.
     """
     heads, width = manifest.kv.num_heads, manifest.kv.head_dim
     above = manifest.model.num_layers - translator.exit_layer
@@ -299,7 +302,15 @@ def lower_translator(
         graph.output(rotated, "key", shape),
         graph.output(graph.op("Identity", value), "value", shape),
     ]
-    return graph.model("translate", [hidden, start], outputs)
+    model = graph.model("translate", [hidden, start], outputs)
+    remove_dead_inputs(model.graph)
+    return model
+
+
+def translate_inputs(model: ir.Model) -> tuple[Literal["hidden", "start"], ...]:
+    """What the manifest says of a translator's inputs."""
+    rotated = any(value.name == "start" for value in model.graph.inputs)
+    return ("hidden", "start") if rotated else ("hidden",)
 
 
 def translator_layers(manifest: Manifest) -> tuple[int, ...]:

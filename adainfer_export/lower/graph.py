@@ -18,6 +18,7 @@ __all__ = [
     "insert_before",
     "ints",
     "only_user",
+    "remove_dead_inputs",
     "remove_dead_nodes",
     "take_over",
 ]
@@ -121,6 +122,16 @@ def remove_dead_nodes(graph: ir.Graph) -> None:
     for name, value in list(graph.initializers.items()):
         if not value.uses() and not value.is_graph_output():
             del graph.initializers[name]
+
+
+def remove_dead_inputs(graph: ir.Graph) -> None:
+    """Drops nodes that no output needs, then the inputs that no node reads. (TensorRT ignores such
+    inputs, which at other places is a mistake of its parser: no build may tell the two apart.)
+    """
+    remove_dead_nodes(graph)
+    for value in list(graph.inputs):
+        if not value.uses() and not value.is_graph_output():
+            graph.inputs.remove(value)
 
 
 def take_over(old: ir.Value, new: ir.Value) -> None:

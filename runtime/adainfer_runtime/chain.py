@@ -151,9 +151,9 @@ class Chain:
         if known is None:
             hidden = self._run_aside(above, 0, 1)
             caches = {
-                number: (k[:, :1].copy(), v[:, :1].copy())
+                number: (k.copy(), v.copy())
                 for number in range(layer + 1, self._last_layers[-1] + 1)
-                for k, v in (self._buffers.kv(number),)
+                for k, v in (self._buffers.kv(number, 1),)
             }
             known = caches, hidden
             if len(self._first_tokens) >= _KEPT_FIRST_TOKENS:
@@ -198,9 +198,7 @@ class Chain:
 
     def kv(self, layer: int) -> tuple[Float32, Float32]:
         """K and V of a layer (1-based), cut to what is filled: `[kv_heads, filled, head_dim]`."""
-        key, value = self._buffers.kv(layer)
-        filled = self.ledger.filled[self._stage_of(layer)]
-        return key[:, :filled], value[:, :filled]
+        return self._buffers.kv(layer, self.ledger.filled[self._stage_of(layer)])
 
     def _stage_of(self, layer: int) -> int:
         return next(i for i, last in enumerate(self._last_layers) if layer <= last)

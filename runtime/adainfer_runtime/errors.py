@@ -6,6 +6,7 @@
     │   ├── UnsafePathError      a path that leaves the engine folder
     │   └── IntegrityError       a file whose size or sha256 is not the manifest's
     ├── DeviceError              the device is unknown, or its provider is not installed
+    │   └── DeviceMemoryError    its memory is full
     ├── PlanError                TensorRT plans are missing, or were built for something else
     ├── StageError               ONNX Runtime refused a stage
     ├── RequestError             the request itself is wrong
@@ -28,6 +29,7 @@ __all__ = [
     "DatasetUnavailableError",
     "DeadlineError",
     "DeviceError",
+    "DeviceMemoryError",
     "ExitUnavailableError",
     "IntegrityError",
     "ManifestError",
@@ -64,6 +66,10 @@ class IntegrityError(ManifestError):
 
 class DeviceError(AdaInferError):
     """The device is unknown, or the package that drives it is not installed."""
+
+
+class DeviceMemoryError(DeviceError):
+    """The device's memory is full; the engine stays usable."""
 
 
 class PlanError(AdaInferError):

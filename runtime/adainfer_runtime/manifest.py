@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -11,10 +11,12 @@ from .plan_spec import PlanSpec
 from .text_certificate_spec import TextCertificate
 
 __all__ = [
+    "CLASSIFIER_INPUTS",
     "SCHEMA_VERSION",
     "Certificate",
     "CertificateGroup",
     "CertificateLevel",
+    "ClassifierInput",
     "ClassifierSpec",
     "CombinedExitSpec",
     "ExitPoint",
@@ -34,6 +36,8 @@ __all__ = [
 
 SCHEMA_VERSION = 5
 ElementType = Literal["float32", "float16", "bfloat16"]
+ClassifierInput = Literal["token", "top_prob", "gap", "depth", "trust", "state"]
+CLASSIFIER_INPUTS: tuple[ClassifierInput, ...] = get_args(ClassifierInput)
 _EXIT_FILES = ("adapters/", "exit/", "reports/calibration.")
 
 
@@ -173,13 +177,14 @@ class ExitPoint(_Record):
     """A layer boundary at which the exit graph is evaluated.
 
     Without an adapter the probe reads the hidden state as it is (AdaInfer's own form). Of a context
-    exit `translate` gives K and V of the layers above. `multiply_adds` are of the one or the other,
-    for one position.
+    exit `translate` gives K and V of the layers above; `start` is none of its inputs where keys are
+    not rotated. `multiply_adds` are of the one or the other, for one position.
     """
 
     exit_layer: int
     adapter: str | None = None
     translate: str | None = None
+    translate_inputs: tuple[Literal["hidden", "start"], ...] = ("hidden", "start")
     multiply_adds: int = 0
 
 
@@ -187,7 +192,8 @@ class ClassifierSpec(_Record):
     """The exit decision: `graph` in plain operators, `reference` as skl2onnx wrote it, if it did.
 
     `graph` takes token int64 `[n]`, top_prob, gap, depth, trust float `[n]` and state float
-    `[n, state_size]` (zeros at the first exit point), and gives score `[n]` and next_state.
+    `[n, state_size]` (zeros at the first exit point), and gives score `[n]` and next_state. Of
+    these, `inputs` are those that its outputs depend on: TensorRT ignores others.
     """
 
     kind: str
@@ -195,6 +201,7 @@ class ClassifierSpec(_Record):
     reference: str | None = None
     state_size: int
     features: tuple[str, ...]
+    inputs: tuple[ClassifierInput, ...] = CLASSIFIER_INPUTS
 
 
 class CertificateGroup(_Record):

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .backends import Backend, ExitEvidence, ProbeResult
+from .backends.rescore import among
 from .chain import Chain
 from .errors import PromptTooLongError, RequestError
 from .exit_policy import ExitCheck, ExitPolicy
@@ -409,12 +410,7 @@ def _among(result: ProbeResult, candidates: npt.NDArray[np.int64] | None) -> Pro
     """A result over the vocabulary, cut to the candidates (others are over them already)."""
     if candidates is None or len(result.logits) == len(candidates):
         return result
-    logits = result.logits[candidates]
-    probabilities = np.exp(log_softmax(logits))
-    best = int(np.argmax(logits))
-    second = np.delete(probabilities, best).max(initial=0.0)
-    top = float(probabilities[best])
-    return ProbeResult(int(candidates[best]), top, top - float(second), logits)
+    return among(candidates, result.logits[candidates])
 
 
 def log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

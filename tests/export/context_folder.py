@@ -12,7 +12,12 @@ import numpy as np
 from adainfer_export.calibrate.classifiers.threshold import ThresholdClassifier
 from adainfer_export.calibrate.exit_files import Files, write_classifier
 from adainfer_export.calibrate.scored import CONTEXT, observe
-from adainfer_export.calibrate.translate import fit_translators, lower_translator, read_rotary
+from adainfer_export.calibrate.translate import (
+    fit_translators,
+    lower_translator,
+    read_rotary,
+    translate_inputs,
+)
 from adainfer_export.graph_builder import serialise
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
@@ -53,16 +58,15 @@ def make_context_folder(
     manifest, files = load_manifest(out), Files(out)
     engine, rotary = Engine.load(out), read_rotary(out, load_manifest(out))
     fitted, _ = fit_translators(engine, rotary, to_fit, layers, SilentReporter())
+    models = {layer: lower_translator(fitted[layer], rotary, manifest) for layer in layers}
     points = tuple(
         ExitPoint(
             exit_layer=layer,
-            translate=files.save(
-                f"stages/translate_{layer:03d}.onnx",
-                serialise(lower_translator(fitted[layer], rotary, manifest)),
-            ),
+            translate=files.save(f"stages/translate_{layer:03d}.onnx", serialise(model)),
+            translate_inputs=translate_inputs(model),
             multiply_adds=1000,
         )
-        for layer in layers
+        for layer, model in models.items()
     )
     graph, _ = write_classifier(files, CONTEXT, ThresholdClassifier(layers, ("top_prob",)))
     spec = ExitSpec(

@@ -8,10 +8,15 @@ from adainfer_export.calibrate.classifiers import CLASSIFIERS, ExitClassifier, F
 from adainfer_export.calibrate.predictions import Predictions
 
 
-def synthetic(prompts: int = 600, seed: int = 0, noise: float = 0.0) -> Predictions:
+def synthetic(
+    prompts: int = 600,
+    seed: int = 0,
+    noise: float = 0.0,
+    layers: tuple[int, ...] = (4, 6, 8),
+    num_layers: int = 10,
+) -> Predictions:
     """Predictions in which confidence tells whether a layer agrees, the more the deeper."""
     random = np.random.default_rng(seed)
-    layers = (4, 6, 8)
     ease = random.random((prompts, 1))
     probability = np.clip(ease + np.array([0.0, 0.15, 0.3]), 0.01, 0.99)
     agrees = probability > 0.75
@@ -20,7 +25,7 @@ def synthetic(prompts: int = 600, seed: int = 0, noise: float = 0.0) -> Predicti
     token = np.where(agrees, final[:, None], 99)
     return Predictions(
         layers,
-        10,
+        num_layers,
         ("a",) * prompts,
         final,
         token,

@@ -44,6 +44,24 @@ def test_graphs_equal_the_fitted_classifier(tmp_path, kind, features):
     assert check_parity(classifier, lowered, reference, points=100_000) <= 1e-3
 
 
+@pytest.mark.parametrize(("kind", "features"), KINDS)
+def test_every_input_reaches_an_output(kind, features):
+    """TensorRT ignores an input that does not, and building its plan fails for that."""
+    classifier = fit_classifier(kind, synthetic(noise=0.05), (4, 8), features)
+    graph = lower_classifier(classifier).graph
+    for value in graph.inputs:
+        reached, todo = set(), [value]
+        while todo:
+            current = todo.pop()
+            reached.add(current)
+            todo += [out for node, _ in current.uses() for out in node.outputs]
+        assert reached & set(graph.outputs), value.name
+    looks_back = kind == "crf" or {"stability", "rise"} & set(features)
+    wanted = {"token", "top_prob", *({"gap", "depth", "trust"} & set(features))}
+    wanted |= {"state"} if looks_back else set()
+    assert {value.name for value in graph.inputs} == wanted
+
+
 @pytest.mark.parametrize("kind", ["svm", "crf", "logistic", "boosting"])
 def test_parity_check_notices_another_classifier(tmp_path, kind):
     lowered, reference = save(fit_classifier(kind, synthetic(noise=0.05), (4, 8)), tmp_path)
@@ -62,7 +80,7 @@ def test_state_carries_what_the_next_exit_point_needs(tmp_path, kind, features):
     state = np.zeros((40, STATE_SIZE), np.float32)
     expected = classifier.scores(predictions)
     for column, layer in enumerate(predictions.layers):
-        feed = {
+        given = {
             "token": predictions.token[:, column],
             "top_prob": predictions.top_prob[:, column],
             "gap": predictions.gap[:, column],
@@ -70,6 +88,7 @@ def test_state_carries_what_the_next_exit_point_needs(tmp_path, kind, features):
             "trust": predictions.trust[:, column],
             "state": state,
         }
+        feed = {value.name: given[value.name] for value in session.get_inputs()}
         score, state = session.run(["score", "next_state"], feed)
         np.testing.assert_allclose(score, expected[:, column], atol=1e-3)
 
@@ -168,7 +187,10 @@ def test_own_classifier_is_shipped_and_run(tiny, tmp_path):
     manifest = recalibrate(folder, load_manifest(folder), request, SilentReporter())
     assert manifest.exit.classifier.kind == "own"
     assert manifest.exit.classifier.state_size == 1
-    assert (folder / manifest.exit.classifier.graph).read_bytes() == path.read_bytes()
+    # Less the inputs that it does not read, which TensorRT would not take.
+    assert manifest.exit.classifier.inputs == ("token", "gap", "state")
+    session = open_session(folder / manifest.exit.classifier.graph)
+    assert {value.name for value in session.get_inputs()} == {"token", "gap", "state"}
     engine = Engine.load(folder)
     assert engine.generate("x:", max_new_tokens=2, mode="adaptive").tokens
     assert engine.policy("adaptive", classifier="own").exit_layers

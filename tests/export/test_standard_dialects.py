@@ -50,9 +50,9 @@ def run_stage_by_stage(engine, passes, inputs):
             found.append(np.array(buffers.hidden(index + 1, rows)))
     end = passes[-1][0] + passes[-1][1]
     caches = [
-        np.array(part[:, :end])
+        np.array(part)
         for layer in range(1, engine.manifest.model.num_layers + 1)
-        for part in buffers.kv(layer)
+        for part in buffers.kv(layer, end)
     ]
     return found, caches
 

@@ -6,6 +6,8 @@ changes what is still to be read, gets wrong numbers. Plans are the ONNX files t
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +15,19 @@ import onnx_ir as ir
 
 from adainfer_runtime.backends.layout import ITEM_BYTES
 from adainfer_runtime.backends.ort_cpu import open_session
-from adainfer_runtime.errors import StageError
+from adainfer_runtime.errors import DeviceMemoryError, StageError
 
 _BASE = 0x7000_0000_0000
 _GUARD = 256
 
 
 class FakeDriver:
-    """See `adainfer_runtime.backends.tensorrt.GraphDriver`."""
+    """See `adainfer_runtime.backends.tensorrt.GraphDriver`. `room` is what can be allocated."""
 
-    def __init__(self):
+    def __init__(self, room=None):
+        self.lock = threading.RLock()
+        self.room = room
+        self.graphs = 0  # that were recorded and not given back
         self.blocks = {}
         self._next = _BASE
         self._queue = []
@@ -30,51 +35,77 @@ class FakeDriver:
         self.log = []
 
     def allocate(self, size):
-        address = self._next
-        self._next += -(-size // 256) * 256 + _GUARD
-        self.blocks[address] = np.zeros(size, np.uint8)
-        return address
+        with self.lock:
+            if self.room is not None and self.live_bytes + size > self.room:
+                raise DeviceMemoryError("the fake GPU's memory is full")
+            address = self._next
+            self._next += -(-size // 256) * 256 + _GUARD
+            self.blocks[address] = np.zeros(size, np.uint8)
+            return address
+
+    @property
+    def live_bytes(self):
+        """Of what is allocated, once the stream is done."""
+        self._flush()
+        return sum(block.nbytes for block in self.blocks.values())
 
     def free(self, address):
-        assert address in self.blocks, "freed twice"
-        self._queue.append(lambda: self.blocks.pop(address))  # in the stream's order
+        with self.lock:
+            assert address in self.blocks, "freed twice"
+            self._queue.append(lambda: self.blocks.pop(address))  # in the stream's order
 
     def upload(self, address, host):
-        content = np.ascontiguousarray(host).reshape(-1).view(np.uint8).copy()
-        self.view(address, content.nbytes)
-        self._put(("upload", address, content.nbytes), lambda: self._write(address, content))
+        self.upload_rows(address, 0, np.ascontiguousarray(host).reshape(1, -1))
+
+    def upload_rows(self, address, pitch, host):
+        content = np.ascontiguousarray(host).view(np.uint8).copy()
+        entry = ("upload", address, content.nbytes)
+        places = [address + number * pitch for number in range(len(content))]
+        with self.lock:
+            for place, row in zip(places, content, strict=True):
+                self.view(place, row.nbytes)
+            writes = list(zip(places, content, strict=True))
+            self._put(entry, lambda: [self._write(place, row) for place, row in writes])
 
     def download(self, host, address):
+        self.download_rows(host.reshape(1, -1), address, 0)
+
+    def download_rows(self, host, address, pitch):
         assert host.flags.c_contiguous
         assert self._recording is None, "a graph cannot wait"
-        self.view(address, host.nbytes)
-        self.log.append(("download", address, host.nbytes))
-        self._flush()
-        host.reshape(-1).view(np.uint8)[:] = self.view(address, host.nbytes)
+        with self.lock:
+            self.log.append(("download", address, host.nbytes))
+            self._flush()
+            for number, row in enumerate(host.view(np.uint8)):
+                row[:] = self.view(address + number * pitch, row.nbytes)
 
     def copy(self, target, source, size):
-        self.view(target, size)
-        self.view(source, size)
         assert target + size <= source or source + size <= target, "overlapping copy"
-        self._put(
-            ("copy", target, size), lambda: self._write(target, self.view(source, size).copy())
-        )
+        with self.lock:
+            self.view(target, size)
+            self.view(source, size)
+            self._put(
+                ("copy", target, size), lambda: self._write(target, self.view(source, size).copy())
+            )
 
     def pinned(self, size):
         return np.zeros(size, np.uint8)
 
     def record(self, work):
-        assert self._recording is None
-        self._recording = []
-        work()
-        recorded, self._recording = self._recording, None
+        with self.lock:
+            assert self._recording is None
+            self._recording = (threading.get_ident(), [])
+            try:
+                work()
+            finally:
+                (_, recorded), self._recording = self._recording, None
+            return FakeGraph(self, recorded)
 
-        def launch():
+    def launch(self, recorded):
+        with self.lock:
             self.log.append(("graph", len(recorded), 0))
             for _, call in recorded:
                 self._queue.append(call)
-
-        return launch
 
     @property
     def busy(self):
@@ -83,15 +114,16 @@ class FakeDriver:
 
     def wait(self):
         """The stream is done."""
-        self.log.append(("wait", 0, 0))
-        self._flush()
+        with self.lock:
+            self.log.append(("wait", 0, 0))
+            self._flush()
 
     def enqueue(self, entry, call):
         self._put(entry, call)
 
     def view(self, address, size):
         """Bytes of one allocation; anything else is a wrong address."""
-        for base, block in self.blocks.items():
+        for base, block in tuple(self.blocks.items()):
             if base <= address < base + max(1, block.nbytes):
                 offset = address - base
                 assert offset + size <= block.nbytes, (
@@ -105,15 +137,32 @@ class FakeDriver:
 
     def _put(self, entry, call):
         if self._recording is not None:
-            self._recording.append((entry, call))
+            thread, recorded = self._recording
+            assert thread == threading.get_ident(), "another thread's work is being recorded"
+            recorded.append((entry, call))
             return
         self.log.append(entry)
         self._queue.append(call)
 
     def _flush(self):
-        queue, self._queue = self._queue, []
-        for call in queue:
-            call()
+        with self.lock:
+            queue, self._queue = self._queue, []
+            for call in queue:
+                call()
+
+
+class FakeGraph:
+    """Counts while it lives."""
+
+    def __init__(self, driver, recorded):
+        self._driver, self._recorded = driver, recorded
+        driver.graphs += 1
+
+    def __call__(self):
+        self._driver.launch(self._recorded)
+
+    def __del__(self):
+        self._driver.graphs -= 1
 
 
 @dataclass
@@ -173,6 +222,7 @@ class FakePlan:
     def set_address(self, profile, name, address):
         assert name in self._inputs or name in self._outputs
         self._addresses[profile][name] = address
+        time.sleep(0)  # another thread may come in between
 
     def enqueue(self, profile):
         shapes, addresses = dict(self._shapes[profile]), dict(self._addresses[profile])

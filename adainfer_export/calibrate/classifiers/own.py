@@ -2,7 +2,8 @@
 
 Inputs (n answers at once): `token` int64 `[n]`, `top_prob`, `gap`, `depth`, `trust` float `[n]`,
 `state` float `[n, s]` (zeros at the first exit point). Outputs: `score` float `[n]`, higher is
-surer, and `next_state` float `[n, s]`. Standard operators, or those of `ai.onnx.ml` for targets
+surer, and `next_state` float `[n, s]`. Inputs that these do not depend on are left out of the
+folder's copy. Standard operators, or those of `ai.onnx.ml` for targets
 that run them. Exit points, threshold and certificate are found as for any other classifier.
 """
 

@@ -74,8 +74,10 @@ class SequenceBuffers(Protocol):
         `start` on.
         """
 
-    def kv(self, layer: int) -> tuple[Float32, Float32]:
-        """Views of K and V of a layer (1-based), `[kv_heads, max_length, head_dim]`."""
+    def kv(self, layer: int, length: int) -> tuple[Float32, Float32]:
+        """Views of K and V of a layer (1-based), `[kv_heads, length, head_dim]`: the first
+        positions of its cache.
+        """
 
 
 class SequenceBatch(Protocol):

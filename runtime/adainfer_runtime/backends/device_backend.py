@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,45 +17,75 @@ import numpy.typing as npt
 from ..errors import ExitUnavailableError
 from ..manifest import Manifest
 from .base import ExitEvidence, Float32, ProbeResult
+from .device_blocks import BlockPool, DeviceBlocks, Slots
 from .device_memory import ALIGNMENT, DeviceDriver, DeviceRows, Tensor
+from .device_results import AdaptedRow, DeviceProbe, DeviceTrust
 from .device_sequence import BoundRun, DeviceSequence, Stages
-from .layout import PROBED_ROWS
+from .layout import CANDIDATE_ROWS, PROBED_ROWS
+from .rescore import among
 
 __all__ = ["DeviceBackend"]
 
-# Slots of the read-back block, one for each value: TensorRT wants every tensor aligned.
-_SLOTS = ("token", "top_prob", "gap", "trust", "score", "next_state")
+_FEATURES = {"token": "int64", "top_prob": "float32", "gap": "float32"}
+_Held = TypeVar("_Held")
+_LEAST_CANDIDATES = 2  # AdaInfer's gap needs a second one
 
 
 class DeviceBackend:
-    """See `base.Backend`."""
+    """See `base.Backend`. Threads take turns by the driver's lock, for there is one stream."""
 
     def __init__(
         self, manifest: Manifest, stages: Stages, driver: DeviceDriver, max_rows: int
     ) -> None:
+        """Allocates what all sequences share.
+
+        Raises:
+            DeviceMemoryError: it does not fit.
+        """
         self.manifest = manifest
         self.max_rows = max_rows
+        self.lock: threading.RLock = driver.lock
         self._stages = stages
         self._driver = driver
-        self._lock = threading.RLock()
         width, vocabulary = manifest.model.hidden_size, manifest.model.vocab_size
         self._probed_rows = min(PROBED_ROWS, max_rows)
-        self._block = driver.allocate(ALIGNMENT * len(_SLOTS))
-        self._host_block = driver.pinned(ALIGNMENT * len(_SLOTS))
-        self._staged = driver.allocate(4 * width * self._probed_rows)
-        self._adapted = driver.allocate(4 * width)
-        self._logits = driver.allocate(4 * vocabulary * self._probed_rows)
-        self._features = {
-            name: driver.allocate(size * self._probed_rows)
-            for name, size in (("token", 8), ("top_prob", 4), ("gap", 4))
-        }
-        self._small = {name: driver.allocate(8 * vocabulary) for name in ("candidates", "inputs")}
-        self._unread: weakref.ref[_DeviceProbe] | None = None
-        self._spare_logits: list[int] = []
-        self._unread_trust: _DeviceTrust | None = None
+        self._candidate_rows = min(CANDIDATE_ROWS, vocabulary)
+        self._classifiers = {spec.graph: spec for spec in manifest.classifiers}
+        state = 4 * max((spec.state_size for spec in manifest.classifiers), default=0)
+        small = {"token": 8, "top_prob": 4, "gap": 4, "trust": 4}
+        self._outputs = Slots({**small, "score": 4, "next_state": state})
+        self._inputs = Slots({**small, "depth": 4, "state": state})
+        self._blocks = DeviceBlocks(
+            driver,
+            {
+                "outputs": self._outputs.bytes,
+                "inputs": self._inputs.bytes,
+                "staged": 4 * width * self._probed_rows,
+                "logits": 4 * vocabulary * self._probed_rows,
+                "candidates": 8 * self._candidate_rows,
+                "start": 8,
+                **dict.fromkeys(_FEATURES, 8 * self._probed_rows),
+            },
+        )
+        self._host_outputs = driver.pinned(self._outputs.bytes)
+        self._adapted = BlockPool(driver, 4 * width)
+        self.kept_logits = BlockPool(driver, 4 * vocabulary)
+        self._unread: weakref.ref[DeviceProbe] | None = None
+        self._unread_trust: weakref.ref[DeviceTrust] | None = None
+
+    def close(self) -> None:
+        """Frees what the sequences share; nothing can be run afterwards."""
+        with self.lock:
+            self._blocks.free()
+            for pool in (self._adapted, self.kept_logits):
+                pool.close()
 
     def open_sequence(self) -> DeviceSequence:
-        """Memory for one sequence."""
+        """Memory for one sequence.
+
+        Raises:
+            DeviceMemoryError: it does not fit.
+        """
         return DeviceSequence(self.manifest, self._stages, self._driver, self.max_rows)
 
     def open_batch(self, slots: int) -> None:
@@ -68,44 +97,32 @@ class DeviceBackend:
 
     def probe(self, hidden: Float32) -> ProbeResult:
         """One position `[hidden_size]`, on the device or the host; the result is read on demand."""
-        with self._lock:
+        vocabulary = self.manifest.model.vocab_size
+        with self.lock:
             self._settle()
-            outputs = {
-                name: Tensor(self._slot(name), dtype, (1, 1))
-                for name, dtype in (("token", "int64"), ("top_prob", "float32"), ("gap", "float32"))
-            }
-            vocabulary = self.manifest.model.vocab_size
-            outputs["logits"] = Tensor(self._logits, "float32", (1, 1, vocabulary))
-            self._run(self.manifest.probe.file, {"hidden": self._rows(hidden)}, outputs)
-            result: Any = _DeviceProbe(self, vocabulary)
+            inputs = {"hidden": self._row(hidden)}
+            self._run(self.manifest.probe.file, inputs, self._probe_outputs(vocabulary))
+            result: Any = DeviceProbe(self, vocabulary)
             self._unread = weakref.ref(result)
             return result  # type: ignore[no-any-return]
 
     def probe_candidates(self, hidden: Float32, candidates: npt.NDArray[np.int64]) -> ProbeResult:
-        """One position `[hidden_size]`, some tokens; read at once."""
-        with self._lock:
+        """One position `[hidden_size]`, some tokens; read at once. A plan has room for a number of
+        them: more are scored in several runs.
+        """
+        tokens = np.ascontiguousarray(candidates, np.int64)
+        with self.lock:
             self._settle()
-            count = len(candidates)
-            rows = np.ascontiguousarray(candidates, np.int64)
-            self._driver.upload(self._small["candidates"], rows)
-            inputs = {
-                "hidden": self._rows(hidden),
-                "candidates": Tensor(self._small["candidates"], "int64", (count,)),
-            }
-            outputs = {
-                name: Tensor(self._slot(name), dtype, (1, 1))
-                for name, dtype in (("token", "int64"), ("top_prob", "float32"), ("gap", "float32"))
-            }
-            outputs["logits"] = Tensor(self._logits, "float32", (1, 1, count))
-            self._run(self.manifest.candidates.file, inputs, outputs)
-            values = self._read_block()
-            token = int(candidates[int(values["token"][0])])
-            return ProbeResult(
-                token,
-                float(values["top_prob"][0]),
-                float(values["gap"][0]),
-                self.read_logits(count),
-            )
+            row = self._row(hidden)
+            if _LEAST_CANDIDATES <= len(tokens) <= self._candidate_rows:
+                logits = self._score(row, tokens)
+                values = self.read_block()
+                token = int(tokens[int(values["token"][0])])
+                top_prob, gap = (float(values[name][0]) for name in ("top_prob", "gap"))
+                return ProbeResult(token, top_prob, gap, logits)
+            starts = range(0, len(tokens), self._candidate_rows)
+            parts = [tokens[start : start + self._candidate_rows] for start in starts]
+            return among(tokens, np.concatenate([self._score(row, part) for part in parts]))
 
     def shortlist(self, hidden: Float32) -> ProbeResult:
         """Targets in device memory have none."""
@@ -119,8 +136,7 @@ class DeviceBackend:
         """`[rows, hidden_size]` to three times `[rows]`."""
         found = [features for _, features in self._scan(hidden, logits=False)]
         token, top_prob, gap = (
-            np.concatenate([features[name] for features in found])
-            for name in ("token", "top_prob", "gap")
+            np.concatenate([features[name] for features in found]) for name in _FEATURES
         )
         return token, top_prob, gap
 
@@ -130,46 +146,38 @@ class DeviceBackend:
         adapter = point.adapter if point is not None else None
         if adapter is None:
             return hidden, 0.0
-        with self._lock:
-            if self._unread_trust is not None:
-                float(self._unread_trust)  # its place is about to be used again
-            width = self.manifest.model.hidden_size
+        width = self.manifest.model.hidden_size
+        with self.lock:
+            if (unread := _alive(self._unread_trust)) is not None:
+                float(unread)  # its place is about to be used again
+            rows: Any = AdaptedRow(self._driver, self._adapted, width)
             outputs = {
-                "adapted": Tensor(self._adapted, "float32", (1, 1, width)),
+                "adapted": Tensor(rows.address, "float32", (1, 1, width)),
                 "trust": Tensor(self._slot("trust"), "float32", (1, 1)),
             }
-            self._run(adapter, {"hidden": self._rows(hidden)}, outputs)
-            rows: Any = DeviceRows(self._driver, self._adapted, 1, width)
-            self._unread_trust = _DeviceTrust(self)
-            trust: Any = self._unread_trust
+            self._run(adapter, {"hidden": self._row(hidden)}, outputs)
+            trust: Any = DeviceTrust(self)
+            self._unread_trust = weakref.ref(trust)
             return rows, trust
 
     def translate(
         self, exit_layer: int, hidden: Float32, start: int
     ) -> dict[int, tuple[Float32, Float32]]:
         """`[rows, hidden_size]` to K and V per layer above, on the host."""
-        file = self.manifest.context_points[exit_layer].translate
-        assert file is not None  # a context point has one
-        kv, total = self.manifest.kv, self.manifest.model.num_layers
+        kv, total, width = self.manifest.kv, self.manifest.model.num_layers, hidden.shape[1]
         shape = (total - exit_layer, kv.num_heads, len(hidden), kv.head_dim)
-        size = 4 * int(np.prod(shape))
-        with self._lock:
-            rows = hidden if isinstance(hidden, DeviceRows) else self._upload_rows(hidden)
-            self._driver.upload(self._small["inputs"], np.array([start], np.int64))
-            inputs = {
-                "hidden": Tensor(rows.address, "float32", rows.shape),
-                "start": Tensor(self._small["inputs"], "int64", (1,)),
-            }
-            places = {name: self._driver.allocate(size) for name in ("key", "value")}
-            outputs = {name: Tensor(place, "float32", shape) for name, place in places.items()}
-            self._run(file, inputs, outputs)
-            keys, values = (np.empty(shape, np.float32) for _ in places)
-            self._driver.download(keys, places["key"])
-            self._driver.download(values, places["value"])
-            for place in places.values():
-                self._driver.free(place)
+        found = {name: np.empty(shape, np.float32) for name in ("key", "value")}
+        most = min(len(hidden), self.max_rows)  # in one run
+        size = 4 * shape[0] * kv.num_heads * most * kv.head_dim
+        sizes = {"hidden": 4 * width * most, "key": size, "value": size}
+        with self.lock, DeviceBlocks(self._driver, sizes) as places:
+            for first in range(0, len(hidden), most):
+                part = hidden[first : first + most]
+                rows = slice(first, first + len(part))
+                for name, values in self._translate(exit_layer, part, start + first, places):
+                    found[name][:, :, rows] = values
         layers = range(exit_layer + 1, total + 1)
-        return dict(zip(layers, zip(keys, values, strict=True), strict=True))
+        return dict(zip(layers, zip(found["key"], found["value"], strict=True), strict=True))
 
     def kv_fill(self, layer: int, hidden: Float32, start: int) -> tuple[Float32, Float32]:
         """Targets in device memory have no such stages."""
@@ -181,204 +189,164 @@ class DeviceBackend:
         self, graph: str, evidence: ExitEvidence, depth: float, state: Float32
     ) -> tuple[float, Float32]:
         """Score and next state: with the prediction still on the device, one copy reads it all."""
-        with self._lock:
-            held: tuple[Any, Any] = (evidence.result, evidence.trust)
-            unread = self._unread() if self._unread is not None else None
-            direct = held == (unread, self._unread_trust) and None not in held
-            place = self._small["inputs"]
-            host = np.zeros(ALIGNMENT * 6, np.uint8)
-            result = None if direct else evidence.result
-            given: dict[str, npt.NDArray[Any]] = {
-                "token": np.array([result.token if result else 0], np.int64),
-                "top_prob": np.array([result.top_prob if result else 0.0], np.float32),
-                "gap": np.array([result.gap if result else 0.0], np.float32),
-                "trust": np.array([0.0 if direct else float(evidence.trust)], np.float32),
-                "depth": np.array([depth], np.float32),
-                "state": np.ascontiguousarray(state, np.float32)[None],
-            }
-            inputs = {}
-            for number, (name, value) in enumerate(given.items()):
-                at = number * ALIGNMENT
-                host[at : at + value.nbytes] = value.reshape(-1).view(np.uint8)
-                inputs[name] = Tensor(place + at, str(value.dtype), value.shape)
-            self._driver.upload(place, host)
-            if direct:
-                for name in ("token", "top_prob", "gap", "trust"):
-                    dtype = str(given[name].dtype)
-                    inputs[name] = Tensor(self._slot(name), dtype, (1,))
-            size = state.shape[-1]
-            outputs = {
-                "score": Tensor(self._slot("score"), "float32", (1,)),
-                "next_state": Tensor(self._slot("next_state"), "float32", (1, size)),
-            }
+        size = state.shape[-1]
+        outputs = {
+            "score": Tensor(self._slot("score"), "float32", (1,)),
+            "next_state": Tensor(self._slot("next_state"), "float32", (1, size)),
+        }
+        with self.lock:
+            result, trust = self._still_there(evidence)
+            there = {*(_FEATURES if result else ()), *(("trust",) if trust else ())}
+            inputs = self._classifier_inputs(graph, evidence, depth, state, there)
             self._run(graph, inputs, outputs)
-            values = self._read_block()
-            if direct:
-                held[0].settle(values)
-                held[1].settle(values)
+            values = self.read_block()
+            if result is not None:
+                result.settle(values)
+            if trust is not None:
+                trust.settle(values)
             return float(values["score"][0]), values["next_state"][:size].copy()
 
-    def read_block(self) -> Mapping[str, npt.NDArray[Any]]:
-        """Waits for the stream, and gives every small result of the last exit point."""
-        with self._lock:
-            return self._read_block()
+    def read_block(self) -> dict[str, npt.NDArray[Any]]:
+        """Waits for the stream, and gives every small result of the last exit point: views of
+        memory that the next call writes anew. The caller holds the lock.
+        """
+        self._driver.download(self._host_outputs, self._blocks["outputs"])
+        offsets = self._outputs.offsets
+        return {
+            name: self._host_outputs[offset:].view(np.int64 if name == "token" else np.float32)
+            for name, offset in offsets.items()
+        }
 
     def read_logits(self, count: int, place: int | None = None) -> Float32:
         """The last probe's logits, or those that were kept of an earlier one."""
         logits = np.empty(count, np.float32)
-        self._driver.download(logits, self._logits if place is None else place)
+        self._driver.download(logits, self._blocks["logits"] if place is None else place)
         return logits
 
     def keep_logits(self, count: int) -> int:
         """Copies the last probe's logits out of the next one's way; on the device."""
-        size = 4 * count
-        place = self._spare_logits.pop() if self._spare_logits else self._driver.allocate(size)
-        self._driver.copy(place, self._logits, size)
+        place = self.kept_logits.take()
+        self._driver.copy(place, self._blocks["logits"], 4 * count)
         return place
-
-    def drop_logits(self, place: int) -> None:
-        """A place of `keep_logits` is free again."""
-        self._spare_logits.append(place)
 
     def _settle(self) -> None:
         """Reads what the next probe would overwrite, if anyone still holds it unread."""
-        unread = self._unread() if self._unread is not None else None
-        if unread is not None:
+        if (unread := _alive(self._unread)) is not None:
             unread.settle_all()
         self._unread = None
 
-    def _read_block(self) -> dict[str, npt.NDArray[Any]]:
-        self._driver.download(self._host_block, self._block)
-        return {
-            name: self._host_block[number * ALIGNMENT : (number + 1) * ALIGNMENT].view(
-                np.int64 if name == "token" else np.float32
-            )
-            for number, name in enumerate(_SLOTS)
+    def _still_there(self, evidence: ExitEvidence) -> tuple[DeviceProbe | None, DeviceTrust | None]:
+        """What of the evidence lies where the last probe and the last adapter put it."""
+        held: tuple[Any, Any] = (evidence.result, evidence.trust)
+        result, trust = _alive(self._unread), _alive(self._unread_trust)
+        return result if result is held[0] else None, trust if trust is held[1] else None
+
+    def _classifier_inputs(
+        self, graph: str, evidence: ExitEvidence, depth: float, state: Float32, there: set[str]
+    ) -> dict[str, Tensor]:
+        """Values that are `there` stay where they are; the others are uploaded in one go."""
+        values: dict[str, Callable[[], npt.NDArray[Any]]] = {
+            "token": lambda: np.array([evidence.result.token], np.int64),
+            "top_prob": lambda: np.array([evidence.result.top_prob], np.float32),
+            "gap": lambda: np.array([evidence.result.gap], np.float32),
+            "trust": lambda: np.array([float(evidence.trust)], np.float32),
+            "depth": lambda: np.array([depth], np.float32),
+            "state": lambda: np.ascontiguousarray(state, np.float32)[None],
         }
+        place, host = self._blocks["inputs"], np.zeros(self._inputs.bytes, np.uint8)
+        inputs: dict[str, Tensor] = {}
+        for name in self._classifiers[graph].inputs:
+            if name in there:
+                inputs[name] = Tensor(self._slot(name), _FEATURES.get(name, "float32"), (1,))
+                continue
+            value, offset = values[name](), self._inputs.offsets[name]
+            host[offset : offset + value.nbytes] = value.reshape(-1).view(np.uint8)
+            inputs[name] = Tensor(place + offset, str(value.dtype), value.shape)
+        self._driver.upload(place, host)
+        return inputs
+
+    def _score(self, row: Tensor, tokens: npt.NDArray[np.int64]) -> Float32:
+        """Logits `[tokens]` of one run, which leaves features of these tokens behind."""
+        padded = tokens if len(tokens) >= _LEAST_CANDIDATES else np.repeat(tokens, 2)
+        place = self._blocks["candidates"]
+        self._driver.upload(place, padded)
+        inputs = {"hidden": row, "candidates": Tensor(place, "int64", padded.shape)}
+        outputs = self._probe_outputs(len(padded))
+        self._run(self.manifest.candidates.file, inputs, outputs)
+        return self.read_logits(len(tokens))
+
+    def _probe_outputs(self, count: int) -> dict[str, Tensor]:
+        outputs = {
+            name: Tensor(self._slot(name), dtype, (1, 1)) for name, dtype in _FEATURES.items()
+        }
+        outputs["logits"] = Tensor(self._blocks["logits"], "float32", (1, 1, count))
+        return outputs
 
     def _slot(self, name: str) -> int:
-        return self._block + ALIGNMENT * _SLOTS.index(name)
+        return self._blocks["outputs"] + self._outputs.offsets[name]
 
-    def _scan(self, hidden: Float32, *, logits: bool) -> list[tuple[Float32, dict[str, Any]]]:
-        width, vocabulary = self.manifest.model.hidden_size, self.manifest.model.vocab_size
-        found = []
-        with self._lock:
-            self._settle()
-            for start in range(0, len(hidden), self._probed_rows):
-                part = hidden[start : start + self._probed_rows]
-                rows = len(part)
-                outputs = {"logits": Tensor(self._logits, "float32", (1, rows, vocabulary))}
-                for name, place in self._features.items():
-                    dtype = "int64" if name == "token" else "float32"
-                    outputs[name] = Tensor(place, dtype, (1, rows))
-                staged = DeviceRows(self._driver, self._staged, self._probed_rows, width)
-                staged[:rows] = part
-                inputs = {"hidden": Tensor(self._staged, "float32", (1, rows, width))}
-                self._run(self.manifest.probe.file, inputs, outputs)
-                values = {}
-                for name, place in self._features.items():
-                    values[name] = np.empty(rows, np.int64 if name == "token" else np.float32)
-                    self._driver.download(values[name], place)
-                table = np.empty((rows if logits else 0, vocabulary), np.float32)
-                if logits:
-                    self._driver.download(table, self._logits)
-                found.append((table, values))
+    def _translate(
+        self, exit_layer: int, hidden: Float32, start: int, places: DeviceBlocks
+    ) -> list[tuple[str, Float32]]:
+        """`key` and `value` of so many rows as one run takes."""
+        point, kv = self.manifest.context_points[exit_layer], self.manifest.kv
+        assert point.translate is not None  # a context point has one
+        above = self.manifest.model.num_layers - exit_layer
+        rows = DeviceRows(self._driver, places["hidden"], *hidden.shape)
+        rows[:] = hidden  # aligned, and there
+        self._driver.upload(self._blocks["start"], np.array([start], np.int64))
+        given = {
+            "hidden": Tensor(rows.address, "float32", rows.shape),
+            "start": Tensor(self._blocks["start"], "int64", (1,)),
+        }
+        inputs: dict[str, Tensor] = {name: given[name] for name in point.translate_inputs}
+        shape = (above, kv.num_heads, len(hidden), kv.head_dim)
+        outputs = {name: Tensor(places[name], "float32", shape) for name in ("key", "value")}
+        self._run(point.translate, inputs, outputs)
+        found = [(name, np.empty(shape, np.float32)) for name in outputs]
+        for name, values in found:
+            self._driver.download(values, places[name])
         return found
 
-    def _rows(self, hidden: Float32) -> Tensor:
-        """One position as `[1, 1, hidden_size]`; rows that are not aligned are copied first."""
-        width = self.manifest.model.hidden_size
-        if isinstance(hidden, DeviceRows) and hidden.address % ALIGNMENT == 0:
-            return Tensor(hidden.address, "float32", (1, 1, width))
-        staged = DeviceRows(self._driver, self._staged, 1, width)
-        staged[:] = hidden if isinstance(hidden, DeviceRows) else np.asarray(hidden)
-        return Tensor(self._staged, "float32", (1, 1, width))
+    def _scan(self, hidden: Float32, *, logits: bool) -> list[tuple[Float32, dict[str, Any]]]:
+        found = []
+        with self.lock:
+            self._settle()
+            for start in range(0, len(hidden), self._probed_rows):
+                found.append(self._scan_rows(hidden[start : start + self._probed_rows], logits))
+        return found
 
-    def _upload_rows(self, hidden: Float32) -> DeviceRows:
+    def _scan_rows(self, hidden: Float32, logits: bool) -> tuple[Float32, dict[str, Any]]:
+        rows, vocabulary = len(hidden), self.manifest.model.vocab_size
+        outputs = {
+            name: Tensor(self._blocks[name], dtype, (1, rows)) for name, dtype in _FEATURES.items()
+        }
+        outputs["logits"] = Tensor(self._blocks["logits"], "float32", (1, rows, vocabulary))
+        inputs = {"hidden": self._staged(hidden, rows)}
+        self._run(self.manifest.probe.file, inputs, outputs)
+        values = {name: np.empty(rows, dtype) for name, dtype in _FEATURES.items()}
+        for name, host in values.items():
+            self._driver.download(host, self._blocks[name])
+        table = np.empty((rows if logits else 0, vocabulary), np.float32)
+        if logits:
+            self._driver.download(table, self._blocks["logits"])
+        return table, values
+
+    def _row(self, hidden: Float32) -> Tensor:
+        """One position as `[1, 1, hidden_size]`; a row that is not aligned is copied first."""
+        if isinstance(hidden, DeviceRows) and hidden.address % ALIGNMENT == 0:
+            return Tensor(hidden.address, "float32", (1, 1, self.manifest.model.hidden_size))
+        return self._staged(hidden, 1)
+
+    def _staged(self, hidden: Float32, rows: int) -> Tensor:
+        """A copy at an aligned place, `[1, rows, hidden_size]`."""
         width = self.manifest.model.hidden_size
-        empty = DeviceRows(self._driver, self._staged, len(hidden), width).copy()
-        empty[:] = hidden
-        return empty
+        DeviceRows(self._driver, self._blocks["staged"], rows, width)[:] = hidden
+        return Tensor(self._blocks["staged"], "float32", (1, rows, width))
 
     def _run(self, file: str, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         self._stages.load(file).bind(BoundRun(inputs, outputs))()
 
 
-class _DeviceProbe:
-    """A `ProbeResult` that is read when asked for."""
-
-    def __init__(self, backend: DeviceBackend, vocabulary: int) -> None:
-        self._backend = backend
-        self._vocabulary = vocabulary
-        self._read: _Read | None = None
-        self._logits: Float32 | None = None
-        self._kept: int | None = None
-
-    def __del__(self) -> None:
-        if self._kept is not None:
-            self._backend.drop_logits(self._kept)
-
-    @property
-    def token(self) -> int:
-        """Id of the most probable token."""
-        return self._values().token
-
-    @property
-    def top_prob(self) -> float:
-        """Its probability."""
-        return self._values().top_prob
-
-    @property
-    def gap(self) -> float:
-        """Less that of the second."""
-        return self._values().gap
-
-    @property
-    def logits(self) -> Float32:
-        """`[vocab_size]`, copied from the device at the first use."""
-        if self._logits is None:
-            self._logits = self._backend.read_logits(self._vocabulary, self._kept)
-        return self._logits
-
-    def settle(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Keeps what was read together with a score."""
-        self._read = _Read(
-            int(values["token"][0]), float(values["top_prob"][0]), float(values["gap"][0])
-        )
-
-    def settle_all(self) -> None:
-        """Keeps everything: the buffers are about to be used again."""
-        self._values()
-        if self._logits is None and self._kept is None:
-            self._kept = self._backend.keep_logits(self._vocabulary)
-
-    def _values(self) -> _Read:
-        if self._read is None:
-            self.settle(self._backend.read_block())
-        assert self._read is not None  # settled just now
-        return self._read
-
-
-@dataclass(frozen=True)
-class _Read:
-    token: int
-    top_prob: float
-    gap: float
-
-
-class _DeviceTrust:
-    """The adapter's trust, read when asked for."""
-
-    def __init__(self, backend: DeviceBackend) -> None:
-        self._backend = backend
-        self._value: float | None = None
-
-    def settle(self, values: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Keeps what was read together with a score."""
-        self._value = float(values["trust"][0])
-
-    def __float__(self) -> float:
-        if self._value is None:
-            self.settle(self._backend.read_block())
-        assert self._value is not None  # settled just now
-        return self._value
+def _alive(held: weakref.ref[_Held] | None) -> _Held | None:
+    return held() if held is not None else None

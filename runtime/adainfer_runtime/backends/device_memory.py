@@ -7,12 +7,15 @@ Order is one stream's: copies and stages run in the order in which they were ask
 from __future__ import annotations
 
 import math
+import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import AdaInferError
 from .layout import ITEM_BYTES, Region
 
 __all__ = ["ALIGNMENT", "DeviceDriver", "DeviceRows", "Tensor", "from_storage", "to_storage"]
@@ -23,10 +26,22 @@ Float32 = npt.NDArray[np.float32]
 
 
 class DeviceDriver(Protocol):
-    """One device and one stream."""
+    """One device and one stream.
+
+    Whoever holds the lock has the stream alone. Every call takes it; so does who binds a stage and
+    runs it, for stages are shared, and who writes a result's place before it is read.
+    """
+
+    @property
+    def lock(self) -> threading.RLock:
+        """One for the device: sequences of several threads take turns."""
 
     def allocate(self, size: int) -> int:
-        """Address of `size` bytes of zeros, aligned to `ALIGNMENT`."""
+        """Address of `size` bytes of zeros, aligned to `ALIGNMENT`.
+
+        Raises:
+            DeviceMemoryError: they do not fit.
+        """
 
     def free(self, address: int) -> None:
         """Gives an allocation back, once the stream is done with it."""
@@ -34,8 +49,14 @@ class DeviceDriver(Protocol):
     def upload(self, address: int, host: npt.NDArray[Any]) -> None:
         """Copies to the device; `host` may be changed when this returns."""
 
+    def upload_rows(self, address: int, pitch: int, host: npt.NDArray[Any]) -> None:
+        """Copies `[rows, elements]` to places that lie `pitch` bytes apart."""
+
     def download(self, host: npt.NDArray[Any], address: int) -> None:
         """Copies from the device, after everything before it; waits."""
+
+    def download_rows(self, host: npt.NDArray[Any], address: int, pitch: int) -> None:
+        """Copies `[rows, elements]` from places that lie `pitch` bytes apart; waits."""
 
     def copy(self, target: int, source: int, size: int) -> None:
         """Copies on the device; the places do not overlap."""
@@ -73,11 +94,19 @@ class DeviceRows:
     the rows to the host, and is what nothing on the way to an exit decision does.
     """
 
-    def __init__(self, driver: DeviceDriver, address: int, rows: int, width: int) -> None:
+    def __init__(
+        self,
+        driver: DeviceDriver,
+        address: int,
+        rows: int,
+        width: int,
+        owner: DeviceRows | None = None,
+    ) -> None:
         self.driver = driver
         self.address = address
         self.rows = rows
         self.width = width
+        self._owner = owner  # whose memory this is, if it goes with an object
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -89,7 +118,8 @@ class DeviceRows:
 
     def __getitem__(self, key: int | slice) -> DeviceRows:
         start, rows = self._span(key)
-        return DeviceRows(self.driver, self.address + start * 4 * self.width, rows, self.width)
+        address = self.address + start * 4 * self.width
+        return DeviceRows(self.driver, address, rows, self.width, self)
 
     def __setitem__(self, key: int | slice, value: DeviceRows | Float32) -> None:
         target = self[key]
@@ -129,7 +159,8 @@ class _OwnedRows(DeviceRows):
     """Rows whose memory goes with them."""
 
     def __del__(self) -> None:
-        self.driver.free(self.address)
+        with suppress(AdaInferError):  # of a device that is going down itself
+            self.driver.free(self.address)
 
 
 def to_storage(values: npt.NDArray[Any], dtype: str) -> npt.NDArray[Any]:

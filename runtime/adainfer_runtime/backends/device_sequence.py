@@ -10,12 +10,14 @@ import numpy as np
 import numpy.typing as npt
 
 from ..manifest import Manifest
+from .device_blocks import DeviceBlocks
 from .device_memory import DeviceDriver, DeviceRows, Float32, Tensor, from_storage, to_storage
 from .layout import HOST_BUFFERS, SequenceLayout, StageRun, hidden_buffer
 
 __all__ = ["BoundRun", "DeviceSequence", "LoadedStage", "Stages"]
 
 _KEPT_BINDINGS = 8
+_WAITING = "waiting"  # the buffer of positions that stopped early
 
 
 @dataclass(frozen=True)
@@ -54,49 +56,47 @@ class Stages(Protocol):
 
 
 class DeviceSequence:
-    """See `base.SequenceBuffers`."""
+    """See `base.SequenceBuffers`. Memory goes with it."""
 
     def __init__(
         self, manifest: Manifest, stages: Stages, driver: DeviceDriver, max_rows: int
     ) -> None:
+        """Allocates everything.
+
+        Raises:
+            DeviceMemoryError: it does not fit.
+        """
         self._manifest = manifest
         self._stages = stages
         self._driver = driver
         self._layout = SequenceLayout(manifest, max_rows)
-        self._specs = self._layout.buffers()
+        specs, width = self._layout.buffers(), manifest.model.hidden_size
         self._host = {
-            name: np.zeros(spec.shape, spec.dtype)
-            for name, spec in self._specs.items()
-            if name in HOST_BUFFERS
+            name: np.zeros(specs[name].shape, specs[name].dtype)
+            for name in specs.keys() & HOST_BUFFERS
         }
-        self._base = {
-            name: driver.allocate(spec.bytes)
-            for name, spec in self._specs.items()
-            if name not in HOST_BUFFERS
-        }
-        width = manifest.model.hidden_size
-        self._waiting = driver.allocate(4 * width * manifest.max_seq_len)
-        self.pending = DeviceRows(driver, self._waiting, manifest.max_seq_len, width)
+        sizes = {name: spec.bytes for name, spec in specs.items() if name not in HOST_BUFFERS}
+        sizes[_WAITING] = 4 * width * manifest.max_seq_len
+        self._base = DeviceBlocks(driver, sizes)
+        self.pending = DeviceRows(driver, self._base[_WAITING], manifest.max_seq_len, width)
         self._prepared: tuple[int, int] | None = None
         self._bound: dict[tuple[str, int], Callable[[], None]] = {}
-
-    def __del__(self) -> None:
-        for address in (*self._base.values(), self._waiting):
-            self._driver.free(address)
 
     def embed(self, tokens: npt.NDArray[np.int64], start: int) -> None:
         """`[rows]` token ids into hidden buffer 0."""
         rows = len(tokens)
-        for name, values in self._layout.embed_inputs(tokens, start).items():
-            self._driver.upload(self._base[name], values)
-        self._call(self._manifest.embed.file, rows, lambda: self._layout.embed(rows))()
+        with self._driver.lock:
+            for name, values in self._layout.embed_inputs(tokens, start).items():
+                self._driver.upload(self._base[name], values)
+            self._call(self._manifest.embed.file, rows, lambda: self._layout.embed(rows))()
 
     def run_stage(self, index: int, rows: int, past: int) -> None:
         """One layer stage over `rows` positions."""
-        if self._prepared != (rows, past):
-            self._prepare(rows, past)
         file = self._manifest.layer_stages[index].file
-        self._call(file, rows, lambda: self._layout.stage(index, rows, past))()
+        with self._driver.lock:  # stages are shared: nobody else binds one before it has run
+            if self._prepared != (rows, past):
+                self._prepare(rows, past)
+            self._call(file, rows, lambda: self._layout.stage(index, rows, past))()
 
     def hidden(self, index: int, rows: int) -> Float32:
         """Rows of the buffer that stage `index` reads, on the device."""
@@ -105,27 +105,24 @@ class DeviceSequence:
         return view  # type: ignore[no-any-return]
 
     def write_kv(self, layer: int, start: int, key: Float32, value: Float32) -> None:
-        """Into the cache; through the host."""
+        """Into the cache: those rows alone."""
+        at = self._layout.cache_rows(layer, start, key.shape[1])
         for part, new in (("key", key), ("value", value)):
-            stored, view = self._host_cache(part, layer)
-            view[:, start : start + new.shape[1]] = to_storage(new, self._manifest.kv.dtype)
-            self._driver.upload(self._base[f"{part}.{layer}"], stored)
+            stored = to_storage(self._layout.to_runs(new), self._manifest.kv.dtype)
+            place = self._base[f"{part}.{layer}"] + at.offset
+            self._driver.upload_rows(place, at.pitch, stored)
 
-    def kv(self, layer: int) -> tuple[Float32, Float32]:
+    def kv(self, layer: int, length: int) -> tuple[Float32, Float32]:
         """Copies of K and V of a layer."""
         dtype = self._manifest.kv.dtype
-        key, value = (
-            from_storage(self._host_cache(part, layer)[1], dtype) for part in ("key", "value")
-        )
-        return key, value
-
-    def _host_cache(self, part: str, layer: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-        name = f"{part}.{layer}"
-        spec = self._specs[name]
-        kept = "uint16" if spec.dtype == "bfloat16" else spec.dtype
-        stored = np.empty(spec.shape, kept)
-        self._driver.download(stored, self._base[name])
-        return stored, self._layout.cache_view(layer, stored)
+        at = self._layout.cache_rows(layer, 0, length)
+        found = []
+        for part in ("key", "value"):
+            stored = np.empty(at.shape, "uint16" if dtype == "bfloat16" else dtype)
+            place = self._base[f"{part}.{layer}"] + at.offset
+            self._driver.download_rows(stored, place, at.pitch)
+            found.append(self._layout.from_runs(from_storage(stored, dtype)))
+        return found[0], found[1]
 
     def _prepare(self, rows: int, past: int) -> None:
         """What the layers of a pass share: computed once, before the first of them."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +19,12 @@ import numpy.typing as npt
 from ..manifest import KvGeometry, Manifest, StageSpec, TensorSpec
 
 __all__ = [
+    "CANDIDATE_ROWS",
     "HOST_BUFFERS",
     "ITEM_BYTES",
     "PROBED_ROWS",
     "BufferSpec",
+    "CacheRows",
     "Region",
     "SequenceLayout",
     "StageRun",
@@ -34,6 +37,7 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, 
 # Read on the host by whoever launches a kernel (GroupQueryAttention), on a GPU as well.
 HOST_BUFFERS = frozenset({"total_sequence_length"})
 PROBED_ROWS = 32  # positions whose logits a device computes at once
+CANDIDATE_ROWS = 512  # rows of the head that a plan takes at once
 _EMBED_POSITIONS = "embed_position_ids"  # of models with learned positions
 _SINKS = 1  # rows of a prefix cache before the first position
 
@@ -64,6 +68,17 @@ class Region:
     def bytes(self) -> int:
         """Size."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class CacheRows:
+    """Where K or V of some positions lie in a layer's buffer: `shape[0]` runs of `shape[1]`
+    elements each, from byte `offset` on, `pitch` bytes from one to the next.
+    """
+
+    offset: int
+    pitch: int
+    shape: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -222,6 +237,27 @@ class SequenceLayout:
         rows = buffer[0, _SINKS:, : kv.heads(layer) * kv.head_dim]
         by_head = rows.reshape(kv.max_length, kv.heads(layer), kv.head_dim)
         return np.transpose(by_head, (1, 0, 2))
+
+    def cache_rows(self, layer: int, start: int, rows: int) -> CacheRows:
+        """Positions from `start` on of a layer's K or V."""
+        kv, item = self._kv, ITEM_BYTES[self._kv.dtype]
+        heads = kv.heads(layer)
+        if kv.row_elements is not None:
+            pitch = kv.row_elements * item
+            return CacheRows((_SINKS + start) * pitch, pitch, (rows, heads * kv.head_dim))
+        row = kv.head_dim * item
+        return CacheRows(start * row, kv.max_length * row, (heads, rows * kv.head_dim))
+
+    def to_runs(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """`[kv_heads, rows, head_dim]` as `cache_rows` has it in memory."""
+        by_run = np.transpose(values, (1, 0, 2)) if self._prefix else values
+        return np.ascontiguousarray(by_run).reshape(len(by_run), -1)
+
+    def from_runs(self, runs: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """The inverse of `to_runs`."""
+        width = self._kv.head_dim
+        by_run = runs.reshape(len(runs), runs.shape[1] // width, width)
+        return np.transpose(by_run, (1, 0, 2)) if self._prefix else by_run
 
     def _pass_inputs(self, spec: StageSpec, rows: int, past: int) -> Iterator[tuple[str, Region]]:
         values = self._host_inputs(rows, past)

@@ -175,10 +175,10 @@ class OrtCpuBackend:
             if point.adapter is not None
         }
         self._classifiers = {
-            classifier.graph: open_stage(classifier.graph) for classifier in manifest.classifiers
+            spec.graph: (open_stage(spec.graph), spec.inputs) for spec in manifest.classifiers
         }
         self._translators = {
-            layer: open_stage(point.translate)
+            layer: (open_stage(point.translate), point.translate_inputs)
             for layer, point in manifest.context_points.items()
             if point.translate is not None
         }
@@ -262,8 +262,9 @@ class OrtCpuBackend:
         self, exit_layer: int, hidden: Float32, start: int
     ) -> dict[int, tuple[Float32, Float32]]:
         """`[rows, hidden_size]` to K and V per layer above."""
-        feed = {"hidden": hidden, "start": np.array([start], np.int64)}
-        keys, values = self._translators[exit_layer].run(["key", "value"], feed)
+        translator, inputs = self._translators[exit_layer]
+        given = {"hidden": hidden, "start": np.array([start], np.int64)}
+        keys, values = translator.run(["key", "value"], {name: given[name] for name in inputs})
         layers = range(exit_layer + 1, self.manifest.model.num_layers + 1)
         return dict(zip(layers, zip(keys, values, strict=True), strict=True))
 
@@ -278,7 +279,7 @@ class OrtCpuBackend:
     ) -> tuple[float, Float32]:
         """Score and next state."""
         result = evidence.result
-        feed = {
+        given = {
             "token": np.array([result.token], np.int64),
             "top_prob": np.array([result.top_prob], np.float32),
             "gap": np.array([result.gap], np.float32),
@@ -286,7 +287,9 @@ class OrtCpuBackend:
             "trust": np.array([evidence.trust], np.float32),
             "state": state[None],
         }
-        score, next_state = self._classifiers[graph].run(["score", "next_state"], feed)
+        classifier, inputs = self._classifiers[graph]
+        feed = {name: given[name] for name in inputs}
+        score, next_state = classifier.run(["score", "next_state"], feed)
         return float(score[0]), next_state[0]
 
 

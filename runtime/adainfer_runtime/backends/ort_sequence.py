@@ -104,9 +104,9 @@ class OrtSequence:
         cached_key, cached_value = self._caches[layer]
         cached_key[:, start:end], cached_value[:, start:end] = key, value
 
-    def kv(self, layer: int) -> tuple[Float32, Float32]:
+    def kv(self, layer: int, length: int) -> tuple[Float32, Float32]:
         """K and V of a layer, without the batch axis (copies, where they are kept in 16 bits)."""
-        key, value = self._caches[layer]
+        key, value = (cache[:, :length] for cache in self._caches[layer])
         return key.astype(np.float32, copy=False), value.astype(np.float32, copy=False)
 
     def _cache(self, part: str, layer: int) -> npt.NDArray[Any]:

@@ -1,4 +1,4 @@
-"""A shortlist's result: exact scores of few tokens among the low-rank head's of all."""
+"""Results from logits on the host: of some tokens alone, or of few exact ones among all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ import numpy.typing as npt
 
 from .base import Float32, ProbeResult
 
-__all__ = ["rescored"]
+__all__ = ["among", "rescored"]
+
+
+def among(candidates: npt.NDArray[np.int64], logits: Float32) -> ProbeResult:
+    """The best of some tokens by their logits `[candidates]`; probabilities are among them."""
+    weights = np.exp(logits - logits.max())
+    probabilities = weights / weights.sum()
+    best = int(np.argmax(logits))
+    second = np.delete(probabilities, best).max(initial=0.0)
+    top = float(probabilities[best])
+    return ProbeResult(int(candidates[best]), top, top - float(second), logits)
 
 
 def rescored(

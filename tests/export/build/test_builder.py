@@ -23,6 +23,8 @@ from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.errors import DeviceError, PlanError
 from adainfer_runtime.plans import engine_files, find_stamp, load_stamp
 
+from ..exit_folder import make_exit_folder
+
 ORIN = GpuInfo("Orin", 87, 8 << 30, "12.6")
 RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 
@@ -50,6 +52,22 @@ def folder(tiny, tmp_path):
     made = tiny("llama", target="tensorrt", precision="fp16")
     shutil.copytree(made.folder, tmp_path / "engines")
     return tmp_path / "engines"
+
+
+@pytest.fixture
+def exits(tiny, tmp_path):
+    """A folder of a target with adapters, classifiers and translators."""
+
+    def make(target):
+        return make_exit_folder(
+            tiny("llama", target=target, precision="fp16").folder, tmp_path / target
+        )
+
+    return make
+
+
+def adapters(manifest):
+    return (Path(point.adapter).stem for point in manifest.exit_points.values())
 
 
 def build(folder, builder, backend="tensorrt", **settings):
@@ -233,6 +251,38 @@ def test_tensorrt_without_a_gpu(folder, monkeypatch):
             SilentReporter(),
             FakeBuilder(),
         )
+
+
+def test_an_ignored_input_of_an_exit_graph_names_what_mends_it(exits):
+    """Classifiers of earlier versions take inputs that they do not use."""
+    folder = exits("tensorrt")
+    graph = load_manifest(folder).exit.classifier.graph
+    outcome = Outcome(None, unused_inputs=("Unused Input: trust",))
+    match = "Unused Input: trust; run `adainfer calibrate` again"
+    with pytest.raises(BuildError, match=match):
+        build(folder, FakeBuilder(outcomes={Path(graph).name: outcome}))
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_profiles_of_a_calibrated_folder_name_every_input(exits, target):
+    folder = exits(target)
+    manifest = load_manifest(folder)
+    for file in engine_files(manifest):
+        inputs = {value.name for value in ir.load(folder / file).graph.inputs}
+        assert {*profiles_of(manifest, file, 64)[0]} == inputs, file
+
+
+@pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_rtx_builds_exit_graphs_without_a_word(exits, target):
+    """AdaInfer's own SVM and a plain threshold, which look at few of a classifier's inputs."""
+    folder = exits(target)
+    manifest = load_manifest(folder)
+    stages = ("svm.*", "threshold.*", "translate_001.*", *adapters(manifest))
+    request = BuildRequest("tensorrt-rtx", sm=(89,), stages=stages)
+    report = build_plans(folder, manifest, request, SilentReporter())
+    assert len(report.built) == 5
+    assert report.warnings == ()
 
 
 @pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
