@@ -258,7 +258,7 @@ def run_export(
     debug: Annotated[bool, typer.Option("--debug", help="Tracebacks of errors.")] = False,
 ) -> None:
     """Split an LLM into engines with an exit graph between them."""
-    _log_warnings()
+    logged = _log_warnings()
     recipe = None if Path(model).is_dir() else load_recipe(model)
     board = find_preset(preset) if preset is not None else None
     request = ExportRequest(
@@ -293,7 +293,7 @@ def run_export(
     with terminal_reporter(quiet=quiet or json_output) as reporter:
         result = export(request, reporter)
     if json_output:
-        print(json.dumps(_summary(result)))
+        print(json.dumps(_summary(result, logged)))
         return
     console = Console(stderr=True)
     for warning in result.warnings:
@@ -322,7 +322,7 @@ def run_calibrate(
     json_output: JsonOption = False,
 ) -> None:
     """Fit the exit graph of an engine folder again."""
-    _log_warnings()
+    logged = _log_warnings()
     request = _calibration(
         calibration,
         calibration_limit,
@@ -344,7 +344,7 @@ def run_calibrate(
     with terminal_reporter(quiet=quiet or json_output) as reporter:
         manifest = recalibrate(folder, manifest, request, reporter)
     if json_output:
-        print(json.dumps(_exits(manifest)))
+        print(json.dumps(_exits(manifest) | {"warnings": logged}))
         return
     _print_exits(manifest)
 
@@ -396,7 +396,7 @@ def _storage(block_size: int | None, int8_layers: str | None) -> StorageRequest:
     return StorageRequest(block_size, chosen, head)
 
 
-def _summary(result: ExportResult) -> dict[str, object]:
+def _summary(result: ExportResult, logged: list[str]) -> dict[str, object]:
     return {
         "out": str(result.out),
         "source": result.manifest.source.model_dump(mode="json"),
@@ -406,13 +406,13 @@ def _summary(result: ExportResult) -> dict[str, object]:
         **_exits(result.manifest),
         "seconds": round(result.seconds, 2),
         "peak_memory_bytes": result.peak_memory_bytes,
-        "warnings": result.warnings,
+        "warnings": [*logged, *result.warnings],
     }
 
 
 def _exits(manifest: Manifest) -> dict[str, object]:
-    """The exit graphs as they stand in the manifest."""
-    fields = {"exit", "other_exits", "choice_exit", "context_exit", "combined_exit"}
+    """The exit graphs and the shortlist as they stand in the manifest."""
+    fields = {"exit", "other_exits", "choice_exit", "context_exit", "combined_exit", "shortlist"}
     return manifest.model_dump(mode="json", include=fields)
 
 
@@ -425,6 +425,21 @@ def _print_exits(manifest: Manifest) -> None:
         print(f"exits (combined): {describe_combined(manifest.combined_exit)}")
 
 
-def _log_warnings() -> None:
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False)
-    logging.getLogger("adainfer_export").addHandler(handler)
+class _Collected(logging.Handler):
+    """Keeps the messages of warnings."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def _log_warnings() -> list[str]:
+    """Shows warnings as they come, on standard error; the list of them, which fills."""
+    collected = _Collected()
+    log = logging.getLogger("adainfer_export")
+    log.addHandler(RichHandler(console=Console(stderr=True), show_time=False, show_path=False))
+    log.addHandler(collected)
+    return collected.messages

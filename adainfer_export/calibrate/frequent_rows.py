@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..graph_builder import GraphBuilder, graph_input
 from ..lower import Precision
 from .head import Head
-from .proposals import best_tokens, product, rms_normed, vocabulary
+from .proposals import add_cap, add_norm, best_tokens, product, vocabulary
 
 __all__ = ["FrequentRows", "frequent_rows"]
 
@@ -50,13 +50,15 @@ class FrequentRows:
         size, width = len(head.weight), len(head.norm_weight)
         hidden = graph_input("hidden", [1, 1, width])
         graph = GraphBuilder()
-        normed = graph.op(
-            "RMSNormalization", hidden, graph.const("norm", head.norm_weight), epsilon=head.epsilon
-        )
+        normed = add_norm(graph, head, hidden)
         logits = product(graph, normed, head.rows(self.tokens), precision)
         flat = graph.op("Reshape", logits, graph.ints([len(self.tokens)]))
+        if head.bias is not None:
+            flat = graph.op("Add", flat, graph.const("bias", head.bias[self.tokens]))
         tokens = graph.index("tokens", self.tokens.tolist())
+        # Proposals are ranked before the cap, which may make the largest logits equal.
         candidates = graph.op("Gather", tokens, graph.top(flat, rows), axis=0)
+        flat = add_cap(graph, head, flat)
         known = graph.op("ReduceLogSumExp", flat, graph.ints([0]), keepdims=1)
         total = graph.op("Sub", known, graph.number(float(np.log(self.covered))))
         nowhere = graph.const("nowhere", np.full(size, _NEVER, np.float32))
@@ -75,17 +77,17 @@ def frequent_rows(head: Head, hidden: Float32, others: Float32, count: int) -> F
     Args:
         others: by which the share of the tokens without a row is measured.
     """
-    own = best_tokens(head, rms_normed(head, hidden))
+    own = best_tokens(head, head.normed(hidden))
     seen = np.bincount(own, minlength=len(head.weight))
     tokens = np.sort(np.argsort(-seen, kind="stable")[:count])
     sample = others[np.random.default_rng(0).permutation(len(others))[:_SAMPLE]]
-    return FrequentRows(tokens, _covered(head, rms_normed(head, sample), tokens))
+    return FrequentRows(tokens, _covered(head, head.normed(sample), tokens))
 
 
 def _covered(head: Head, normed: Float32, tokens: Int64) -> float:
-    parts = [_log_sum_exp(normed @ head.rows(rows).T) for rows in vocabulary(head)]
+    parts = [_log_sum_exp(head.logits(normed, rows)) for rows in vocabulary(head)]
     total = np.logaddexp.reduce(parts, axis=0)
-    known = _log_sum_exp(normed @ head.rows(tokens).T)
+    known = _log_sum_exp(head.logits(normed, tokens))
     return float(np.clip(np.exp(known - total).mean(), 1e-6, 1.0))
 
 

@@ -23,13 +23,14 @@ _RMS = ("RMSNormalization", "SimplifiedLayerNormalization")
 
 @dataclass(frozen=True)
 class Head:
-    """`logits = norm(hidden) @ weightᵀ`, within ± `cap` (by tanh) where there is one.
+    """`logits = norm(hidden) @ weightᵀ + bias`, within ± `cap` (by tanh) where there is one.
 
     Attributes:
         norm_weight, norm_bias: `[hidden]`; a bias only where the norm has one.
         centred: LayerNorm, which subtracts the mean; else RMSNorm.
         weight: `[vocab, hidden]` in float, or packed codes, which `rows` unpacks.
         scales: of the codes; None in float.
+        bias: `[vocab]`, where there is one.
     """
 
     norm_weight: Float32
@@ -40,6 +41,22 @@ class Head:
     scales: Float32 | None
     bits: Literal[4, 8]
     cap: float | None = None
+    bias: Float32 | None = None
+
+    def normed(self, hidden: Float32) -> Float32:
+        """Behind the final norm: what the matrix reads."""
+        if self.centred:
+            hidden = hidden - hidden.mean(axis=-1, keepdims=True)
+        scale = np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + self.epsilon)
+        normed: Float32 = hidden / scale * self.norm_weight
+        return normed if self.norm_bias is None else normed + self.norm_bias
+
+    def logits(self, normed: Float32, tokens: npt.NDArray[np.int64]) -> Float32:
+        """`[positions, tokens]` of normed hidden states."""
+        logits: Float32 = normed @ self.rows(tokens).T
+        if self.bias is not None:
+            logits = logits + self.bias[tokens]
+        return logits if self.cap is None else self.cap * np.tanh(logits / self.cap)
 
     def rows(self, tokens: npt.NDArray[np.int64]) -> Float32:
         """`[tokens, hidden]`: these rows of the head, in float; the others are not read."""
@@ -49,9 +66,10 @@ class Head:
 
 
 def read_head(folder: Path, manifest: Manifest) -> Head | None:
-    """None where the probe is more than a norm and a matrix (projections, biases)."""
+    """None where the probe is more than that (projections), or its weights are stored otherwise."""
     graph = ir.load(folder / manifest.probe.file).graph
-    logits, cap = _uncapped(next(v for v in graph.outputs if v.name == "logits"))
+    capped, cap = _uncapped(next(v for v in graph.outputs if v.name == "logits"))
+    logits, bias = _unbiased(capped)
     product = _through_reshapes(logits)
     if product is None or product.op_type not in ("MatMulNBits", "Gemm", "MatMul"):
         return None
@@ -74,6 +92,7 @@ def read_head(folder: Path, manifest: Manifest) -> Head | None:
         scales=constants[1] if quantised else None,
         bits=cast(Literal[4, 8], _integer(product, "bits", 4)),
         cap=cap,
+        bias=bias,
     )
 
 
@@ -131,6 +150,17 @@ def _uncapped(logits: ir.Value) -> tuple[ir.Value | None, float | None]:
     if divide is None or divide.op_type != "Div":
         return logits, None
     return divide.inputs[0], float(_constant(divide.inputs[1]))
+
+
+def _unbiased(logits: ir.Value | None) -> tuple[ir.Value | None, Float32 | None]:
+    """The value before a bias is added, and the bias; else the value itself."""
+    add = logits.producer() if logits is not None else None
+    if add is None or add.op_type != "Add":
+        return logits, None
+    product, bias = add.inputs
+    if bias is None or bias.const_value is None:
+        return logits, None
+    return product, _constant(bias).astype(np.float32)
 
 
 def _through_reshapes(value: ir.Value | None) -> ir.Node | None:

@@ -55,8 +55,11 @@ class HeadNetwork:
         self._head = head
         self._rows = torch.from_numpy(head.rows(tokens).T.copy())
         self._weight = torch.from_numpy(np.array(head.norm_weight, np.float32))
-        bias = head.norm_bias
-        self._bias = None if bias is None else torch.from_numpy(np.array(bias, np.float32))
+        norm_bias, bias = head.norm_bias, None if head.bias is None else head.bias[tokens]
+        self._norm_bias, self._bias = (
+            None if values is None else torch.from_numpy(np.array(values, np.float32))
+            for values in (norm_bias, bias)
+        )
 
     def teach(self, final: Float32) -> tuple[Any, Any]:
         """Log-probabilities `[rows, tokens]` of final hidden states, and the best columns."""
@@ -80,9 +83,11 @@ class HeadNetwork:
             hidden = hidden - hidden.mean(dim=-1, keepdim=True)
         square = hidden.square().mean(dim=-1, keepdim=True)
         normed = hidden * self._torch.rsqrt(square + self._head.epsilon) * self._weight
-        if self._bias is not None:
-            normed = normed + self._bias
+        if self._norm_bias is not None:
+            normed = normed + self._norm_bias
         logits = normed @ self._rows
+        if self._bias is not None:
+            logits = logits + self._bias
         if self._head.cap is not None:
             logits = self._head.cap * self._torch.tanh(logits / self._head.cap)
         return self._torch.log_softmax(logits / _TEMPERATURE, dim=-1)

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from ..graph_builder import GraphBuilder, graph_input
 from ..lower import Precision
 from .head import Head
-from .proposals import best_tokens, product, rms_normed, vocabulary
+from .proposals import NoProposerError, add_cap, add_norm, best_tokens, product, vocabulary
 
 __all__ = ["LowRankHead", "fit_low_rank", "least_rank"]
 
@@ -35,8 +35,8 @@ _ROWS_AT_ONCE = 512
 
 @dataclass(frozen=True)
 class LowRankHead:
-    """`logits ≈ (normed @ down) @ upᵀ + offset`; down `[hidden, rank]`, up `[vocab, rank]`, offset
-    `[vocab]`.
+    """`logits ≈ (normed @ down) @ upᵀ + offset`, before a cap; down `[hidden, rank]`, up
+    `[vocab, rank]`, offset `[vocab]`.
     """
 
     down: Float32
@@ -65,9 +65,7 @@ class LowRankHead:
         chunks, span = _chunks(size, rows)
         hidden = graph_input("hidden", [1, 1, width])
         graph = GraphBuilder()
-        normed = graph.op(
-            "RMSNormalization", hidden, graph.const("norm", head.norm_weight), epsilon=head.epsilon
-        )
+        normed = add_norm(graph, head, hidden)
         inner = graph.op("MatMul", normed, graph.const("down", self.down))
         logits = product(graph, inner, self.up, precision)
         flat = graph.op("Reshape", logits, graph.ints([size]))
@@ -84,9 +82,11 @@ class LowRankHead:
         chunk = graph.op("Gather", best, graph.op("Div", place, graph.ints([span])), axis=0)
         inside = graph.op("Mod", place, graph.ints([span]))
         candidates = graph.op("Add", graph.op("Mul", chunk, graph.ints([span])), inside)
-        total = graph.op("ReduceLogSumExp", flat, graph.ints([0]), keepdims=1)
+        # Proposals are ranked before the cap, which may make the largest logits equal.
+        capped = add_cap(graph, head, flat)
+        total = graph.op("ReduceLogSumExp", capped, graph.ints([0]), keepdims=1)
         outputs = [
-            graph.output(graph.op("Identity", flat), "logits", [size]),
+            graph.output(graph.op("Identity", capped), "logits", [size]),
             graph.output(candidates, "candidates", [rows], ir.DataType.INT64),
             graph.output(total, "log_sum_exp", [1]),
         ]
@@ -110,7 +110,7 @@ class _Directions:
 
 
 def _directions(head: Head, hidden: Float32) -> _Directions:
-    normed = rms_normed(head, hidden).astype(np.float64)
+    normed = head.normed(hidden).astype(np.float64)
     mean = normed.mean(axis=0)
     centred = normed - mean
     values, vectors = np.linalg.eigh(centred.T @ centred / len(centred))
@@ -136,27 +136,41 @@ def _cut(head: Head, directions: _Directions, rank: int) -> LowRankHead:
     )
     rows = [head.rows(rows) for rows in vocabulary(head)]
     up = np.concatenate([weight @ columns for weight in rows])
-    return LowRankHead(
-        down.astype(np.float32), up, np.concatenate([weight @ beside for weight in rows])
-    )
+    offset = np.concatenate([weight @ beside for weight in rows])
+    if head.bias is not None:
+        offset = offset + head.bias
+    return LowRankHead(down.astype(np.float32), up, offset)
 
 
 def least_rank(
     head: Head, fitted_on: Float32, tried_on: Float32, rows: int, recall: float
-) -> LowRankHead | None:
+) -> LowRankHead:
     """The least rank whose `rows` best tokens hold the head's own often enough, on hidden states
-    `[rows, hidden]` that it was not fitted on; None where that is not much cheaper than the head.
+    `[rows, hidden]` that it was not fitted on.
+
+    Raises:
+        NoProposerError: no rank that is much cheaper than the head does.
     """
+    width = head.norm_weight.shape[0]
+    ranks = [rank for rank in _RANKS if 2 * rank <= width]
+    if not ranks:
+        raise NoProposerError(
+            f"this model's width of {width} is too small for a low-rank head that is much cheaper "
+            "than its own; try --shortlist-tokens"
+        )
     directions = _directions(head, fitted_on)
-    normed = rms_normed(head, tried_on)
+    normed = head.normed(tried_on)
     tokens = best_tokens(head, normed)
-    for rank in _RANKS:
-        if 2 * rank > head.norm_weight.shape[0]:
-            return None
+    found = 0.0
+    for rank in ranks:
         low_rank = _cut(head, directions, rank)
-        if float((_tokens_before(low_rank, normed, tokens) < rows).mean()) >= recall:
+        found = float((_tokens_before(low_rank, normed, tokens) < rows).mean())
+        if found >= recall:
             return low_rank
-    return None
+    raise NoProposerError(
+        f"the {rows} best tokens of rank {ranks[-1]}, the highest tried, hold the model's own at "
+        f"{found:.1%} of held-out positions, {recall:.0%} are needed; try --shortlist-tokens"
+    )
 
 
 def _tokens_before(

@@ -1,4 +1,6 @@
-"""What the proposers of a shortlist share: the head's own tokens, and products in its precision."""
+"""What the proposers of a shortlist share: the head's norm, cap and own tokens, and products in its
+precision.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from ..lower import Precision
 from ..quantise import quantise_blocks
 from .head import Head
 
-__all__ = ["best_tokens", "product", "rms_normed", "vocabulary"]
+__all__ = ["NoProposerError", "add_cap", "add_norm", "best_tokens", "product", "vocabulary"]
 
 Float32 = npt.NDArray[np.float32]
 
@@ -21,11 +23,25 @@ _BITS: Literal[8] = 8  # of a quantised proposer's weights
 _VOCABULARY_AT_ONCE = 8192
 
 
-def rms_normed(head: Head, hidden: Float32) -> Float32:
-    """Behind the final RMS norm: what the head reads."""
-    scale = np.sqrt((hidden**2).mean(axis=-1, keepdims=True) + head.epsilon)
-    normed: Float32 = hidden / scale * head.norm_weight
-    return normed
+class NoProposerError(Exception):
+    """Nothing proposes tokens for this head; the message says why."""
+
+
+def add_norm(graph: GraphBuilder, head: Head, hidden: ir.Value) -> ir.Value:
+    """The final norm of hidden states."""
+    kind = "LayerNormalization" if head.centred else "RMSNormalization"
+    inputs = [hidden, graph.const("norm", head.norm_weight)]
+    if head.norm_bias is not None:
+        inputs.append(graph.const("norm_bias", head.norm_bias))
+    return graph.op(kind, *inputs, epsilon=head.epsilon)
+
+
+def add_cap(graph: GraphBuilder, head: Head, logits: ir.Value) -> ir.Value:
+    """Within the head's cap, as the exact scores are."""
+    if head.cap is None:
+        return logits
+    cap = graph.number(head.cap)
+    return graph.op("Mul", graph.op("Tanh", graph.op("Div", logits, cap)), cap)
 
 
 def best_tokens(head: Head, normed: Float32) -> npt.NDArray[np.int64]:
@@ -33,7 +49,7 @@ def best_tokens(head: Head, normed: Float32) -> npt.NDArray[np.int64]:
     best = np.full(len(normed), -np.inf, np.float32)
     token = np.zeros(len(normed), np.int64)
     for rows in vocabulary(head):
-        logits = normed @ head.rows(rows).T
+        logits = head.logits(normed, rows)
         highest = logits.max(axis=1)
         better = highest > best
         best[better], token[better] = highest[better], rows[logits.argmax(axis=1)[better]]

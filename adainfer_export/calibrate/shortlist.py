@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -24,12 +25,14 @@ from .exit_files import Files
 from .frequent_rows import frequent_rows
 from .head import Head, read_head
 from .low_rank_head import least_rank
+from .proposals import NoProposerError
 from .request import ShortlistRequest
 
 __all__ = ["Proposer", "with_shortlist"]
 
 Float32 = npt.NDArray[np.float32]
 
+_LOG = logging.getLogger(__name__)
 _ROWS = 64
 _ENOUGH_RECALL = 0.99
 _POSITIONS = 24  # of every prompt
@@ -52,17 +55,35 @@ class Proposer(Protocol):
 def with_shortlist(
     files: Files, manifest: Manifest, parts: Parts, request: ShortlistRequest, reporter: Reporter
 ) -> Manifest:
-    """The manifest with a shortlist, where one is much cheaper than the head.
-
-    A low-rank head has the least rank whose proposals hold the head's own token often enough on
-    prompts that it was not fitted on; of frequent tokens there are as many as were asked for. The
-    recall in the manifest is measured on yet other prompts, by the stage itself.
+    """The manifest with a shortlist; where none can be made it stays as it is, and a warning says
+    why.
     """
     target, _, precision = find_target(manifest.target, manifest.precision)
     require_shortlist(target)
+    try:
+        return _with_shortlist(files, manifest, parts, request, precision, reporter)
+    except NoProposerError as reason:
+        _LOG.warning("no shortlist was made: %s", reason)
+        return manifest
+
+
+def _with_shortlist(
+    files: Files,
+    manifest: Manifest,
+    parts: Parts,
+    request: ShortlistRequest,
+    precision: Precision,
+    reporter: Reporter,
+) -> Manifest:
+    """What the manifest says of it is measured on prompts that nothing was fitted or tried on, by
+    the stage itself.
+    """
     head = read_head(files.folder, manifest)
-    if head is None or head.centred or head.norm_bias is not None:
-        return manifest  # more than an RMS norm and a matrix
+    if head is None:
+        raise NoProposerError(
+            "what this model has behind its layers is more than a norm and a matrix, or its head "
+            "is stored in blocks that are not read"
+        )
     engine = Engine.of_manifest(files.folder, manifest)
     to_fit, to_try, to_measure = (
         _some(part) for part in (parts.adapters, parts.classifier, parts.certification)
@@ -72,14 +93,7 @@ def with_shortlist(
     tried_on = _hidden(engine, to_try, reporter)
     vocabulary = manifest.model.vocab_size
     rows = min(_ROWS, vocabulary)
-    proposer: Proposer | None
-    if request.tokens is None:
-        proposer = least_rank(head, fitted_on, tried_on, rows, _ENOUGH_RECALL)
-    else:
-        count = min(max(request.tokens, rows), vocabulary)
-        proposer = frequent_rows(head, fitted_on, tried_on, count)
-    if proposer is None:
-        return manifest
+    proposer = _proposer(head, request, fitted_on, tried_on, rows)
     model = proposer.lower(head, precision, rows)
     path = files.save("exit/shortlist.onnx", serialise(model))
     spec = ShortlistSpec(
@@ -93,28 +107,47 @@ def with_shortlist(
     drafted = manifest.model_copy(
         update={"shortlist": spec, "files": dict(manifest.files) | record}
     )
-    recall = _recall_by_layer(files.folder, drafted, to_measure, reporter)
-    finished = spec.model_copy(update={"recall": recall})
+    recall, agreement = _measure(files.folder, drafted, to_measure, reporter)
+    finished = spec.model_copy(update={"recall": recall, "agreement": agreement})
     return drafted.model_copy(update={"shortlist": finished})
 
 
-def _recall_by_layer(
-    folder: Path, manifest: Manifest, examples: tuple[TaskExample, ...], reporter: Reporter
-) -> dict[str, float]:
-    """Share of positions at which the head's token is among the proposed, by exit layer: adapted
-    hidden states there, and final ones under the number of layers.
+def _proposer(
+    head: Head, request: ShortlistRequest, fitted_on: Float32, tried_on: Float32, rows: int
+) -> Proposer:
+    """A low-rank head has the least rank whose proposals hold the head's own token often enough on
+    prompts that it was not fitted on; of frequent tokens there are as many as were asked for.
     """
+    if request.tokens is None:
+        return least_rank(head, fitted_on, tried_on, rows, _ENOUGH_RECALL)
+    count = min(max(request.tokens, rows), len(head.weight))
+    return frequent_rows(head, fitted_on, tried_on, count)
+
+
+def _measure(
+    folder: Path, manifest: Manifest, examples: tuple[TaskExample, ...], reporter: Reporter
+) -> tuple[dict[str, float], dict[str, float]]:
+    """`recall` and `agreement` as `ShortlistSpec` has them."""
     assert manifest.shortlist is not None
     engine = Engine.of_manifest(folder, manifest)
     stage = open_session(folder / manifest.shortlist.file)
     held: dict[int, list[bool]] = {}
+    agrees: dict[int, list[bool]] = {}
     for rows in _hidden_by_layer(engine, examples, reporter):
+        answer = engine.backend.probe(rows[manifest.depth][-1]).token
         for layer, hidden in rows.items():
             tokens = engine.backend.probe_features(hidden)[0]
             for row, token in zip(hidden, tokens, strict=True):
                 (proposed,) = stage.run(["candidates"], {"hidden": row.reshape(1, 1, -1)})
                 held.setdefault(layer, []).append(bool(np.isin(token, proposed)))
-    return {str(layer): round(float(np.mean(hits)), 4) for layer, hits in sorted(held.items())}
+            if layer < manifest.depth:
+                token = engine.backend.shortlist(hidden[-1]).token
+                agrees.setdefault(layer, []).append(token == answer)
+    return _shares(held), _shares(agrees)
+
+
+def _shares(hits: dict[int, list[bool]]) -> dict[str, float]:
+    return {str(layer): round(float(np.mean(found)), 4) for layer, found in sorted(hits.items())}
 
 
 def _some(examples: tuple[TaskExample, ...]) -> tuple[TaskExample, ...]:
@@ -131,11 +164,14 @@ def _hidden(engine: Engine, examples: tuple[TaskExample, ...], reporter: Reporte
 def _hidden_by_layer(
     engine: Engine, examples: tuple[TaskExample, ...], reporter: Reporter
 ) -> Iterator[dict[int, Float32]]:
-    """Of some positions of every prompt: what the probe reads, by exit layer and at the end."""
+    """Of some positions of every prompt, its last one at the end: what the probe reads, by exit
+    layer and after all layers.
+    """
     random = np.random.default_rng(0)
     for example in examples:
         ids = engine.tokenizer.encode(example.prompt)
-        at = np.sort(random.permutation(len(ids))[:_POSITIONS])
+        last = len(ids) - 1
+        at = np.append(np.sort(random.permutation(last)[: _POSITIONS - 1]), last)
         with engine.borrow() as session:
             session.extend(ids)
             rows = {}

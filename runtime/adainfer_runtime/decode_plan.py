@@ -105,7 +105,7 @@ def _looks(
 
 
 def _drafts(manifest: Manifest, costs: DecodeCosts, probe: ExitProbe) -> Iterator[DecodeForecast]:
-    known = agreement_by_layer(manifest)
+    known = agreement_by_layer(manifest, probe)
     for layer in manifest.exit_points:
         agreement = known.get(layer, UNKNOWN_AGREEMENT)
 

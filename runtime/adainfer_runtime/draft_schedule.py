@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from .decode_costs import DecodeCosts, expected_tokens
 from .manifest import Manifest
+from .session import ExitProbe
 
 __all__ = [
     "UNKNOWN_AGREEMENT",
@@ -124,9 +125,11 @@ class Adaptive:
         return (self.costs.token, *drafted)
 
 
-def default_draft_layer(manifest: Manifest, costs: DecodeCosts) -> int | None:
+def default_draft_layer(
+    manifest: Manifest, costs: DecodeCosts, probe: ExitProbe = "full"
+) -> int | None:
     """The exit point whose drafts are expected to cost least per token; None without any."""
-    known = agreement_by_layer(manifest)
+    known = agreement_by_layer(manifest, probe)
     best: dict[int, float] = {}
     for layer in manifest.exit_points:
         rate = known.get(layer, UNKNOWN_AGREEMENT)
@@ -134,7 +137,12 @@ def default_draft_layer(manifest: Manifest, costs: DecodeCosts) -> int | None:
     return min(best, key=lambda layer: (best[layer], -layer), default=None)
 
 
-def agreement_by_layer(manifest: Manifest) -> Mapping[int, float]:
-    """Share of calibration prompts on which an exit layer gave the full model's token."""
+def agreement_by_layer(manifest: Manifest, probe: ExitProbe = "full") -> Mapping[int, float]:
+    """Share of calibration prompts on which an exit layer gave the full model's token, as this
+    probe reads it. A shortlist of which that was not measured is taken for the full probe.
+    """
     figures: dict[str, Any] = manifest.exit.calibration if manifest.exit else {}
-    return {int(k): float(v) for k, v in figures.get("agreement_by_layer", {}).items()}
+    found: Mapping[str, Any] = figures.get("agreement_by_layer", {})
+    if probe == "shortlist" and manifest.shortlist:
+        found = manifest.shortlist.agreement or found
+    return {int(k): float(v) for k, v in found.items()}

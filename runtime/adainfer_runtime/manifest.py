@@ -314,8 +314,9 @@ class ShortlistSpec(_Record):
 
     `file` takes `hidden` and gives its own logits `[vocab_size]`, their `log_sum_exp` and
     `candidates`. `recall` is the share of held-out positions at which the head's own token
-    is among them, by the layer that the (adapted) hidden states are of. `multiply_adds` counts
-    both steps.
+    is among them, by the layer that the (adapted) hidden states are of; `agreement` the share of
+    held-out prompts on which its own first token is the full model's answer, by exit layer.
+    `multiply_adds` counts both steps.
     """
 
     file: str
@@ -324,6 +325,7 @@ class ShortlistSpec(_Record):
     rows: int
     multiply_adds: int
     recall: dict[str, float]
+    agreement: dict[str, float] = {}
 
 
 class TokenizerSpec(_Record):

@@ -254,7 +254,7 @@ def verified_decoder(
         ExitUnavailableError: nothing to draft with, or no engine ends at `draft_layer`.
     """
     if draft_layer is None:
-        draft_layer = default_draft_layer(manifest, costs)
+        draft_layer = default_draft_layer(manifest, costs, probe)
         if draft_layer is None and manifest.exit is None:
             raise ExitUnavailableError(
                 "this engine has no exit point to draft at: run `adainfer calibrate DIR`, or give "

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 
-from adainfer_export.calibrate import CalibrationRequest, ShortlistRequest, shortlist
+from adainfer_export.calibrate import (
+    CalibrationRequest,
+    ShortlistRequest,
+    low_rank_head,
+    shortlist,
+)
+from adainfer_export.calibrate.data import load_examples, split_parts
+from adainfer_export.calibrate.exit_files import Files
 from adainfer_export.calibrate.frequent_rows import frequent_rows
-from adainfer_export.calibrate.head import Head
+from adainfer_export.calibrate.head import Head, read_head
 from adainfer_export.calibrate.low_rank_head import fit_low_rank
 from adainfer_export.calibrate.pipeline import recalibrate
-from adainfer_export.calibrate.proposals import rms_normed
+from adainfer_export.calibrate.shortlist import with_shortlist
+from adainfer_export.commands import AdapterChoice, run_calibrate
 from adainfer_export.graph_builder import serialise
 from adainfer_export.lower.precision import PRECISIONS
 from adainfer_export.progress import SilentReporter
@@ -38,13 +48,13 @@ def made_up(vocabulary=500, width=32, rows=400, seed=0):
 
 
 def logits_of(head, hidden):
-    return rms_normed(head, hidden) @ head.weight.T
+    return head.logits(head.normed(hidden), np.arange(len(head.weight)))
 
 
 def test_the_full_rank_is_the_head_itself():
     head, hidden = made_up()
     low = fit_low_rank(head, hidden, 32)
-    approximate = low.logits(rms_normed(head, hidden))
+    approximate = low.logits(head.normed(hidden))
     np.testing.assert_allclose(approximate, logits_of(head, hidden), atol=1e-3)
 
 
@@ -52,7 +62,7 @@ def test_a_low_rank_follows_the_data_not_the_weights():
     head, hidden = made_up()
     full = logits_of(head, hidden[200:])
     low = fit_low_rank(head, hidden[:200], 16)
-    normed = rms_normed(head, hidden[200:])
+    normed = head.normed(hidden[200:])
     error = np.square(low.logits(normed) - full).mean()
     left, values, right = np.linalg.svd(head.weight, full_matrices=False)
     plain = np.square(normed @ right[:16].T @ (left[:, :16] * values[:16]).T - full).mean()
@@ -74,7 +84,7 @@ def test_the_stage_proposes_what_the_low_rank_head_likes(tmp_path, precision, vo
         logits, total, candidates = session.run(
             ["logits", "log_sum_exp", "candidates"], {"hidden": row.reshape(1, 1, -1)}
         )
-        expected = low.logits(rms_normed(head, row[None]))[0]
+        expected = low.logits(head.normed(row[None]))[0]
         np.testing.assert_allclose(logits, expected, atol=loose * np.abs(expected).max())
         assert total[0] == pytest.approx(np.log(np.exp(logits.astype(np.float64)).sum()), abs=1e-3)
         assert len(set(candidates.tolist())) == 16
@@ -136,24 +146,201 @@ def test_exact_scores_take_the_place_of_proposed_ones():
     assert (tied.token, tied.gap) == (4, pytest.approx(0.0, abs=1e-6))
 
 
+def with_bias(made, folder):
+    """A copy of an engine whose head has a bias, in the two graphs that hold it."""
+    shutil.copytree(made.folder, folder)
+    manifest = load_manifest(folder)
+    bias = np.random.default_rng(5).normal(size=320).astype(np.float32)
+    for stage in (manifest.probe, manifest.candidates):
+        model = ir.load(folder / stage.file)
+        graph = model.graph
+        stored = ir.Value(name="head_bias", const_value=ir.tensor(bias, name="head_bias"))
+        graph.register_initializer(stored)
+        logits = next(value for value in graph.outputs if value.name == "logits")
+        readers = list(logits.uses())
+        wanted = ir.Node("", "Gather", [stored, graph.inputs[1]]) if len(graph.inputs) > 1 else None
+        value = wanted.outputs[0] if wanted else stored
+        add = ir.Node("", "Add", [logits, value])
+        graph.insert_after(logits.producer(), [node for node in (wanted, add) if node])
+        for use in readers:
+            use.node.replace_input_with(use.idx, add.outputs[0])
+        logits.name, add.outputs[0].name = "unbiased", "logits"
+        add.outputs[0].type, add.outputs[0].shape = logits.type, logits.shape
+        graph.outputs[list(graph.outputs).index(logits)] = add.outputs[0]
+        ir.save(model, folder / stage.file)
+    return Engine.of_manifest(folder, manifest)
+
+
+@pytest.fixture(params=["llama", "biased", "opt", "gpt2", "gpt_neox", "gemma2"])
+def form(request, tiny, tmp_path):
+    """Every form of norm and head: (folder, engine)."""
+    if request.param == "biased":
+        return tmp_path / "engines", with_bias(tiny("llama"), tmp_path / "engines")
+    made = tiny(request.param)
+    return made.folder, made.engine
+
+
+def stage_of(proposer, head, path, rows=16):
+    path.write_bytes(serialise(proposer.lower(head, PRECISIONS["fp32"], rows)))
+    session = open_session(path)
+    names = ["logits", "log_sum_exp", "candidates"]
+    return lambda row: session.run(names, {"hidden": row.reshape(1, 1, -1)})
+
+
+def looked_through(engine, run, row):
+    """As the back end does it."""
+    logits, total, candidates = run(row)
+    exact = engine.backend.probe_candidates(row, candidates).logits
+    return rescored(logits, float(total[0]), candidates, exact)
+
+
+def hidden_states(rows=300, seed=2):
+    return np.random.default_rng(seed).normal(size=(rows, 64)).astype(np.float32)
+
+
+@pytest.mark.parametrize("proposer", ["low-rank", "frequent"])
+def test_norms_biases_and_caps_are_the_probes(form, tmp_path, proposer):
+    """At full rank, or with all tokens, nothing is approximate: features are the full probe's."""
+    folder, engine = form
+    head, hidden = read_head(folder, engine.manifest), hidden_states()
+    made = (
+        fit_low_rank(head, hidden, 64)
+        if proposer == "low-rank"
+        else frequent_rows(head, hidden[:200], hidden[200:], 320)
+    )
+    run = stage_of(made, head, tmp_path / "shortlist.onnx")
+    for row in hidden[:10]:
+        full = engine.backend.probe(row)
+        np.testing.assert_allclose(run(row)[0], full.logits, atol=2e-3)
+        few = looked_through(engine, run, row)
+        assert few.token == full.token
+        assert few.top_prob == pytest.approx(full.top_prob, rel=2e-3)
+        assert few.gap == pytest.approx(full.gap, rel=2e-3, abs=1e-5)
+
+
+def test_few_frequent_tokens_are_capped_like_the_exact_scores(tiny, tmp_path):
+    """The mean share of the other tokens is all that is approximate."""
+    made = tiny("gemma2")
+    head, hidden = read_head(made.folder, made.engine.manifest), hidden_states()
+    rows = frequent_rows(head, hidden[:200], hidden[200:], 120)
+    run = stage_of(rows, head, tmp_path / "shortlist.onnx", rows=64)
+    full = [made.engine.backend.probe(row) for row in hidden[200:]]
+    shares = [np.exp(p.logits[rows.tokens]).sum() / np.exp(p.logits).sum() for p in full]
+    assert rows.covered == pytest.approx(np.mean(shares), abs=1e-4)
+    inside = 0
+    for row, exact, share in zip(hidden[200:], full, shares, strict=True):
+        few = looked_through(made.engine, run, row)
+        if exact.token in run(row)[2]:
+            inside += 1
+            expected = exact.top_prob * rows.covered / share
+            assert few.top_prob == pytest.approx(expected, rel=1e-3)
+    assert inside > 20
+
+
+def test_low_ranks_are_capped_like_the_exact_scores(tiny, tmp_path):
+    """The sum over tokens that are not scored is all that is approximate: top probabilities differ
+    by no more than it does.
+    """
+    made = tiny("gemma2")
+    head, hidden = read_head(made.folder, made.engine.manifest), hidden_states()
+    low = fit_low_rank(head, hidden[:200], 32)
+    run = stage_of(low, head, tmp_path / "shortlist.onnx", rows=64)
+    inside = 0
+    for row in hidden[200:]:
+        full, few = made.engine.backend.probe(row), looked_through(made.engine, run, row)
+        logits, _, candidates = run(row)
+        uncapped = low.logits(head.normed(row[None]))[0]
+        np.testing.assert_allclose(logits, 3.0 * np.tanh(uncapped / 3.0), atol=1e-3)
+        if full.token in candidates:
+            inside += 1
+            assert few.token == full.token
+            proposed, exact = (
+                np.log(np.exp(np.delete(values, candidates)).sum())
+                for values in (logits, full.logits)
+            )
+            apart = abs(np.log(few.top_prob / full.top_prob))
+            assert apart <= abs(proposed - exact) + 1e-3
+            assert apart < 0.15
+    assert inside > 50
+
+
+def request_for(folder, tokens):
+    random = np.random.default_rng(0)
+    prompts = folder / "prompts.jsonl"
+    texts = {" ".join(map(str, random.integers(0, 99, 6))) for _ in range(160)}
+    prompts.write_text("\n".join(json.dumps({"prompt": text, "task": "x"}) for text in texts))
+    return CalibrationRequest(
+        (prompts,), adapters="ridge", target_agreement=0.5, classifiers=("threshold",),
+        shortlist=ShortlistRequest(tokens),
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module", params=[None, 200], ids=["low-rank", "frequent"])
 def folder(request, tiny, tmp_path_factory):
     """A tiny engine with exits and a shortlist; of a random model it cannot be a good one."""
     root = tmp_path_factory.mktemp("shortlist")
     copy = root / "engines"
     shutil.copytree(tiny("llama").folder, copy)
-    random = np.random.default_rng(0)
-    prompts = root / "prompts.jsonl"
-    texts = {" ".join(map(str, random.integers(0, 99, 6))) for _ in range(160)}
-    prompts.write_text("\n".join(json.dumps({"prompt": text, "task": "x"}) for text in texts))
-    wanted = CalibrationRequest(
-        (prompts,), adapters="ridge", target_agreement=0.5, classifiers=("threshold",),
-        shortlist=ShortlistRequest(request.param),
-    )  # fmt: skip
+    wanted = request_for(root, request.param)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shortlist, "_ENOUGH_RECALL", 0.6)
         recalibrate(copy, load_manifest(copy), wanted, SilentReporter())
     return copy
+
+
+def test_layer_norms_have_one_too(tiny, tmp_path, monkeypatch, caplog):
+    """OPT is the family that AdaInfer was written on."""
+    copy = tmp_path / "engines"
+    shutil.copytree(tiny("opt").folder, copy)
+    monkeypatch.setattr(shortlist, "_ENOUGH_RECALL", 0.6)
+    parts = split_parts(load_examples(request_for(tmp_path, None)))
+    made = with_shortlist(
+        Files(copy), load_manifest(copy), parts, ShortlistRequest(), SilentReporter()
+    )
+    assert not caplog.messages
+    assert made.shortlist.rank == 32
+    assert 0.6 < made.shortlist.recall["4"] <= 1.0
+    engine = Engine.of_manifest(copy, made)
+    both = [(engine.backend.probe(row), engine.backend.shortlist(row)) for row in hidden_states()]
+    same = [(full, few) for full, few in both if full.token == few.token]
+    assert len(same) > 150
+    for full, few in same:
+        assert few.logits[few.token] == pytest.approx(full.logits[full.token], abs=1e-4)
+
+
+def test_why_none_was_made_is_said_once(tiny, tmp_path, monkeypatch, caplog):
+    parts = split_parts(load_examples(request_for(tmp_path, None)))
+
+    def warning(variant):
+        caplog.clear()
+        made = tiny(variant)
+        before = made.engine.manifest
+        wanted = ShortlistRequest()
+        after = with_shortlist(Files(made.folder), before, parts, wanted, SilentReporter())
+        assert after is before
+        (message,) = caplog.messages
+        assert message.startswith("no shortlist was made: ") and "\n" not in message
+        return message
+
+    assert "more than a norm and a matrix" in warning("opt-350m")
+    monkeypatch.setattr(shortlist, "_ENOUGH_RECALL", 1.01)
+    assert re.search(r"rank 32, .* [0-9.]+% .* try --shortlist-tokens", warning("llama"))
+    monkeypatch.setattr(low_rank_head, "_RANKS", (64,))
+    assert "width of 64 is too small" in warning("llama")
+
+
+def test_json_says_it_too(tiny, tmp_path, monkeypatch, capsys):
+    copy = tmp_path / "engines"
+    shutil.copytree(tiny("llama").folder, copy)
+    request_for(tmp_path, None)
+    monkeypatch.setattr(shortlist, "_ENOUGH_RECALL", 1.01)
+    run_calibrate(
+        copy, [str(tmp_path / "prompts.jsonl")], adapters=AdapterChoice.ridge, target_agreement=0.5,
+        shortlist=True, json_output=True,
+    )  # fmt: skip
+    done = json.loads(capsys.readouterr().out)
+    assert done["shortlist"] is None
+    assert any("no shortlist was made" in warning for warning in done["warnings"])
 
 
 def test_calibration_measures_its_recall_on_other_prompts(folder):
@@ -178,6 +365,22 @@ def test_calibration_measures_its_recall_on_other_prompts(folder):
     bare = manifest.uncalibrated()
     assert bare.shortlist is None
     assert spec.file not in bare.files
+
+
+def test_calibration_measures_its_agreement_on_other_prompts(folder):
+    engine = Engine.load(folder)
+    spec = engine.manifest.shortlist
+    assert set(spec.agreement) == set(map(str, engine.manifest.exit_points))
+    prompts = split_parts(load_examples(request_for(folder.parent, spec.tokens))).certification
+    assert len(prompts) < shortlist._PROMPTS  # all are measured
+    for layer in engine.manifest.exit_points:
+        agrees = []
+        for example in prompts:
+            full = engine.generate(example.prompt, max_new_tokens=1, ignore_eos=True).tokens[0]
+            with engine.borrow() as session:
+                session.extend(engine.tokenizer.encode(example.prompt))
+                agrees.append(session.draft(layer, "shortlist").token == full)
+        assert spec.agreement[str(layer)] == pytest.approx(np.mean(agrees), abs=1e-4)
 
 
 def test_it_drafts_but_never_has_the_last_word(folder):

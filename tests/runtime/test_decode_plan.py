@@ -6,8 +6,9 @@ import pytest
 
 from adainfer_runtime.decode_costs import DecodeCosts
 from adainfer_runtime.decode_plan import forecast_decode
+from adainfer_runtime.draft_schedule import agreement_by_layer, default_draft_layer
 from adainfer_runtime.exit_looks import ExitCosts
-from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec
+from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec, ShortlistSpec
 
 CHEAP = DecodeCosts(32, probe=0.2, adapter=0.05)
 DEAR = DecodeCosts(30, probe=12.0, adapter=3.0)
@@ -54,6 +55,30 @@ def test_cheap_probes_pay_from_the_share_at_which_they_cost_what_off_costs(manif
             for n in range(1, 9)
         )
     assert (drafts[2].share, drafts[3].share) == (0.9, 0.95)
+
+
+def with_shortlist(manifest, agreement):
+    spec = ShortlistSpec(
+        file="x", rank=4, rows=64, multiply_adds=10, recall={}, agreement=agreement
+    )
+    return manifest.model_copy(update={"shortlist": spec})
+
+
+def test_a_shortlist_drafts_by_its_own_agreement(manifest):
+    full = with_exits(manifest, {"2": 0.97, "3": 0.98})
+    made = with_shortlist(full, {"2": 0.3, "3": 0.9})
+    found = forecast_decode(made, lambda probe: CHEAP, None)
+    shares = {(forecast.probe, forecast.layers[0]): forecast.share for forecast in found}
+    assert shares == {
+        ("full", 2): 0.97, ("full", 3): 0.98, ("shortlist", 2): 0.3, ("shortlist", 3): 0.9,
+    }  # fmt: skip
+    assert default_draft_layer(made, CHEAP) == 2
+    assert default_draft_layer(made, CHEAP, "shortlist") == 3
+
+
+def test_a_shortlist_that_was_not_measured_is_taken_for_the_full_probe(manifest):
+    made = with_shortlist(with_exits(manifest, {"2": 0.97, "3": 0.98}), {})
+    assert agreement_by_layer(made, "shortlist") == agreement_by_layer(made) == {2: 0.97, 3: 0.98}
 
 
 def test_dear_probes_never_pay(manifest):
