@@ -23,7 +23,7 @@ from .export import ExportRequest, ExportResult, export
 from .lower import PRECISIONS, TARGETS
 from .presets import PRESETS, find_preset
 from .progress import terminal_reporter
-from .storage import StorageRequest, parse_int8_layers, parse_range
+from .storage import NO_LAYERS, choose_storage, parse_range
 
 __all__ = ["register"]
 
@@ -51,6 +51,14 @@ Examples:
 
     adainfer calibrate engines/ --calibration mine.jsonl --calibration self --self-texts 200
 """
+
+
+def _block_sizes() -> str:
+    return "; ".join(
+        f"{target.name}: {', '.join(map(str, sorted(target.block_sizes)))}"
+        for target in TARGETS
+        if "int4" in target.precisions
+    )
 
 
 class AdapterChoice(str, Enum):
@@ -229,12 +237,19 @@ def run_export(
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch or commit on the hub.")] = None,
     block_size: Annotated[
-        int | None, typer.Option(help="Weights that share a scale in int4 and int8; default 32.")
+        int | None,
+        typer.Option(
+            help="Weights that share a scale in int4 and int8; the widths of all matrices must be "
+            f"multiples of it. Default 32. {_block_sizes()}.",
+            show_default=False,
+        ),
     ] = None,
     int8_layers: Annotated[
         str | None,
         typer.Option(
-            help="Sensitive layers that get 8 bits in int4: `1-2,29-30`, and `head` for the head."
+            help="Sensitive layers that get 8 bits in int4: `1-2,29-30`, and `head` for the head. "
+            f"Default: the alias's (see `adainfer list ALIAS`), else `{NO_LAYERS}`.",
+            show_default=False,
         ),
     ] = None,
     layers: Annotated[
@@ -261,11 +276,14 @@ def run_export(
     logged = _log_warnings()
     recipe = None if Path(model).is_dir() else load_recipe(model)
     board = find_preset(preset) if preset is not None else None
+    target = target or (board.target if board else "ort-cpu")
+    precision = precision or (board.precision if board else "int4")
+    sensitive = recipe.quantisation if recipe else None
     request = ExportRequest(
         model=model,
         out=out,
-        target=target or (board.target if board else "ort-cpu"),
-        precision=precision or (board.precision if board else "int4"),
+        target=target,
+        precision=precision,
         preset=board,
         layers_per_engine=layers_per_engine,
         max_seq_len=max_seq_len,
@@ -285,7 +303,7 @@ def run_export(
         revision=revision,
         weights=source,
         force=force,
-        storage=_storage(block_size, int8_layers),
+        storage=choose_storage(block_size, int8_layers, sensitive, target, precision),
         resume=resume,
         workers=workers,
         layers=None if layers is None else parse_range(layers, "--layers"),
@@ -389,11 +407,6 @@ def _calibration(
 
 def _shortlist(low_rank: bool, tokens: int | None) -> ShortlistRequest | None:
     return ShortlistRequest(tokens) if low_rank or tokens is not None else None
-
-
-def _storage(block_size: int | None, int8_layers: str | None) -> StorageRequest:
-    chosen, head = parse_int8_layers(int8_layers) if int8_layers else (frozenset[int](), False)
-    return StorageRequest(block_size, chosen, head)
 
 
 def _summary(result: ExportResult, logged: list[str]) -> dict[str, object]:

@@ -10,15 +10,24 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from adainfer_models import ExitSettings, Published, Recipe, list_recipes, load_recipe
+from adainfer_models import (
+    ExitSettings,
+    Published,
+    QuantisationSettings,
+    Recipe,
+    list_recipes,
+    load_recipe,
+)
 
 from .architectures import ARCHITECTURES
 from .errors import UnknownModelError
 from .lower import TARGETS
 from .sources.resolve import unknown_alias
+from .storage import NO_LAYERS
 
 __all__ = ["EXAMPLES", "run_list"]
 
+_NONE_MEASURED = "none measured"
 EXAMPLES = """
 Examples:
 
@@ -37,7 +46,7 @@ def run_list(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List aliases, architectures, targets and precisions; or one alias with its sources, licence,
-    exit settings and published figures.
+    settings that were found good and published figures.
     """
     if alias is not None:
         recipe = load_recipe(alias)
@@ -85,18 +94,25 @@ def _describe(recipe: Recipe) -> Iterator[str]:
     yield f"licence: {recipe.licence}, {recipe.licence_page}{gated}"
     if recipe.note:
         yield f"note: {recipe.note}"
-    if recipe.exits:
-        yield f"exits: {_settings(recipe.exits)}"
+    yield f"exits: {_exits(recipe.exits) if recipe.exits else _NONE_MEASURED}"
+    quantisation = recipe.quantisation
+    yield f"int4: {_sensitive(quantisation) if quantisation else _NONE_MEASURED}"
     for figure in recipe.published:
         yield f"published: {_figure(figure)}"
 
 
-def _settings(exits: ExitSettings) -> str:
+def _exits(exits: ExitSettings) -> str:
     classifiers = " ".join(f"--classifier {kind}" for kind in exits.classifiers)
     return (
         f"--target-agreement {exits.target_agreement} --adapters {exits.adapters} {classifiers} "
         f"({exits.note})"
     )
+
+
+def _sensitive(settings: QuantisationSettings) -> str:
+    head = ["head"] if settings.int8_head else []
+    layers = ",".join([*map(str, settings.int8_layers), *head])
+    return f"--int8-layers {layers or NO_LAYERS} ({settings.note})"
 
 
 def _figure(figure: Published) -> str:

@@ -6,20 +6,27 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from adainfer_models import QuantisationSettings
+
 from .errors import UnsupportedError
-from .lower import Precision, Target
+from .lower import Precision, Target, find_target
 from .lower.targets import AS_IS, Dialect
 from .preflight import weight_shapes
 from .quantise import Blocks
 from .sources import Checkpoint
 
 __all__ = [
+    "NO_LAYERS",
     "StorageRequest",
+    "choose_storage",
     "keep_blocks",
     "keep_decoder",
     "parse_int8_layers",
     "parse_range",
 ]
+
+
+NO_LAYERS = "none"  # of --int8-layers: not even those of the alias
 
 
 @dataclass(frozen=True)
@@ -71,12 +78,34 @@ class StorageRequest:
             )
 
 
+def choose_storage(
+    block_size: int | None,
+    int8_layers: str | None,
+    known: QuantisationSettings | None,
+    target: str,
+    precision: str,
+) -> StorageRequest:
+    """What the user asked for; sensitive layers that he left open are those known of the alias,
+    in int4, where the target takes any.
+
+    Raises:
+        UnsupportedError: unknown target, or no such layers (see `parse_int8_layers`).
+    """
+    if int8_layers is not None:
+        return StorageRequest(block_size, *parse_int8_layers(int8_layers))
+    if known is None or precision != "int4" or not find_target(target, precision)[0].int8_layers:
+        return StorageRequest(block_size)
+    return StorageRequest(block_size, frozenset(known.int8_layers), known.int8_head)
+
+
 def parse_int8_layers(text: str) -> tuple[frozenset[int], bool]:
-    """`1-2,29-30,head` as layers, and whether the head is among them.
+    """`1-2,29-30,head` as layers, and whether the head is among them; `none` names none.
 
     Raises:
         UnsupportedError: not of this form.
     """
+    if text.strip() == NO_LAYERS:
+        return frozenset(), False
     parts = [part.strip() for part in text.split(",")]
     ranges = [parse_range(part, "--int8-layers") for part in parts if part != "head"]
     layers = frozenset(layer for first, last in ranges for layer in range(first, last + 1))

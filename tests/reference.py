@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,8 @@ def reference_greedy(model: Any, tokens: Sequence[int], count: int) -> list[int]
 
 def dequantised_reference(made: Any, precision: str) -> Any:
     """The transformers model with the weights that a quantised engine really has."""
-    record = PRECISIONS[precision]
+    block_size = made.engine.manifest.quantisation.block_size
+    record = replace(PRECISIONS[precision], block_size=block_size)
     model = copy.deepcopy(made.reference)
     tokens = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is tokens

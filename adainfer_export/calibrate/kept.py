@@ -44,11 +44,9 @@ class KeptSteps:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self._folder = folder / KEPT_FOLDER
-        self._identity = json.dumps(identity, sort_keys=True)
+        self._identity = json.dumps(identity, sort_keys=True).encode()
         note = self._folder / _IDENTITY
-        if self._folder.exists() and not (
-            note.is_file() and note.read_text(encoding="utf-8") == self._identity
-        ):
+        if self._folder.exists() and not (note.is_file() and note.read_bytes() == self._identity):
             self.discard()
 
     def arrays(self, step: str, make: Callable[[], Arrays]) -> Arrays:
@@ -94,7 +92,7 @@ class KeptSteps:
     def _write(self, name: str, arrays: Arrays) -> None:
         if not self._folder.exists():
             self._folder.mkdir()
-            (self._folder / _IDENTITY).write_text(self._identity, encoding="utf-8")
+            (self._folder / _IDENTITY).write_bytes(self._identity)
         unfinished = self._folder / f"{name}.new"
         with unfinished.open("wb") as stream:
             np.savez(stream, allow_pickle=False, **arrays)

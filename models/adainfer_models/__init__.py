@@ -3,6 +3,7 @@
 from .recipes import (
     ExitSettings,
     Published,
+    QuantisationSettings,
     Recipe,
     RecipeError,
     Source,
@@ -14,6 +15,7 @@ from .recipes import (
 __all__ = [
     "ExitSettings",
     "Published",
+    "QuantisationSettings",
     "Recipe",
     "RecipeError",
     "Source",

@@ -6,11 +6,19 @@ import tomllib
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
 __all__ = [
     "ExitSettings",
     "Published",
+    "QuantisationSettings",
     "Recipe",
     "RecipeError",
     "Source",
@@ -70,6 +78,21 @@ class ExitSettings(_Record):
     note: Text
 
 
+class QuantisationSettings(_Record):
+    """Layers to which 4 bits were found to be too few; the export's defaults for this alias in
+    int4. None may be an answer too: that nothing is gained.
+
+    Attributes:
+        int8_layers: sensitive layers (1-based) that get 8 bits.
+        int8_head: the LM head too, and with it a tied embedding.
+        note: what was measured, and where.
+    """
+
+    int8_layers: tuple[PositiveInt, ...] = ()
+    int8_head: bool = False
+    note: Text
+
+
 class Published(_Record):
     """A figure of the paper's method that somebody published for this model.
 
@@ -111,6 +134,7 @@ class Recipe(_Record):
     note: Text | None = None
     sources: Annotated[tuple[Source, ...], Field(min_length=1)]
     exits: ExitSettings | None = None
+    quantisation: QuantisationSettings | None = None
     published: tuple[Published, ...] = ()
 
     def next_step(self, weights: str) -> str:

@@ -263,6 +263,13 @@ def test_a_damaged_step_is_made_again(tmp_path):
     assert KeptSteps(tmp_path, {}).arrays("step", killed)["x"].tolist() == [0, 1]
 
 
+def test_steps_with_a_damaged_identity_are_not_trusted(tmp_path):
+    KeptSteps(tmp_path, {"a": 1}).arrays("step", lambda: {"x": np.arange(3)})
+    (tmp_path / REST / "identity.json").write_bytes(b"\xff")  # no text at all
+    KeptSteps(tmp_path, {"a": 1})
+    assert not (tmp_path / REST).exists()
+
+
 @pytest.mark.parametrize("up", [None, np.ones((2, 3), np.float32)])
 def test_layers_are_kept_until_their_step_is(tmp_path, up):
     matrix = np.asfortranarray(np.arange(6, dtype=np.float32).reshape(3, 2))  # as solvers give it

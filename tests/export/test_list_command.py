@@ -4,20 +4,45 @@ import json
 
 import pytest
 
+from adainfer_export import list_command
 from adainfer_export.errors import UnknownModelError
 from adainfer_export.list_command import run_list
-from adainfer_models import ExitSettings
+from adainfer_models import ExitSettings, QuantisationSettings, list_recipes, load_recipe
 
 
 def test_an_alias_is_shown_with_all_that_is_known_of_it(capsys):
     run_list("llama2-7b")
     shown = capsys.readouterr().out
     assert "gated: accept it there, then `hf auth login`" in shown
+    assert "exits: none measured\nint4: none measured\n" in shown
     assert "MMLU: accuracy 43.73, mean layers 28.91 [second-hand: SpecEE" in shown
     run_list("smollm2-135m")
     assert "exits: --target-agreement 0.985 --adapters distilled --classifier svm" in (
         capsys.readouterr().out
     )
+
+
+def test_what_was_not_measured_is_said_to_be_so(capsys):
+    for recipe in list_recipes():
+        run_list(recipe.alias)
+        shown = capsys.readouterr().out
+        assert ("exits: none measured" in shown) is (recipe.exits is None)
+        assert ("int4: none measured" in shown) is (recipe.quantisation is None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({"int8_layers": (1, 30), "int8_head": True}, "int4: --int8-layers 1,30,head (measured)"),
+        ({}, "int4: --int8-layers none (measured)"),
+    ],
+)
+def test_sensitive_layers_are_shown_as_the_option_takes_them(settings, shown, monkeypatch, capsys):
+    known = QuantisationSettings(note="measured", **settings)
+    recipe = load_recipe("gpt2").model_copy(update={"quantisation": known})
+    monkeypatch.setattr(list_command, "load_recipe", lambda alias: recipe)
+    run_list("gpt2")
+    assert shown in capsys.readouterr().out
 
 
 def test_the_same_as_json(capsys):

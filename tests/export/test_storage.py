@@ -2,22 +2,52 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from importlib import import_module
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from adainfer_export import ExportRequest, export
+from adainfer_export import ExportRequest, commands, export
 from adainfer_export.errors import UnsupportedError
-from adainfer_export.lower import PRECISIONS
+from adainfer_export.int4 import dequantise_int4, quantise_int4
+from adainfer_export.lower import PRECISIONS, TARGETS
 from adainfer_export.lower.precision import layer_of_tensor
 from adainfer_export.quantise import dequantise_blocks, quantise_blocks
-from adainfer_export.storage import StorageRequest, parse_int8_layers, parse_range
+from adainfer_export.storage import (
+    StorageRequest,
+    choose_storage,
+    parse_int8_layers,
+    parse_range,
+)
+from adainfer_models import QuantisationSettings, parse_recipe
+from adainfer_runtime import Engine
 from adainfer_runtime.commands.app import build_app
-from adainfer_runtime.engine_folder import QUANTISATION_REPORT
+from adainfer_runtime.engine_folder import QUANTISATION_REPORT, load_manifest
 from adainfer_runtime.manifest import Quantisation
+
+from ..checkpoints import make_checkpoint
+from ..conftest import TinyEngine
+from ..reference import dequantised_reference, reference_logits
+
+PROMPT = [5, 17, 200, 43, 9, 120, 77, 31, 250, 8, 61, 13, 99, 301, 4, 18, 230, 71]
+RECIPE = """
+architecture = "llama"
+licence = "MIT"
+licence_page = "https://example.org"
+[[sources]]
+kind = "huggingface"
+id = "a/b"
+revision = "main"
+[quantisation]
+int8_layers = [1, 4]
+int8_head = true
+note = "measured"
+"""
 
 
 def products(folder, stage):
@@ -66,6 +96,68 @@ def test_block_size(tiny):
     assert products(fine.folder, "layer_001") == {(4, 16)}
     errors = [report(made.folder)["summary"][1]["relative_error"] for made in (coarse, fine)]
     assert errors[1] < errors[0]
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """Exports of a checkpoint that blocks of 128 divide."""
+    root = tmp_path_factory.mktemp("wide")
+    checkpoint = root / "checkpoint"
+    model = make_checkpoint(checkpoint, hidden_size=128, intermediate_size=256, head_dim=32)
+    made = {}
+
+    def make(target, block_size):
+        key = f"{target}-{block_size}"
+        if key not in made:
+            storage = StorageRequest(block_size=block_size)
+            export(ExportRequest(str(checkpoint), root / key, target=target, storage=storage))
+            made[key] = TinyEngine(Engine.load(root / key), model, root / key, checkpoint)
+        return made[key]
+
+    return make
+
+
+def logits_of(engine, prompt):
+    session = engine.session()
+    session.extend(prompt)
+    session.complete()
+    return engine.backend.probe_logits(session.hidden())
+
+
+@pytest.mark.parametrize(("times", "tolerance"), [(1, 0.08), (3, 0.01)])
+@pytest.mark.parametrize("block_size", [16, 64, 128])
+def test_blocks_of_every_size_equal_their_dequantised_weights(wide, block_size, times, tolerance):
+    """Few positions round their activations to int8, block by block; of many the head alone."""
+    made, prompt = wide("ort-cpu", block_size), PROMPT * times
+    assert (len(prompt) >= made.engine.manifest.quantisation.wide_rows) is (times == 3)
+    for stage in ("layer_001", "layer_004", "probe"):
+        assert products(made.folder, stage) == {(4, block_size)}
+    expected = reference_logits(dequantised_reference(made, "int4"), prompt)
+    difference = np.abs(logits_of(made.engine, prompt) - expected).max()
+    assert difference <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_blocks_for_tensorrt_equal_their_dequantised_weights(wide, target, block_size):
+    made = wide(target, block_size)
+    model = copy.deepcopy(made.reference)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 2 and "layers." in name:
+                values = dequantise_int4(*quantise_int4(parameter.numpy(), block_size))
+                parameter.copy_(torch.from_numpy(values))
+    expected = reference_logits(model, PROMPT)
+    difference = np.abs(logits_of(made.engine, PROMPT) - expected).max()
+    assert difference <= 0.01 * np.abs(expected).max()
+
+
+def test_the_help_names_the_block_sizes_that_targets_take():
+    shown = commands._block_sizes()
+    for target in TARGETS:
+        sizes = ", ".join(map(str, sorted(target.block_sizes)))
+        assert (f"{target.name}: {sizes}" in shown) is ("int4" in target.precisions)
+    assert "ort-cpu: 16, 32, 64, 128; ort-cuda: 32; tensorrt: 32, 64, 128" in shown
 
 
 def test_the_report_is_the_error_of_the_weights(tiny):
@@ -120,10 +212,46 @@ def test_what_cannot_be_stored_so(checkpoint, tmp_path, storage, precision, mess
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_sensitive_layers_of_an_alias_are_the_exports_default(checkpoint, tmp_path, monkeypatch):
+    recipe = parse_recipe("tiny", RECIPE)
+    for module in (commands, import_module("adainfer_export.sources.resolve")):
+        monkeypatch.setattr(module, "load_recipe", lambda alias: recipe)
+
+    def exported(*options):
+        out = tmp_path / "-".join(("out", *options))
+        fixed = ["--source", str(checkpoint), "--calibration", "none", "--quiet"]
+        given = ["export", "tiny", "--out", str(out), *fixed, *options]
+        done = CliRunner().invoke(build_app(), given)
+        assert done.exit_code == 0, done.output
+        stored = load_manifest(out).quantisation
+        return out, (stored.int8_layers, stored.int8_head)
+
+    out, stored = exported()
+    assert stored == ((1, 4), True)
+    bits = {entry["place"]: entry["bits"] for entry in report(out)["summary"]}
+    assert [bits[f"layer {number}"] for number in (1, 2, 3, 4)] == [[8], [4], [4], [8]]
+    assert exported("--int8-layers", "2")[1] == ((2,), False)
+    assert exported("--int8-layers", "none")[1] == ((), False)
+    assert exported("--precision", "int8")[1] == ((), False)
+    assert exported("--target", "tensorrt")[1] == ((), False)  # takes none: it is not refused
+
+
+def test_what_is_known_of_an_alias_goes_with_other_settings():
+    known = QuantisationSettings(int8_layers=(3,), note="x")
+    both = choose_storage(64, None, known, "ort-cpu", "int4")
+    assert both == StorageRequest(64, frozenset({3}))
+    assert choose_storage(64, None, None, "ort-cpu", "int4") == StorageRequest(64)
+    with pytest.raises(UnsupportedError, match="target 'ort-cpx' is unknown"):
+        choose_storage(None, None, known, "ort-cpx", "int4")
+
+
 def test_layers_as_text():
+    assert parse_int8_layers("none") == (frozenset(), False)
     assert parse_int8_layers("1-2,29-30") == (frozenset({1, 2, 29, 30}), False)
     assert parse_int8_layers("head, 7") == (frozenset({7}), True)
     assert parse_range("12", "--layers") == (12, 12)
+    with pytest.raises(UnsupportedError, match="--int8-layers 'none'"):
+        parse_int8_layers("2,none")
     for wrong in ("0-2", "5-3", "a", "", "1-", "-1"):
         with pytest.raises(UnsupportedError, match="--layers"):
             parse_range(wrong, "--layers")

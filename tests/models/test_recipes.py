@@ -75,6 +75,14 @@ def test_lookup():
         (('revision = "main"', "revision = 1"), "recipe x: sources.0.revision: Input should be"),
         (('licence = "MIT"', 'licence = "MIT'), "recipe x: no valid TOML"),
         (('licence = "MIT"', 'licence = "MIT"\nexit = 1'), "recipe x: exit: Extra inputs"),
+        (
+            ('"main"', '"main"\n[quantisation]\nint8_layers = [0]\nnote = "x"'),
+            "recipe x: quantisation.int8_layers.0: Input should be greater than 0",
+        ),
+        (
+            ('"main"', '"main"\n[quantisation]\nint8_layers = [1]'),
+            "recipe x: quantisation.note: Field required",
+        ),
     ],
 )
 def test_a_damaged_recipe_is_named(change, message):
