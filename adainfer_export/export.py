@@ -35,7 +35,7 @@ from .layout import StageLayout
 from .lower import Precision, find_target, require_shortlist
 from .lower.decoder import DecoderRequest
 from .lower.targets import Dialect
-from .presets import DevicePreset, fitting_length, require_precision
+from .presets import DevicePreset, fitting_length, most_layers_per_engine, require_precision
 from .progress import Reporter, SilentReporter, peak_memory_bytes
 from .quantisation_report import write_quantisation_report
 from .restore import restore_layers
@@ -61,7 +61,8 @@ class ExportRequest:
         layers_per_engine: layers that share one graph; exits lie between graphs. None cuts after
             every layer and, once calibrated, joins what has no exit point in between.
         max_seq_len: positions of the KV cache; default: 2048, or the model's own limit if less.
-        preset: the board whose memory bounds `max_seq_len`, where that is not given.
+        preset: the board whose memory bounds `max_seq_len` and `layers_per_engine`, where they are
+            not given.
         weights: folder or `.gguf` file to read for an alias, instead of its recipe's sources.
         calibration: how the exit graph is fitted; None leaves the folder without one.
         storage: block size and layers that are quantised less than `precision` says.
@@ -212,6 +213,7 @@ def plan_stages(
         target=request.target,
         precision=precision,
         layers_per_engine=request.layers_per_engine,
+        most_layers_per_engine=_most_layers(request, config),
         max_seq_len=max_seq_len,
         kv=kv,
         pass_tensors=shared.tensors if shared else (),
@@ -257,12 +259,22 @@ def _add_stage(
 def _max_seq_len(request: ExportRequest, config: Any) -> int:
     limit, asked = int(config.max_position_embeddings), request.max_seq_len
     if asked is None and request.preset is not None:
-        return min(limit, fitting_length(request.preset, config, request.precision))
+        context = request.calibration is not None and request.calibration.context_exit
+        fitting = fitting_length(
+            request.preset, config, request.precision, request.target, context_exit=context
+        )
+        return min(limit, fitting)
     if asked is None:
         return min(_DEFAULT_MAX_SEQ_LEN, limit)
     if not 1 <= asked <= limit:
         raise UnsupportedError(f"--max-seq-len {asked}: this model takes 1 … {limit} positions")
     return asked
+
+
+def _most_layers(request: ExportRequest, config: Any) -> int | None:
+    if request.preset is None or request.layers_per_engine is not None:
+        return None
+    return most_layers_per_engine(request.preset, config, request.precision)
 
 
 def _write_tokenizer(

@@ -10,8 +10,9 @@ from onnx_ir.tape import Tape
 __all__ = ["CONTRIB", "GraphBuilder", "graph_input", "serialise"]
 
 CONTRIB = "com.microsoft"
-# What TensorRT 10.3 reads; newer readers take it as well.
-_OPSET, _IR_VERSION = 21, 10
+# The lowest opset that the operators need: ONNX Runtime's CUDA provider has kernels for it (see
+# `lower.cuda`), and TensorRT 10.3 reads it.
+_OPSET, _IR_VERSION = 18, 10
 
 
 class GraphBuilder:

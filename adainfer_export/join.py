@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import onnx_ir as ir
@@ -26,9 +27,12 @@ __all__ = ["join_engines"]
 def join_engines(
     folder: Path, manifest: Manifest, dialect: Dialect, precision: Precision
 ) -> Manifest:
-    """The manifest with one graph between two exit points, and those graphs in the folder."""
+    """The manifest with one graph between two exit points, or several where one would be too large
+    for the board that builds it, and those graphs in the folder.
+    """
     joined, written = [], {}
-    for group in _groups(manifest.cut, set(manifest.exit_layers)):
+    most = manifest.most_layers_per_engine or manifest.model.num_layers
+    for group in _groups(manifest.cut, set(manifest.exit_layers), most):
         if len(group) == 1:
             joined.append(group[0])
             continue
@@ -42,12 +46,17 @@ def join_engines(
     )
 
 
-def _groups(stages: Sequence[StageSpec], exits: set[int]) -> Iterator[list[StageSpec]]:
+def _groups(
+    stages: Sequence[StageSpec], exits: set[int], most: int
+) -> Iterator[Sequence[StageSpec]]:
+    """Stages between exits, in parts of nearly one size: equal engines share their build times."""
     group: list[StageSpec] = []
     for stage in stages:
         group.append(stage)
         if stage.last_layer in exits or stage is stages[-1]:
-            yield group
+            parts = -(-len(group) // most)
+            bounds = [len(group) * number // parts for number in range(parts + 1)]
+            yield from (group[first:last] for first, last in pairwise(bounds))
             group = []
 
 

@@ -1,7 +1,8 @@
 """Device presets: what to export for a board. A board is one entry here.
 
 Memory is shared by CPU and GPU on these boards. `memory_bytes` is what an engine may take of it,
-with the system, CUDA and a desktop left their share; it bounds the cache's length.
+with the system, CUDA and a desktop left their share. It bounds the cache's length, and how many
+layers are joined into one engine.
 """
 
 from __future__ import annotations
@@ -13,12 +14,18 @@ from typing import Any
 from adainfer_runtime.devices import least_sm
 
 from .errors import UnsupportedError
-from .lower.precision import PRECISIONS
+from .footprint import Footprint, build_bytes, footprint
 
-__all__ = ["PRESETS", "DevicePreset", "find_preset", "fitting_length", "require_precision"]
+__all__ = [
+    "PRESETS",
+    "DevicePreset",
+    "find_preset",
+    "fitting_length",
+    "most_layers_per_engine",
+    "require_precision",
+]
 
 _GIB = 1 << 30
-_INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,6 @@ class DevicePreset:
         sm: compute capability.
         tensorrt: least version of its JetPack that the preset is for; decides the target's form.
         precision: default; weights in int4 are what 8 GB hold of a 7B model.
-        layers_per_engine: without exits in between; None joins what the calibration allows.
         max_seq_len: positions at most, before memory bounds them further.
     """
 
@@ -41,7 +47,6 @@ class DevicePreset:
     precision: str
     memory_bytes: int
     max_seq_len: int
-    layers_per_engine: int | None = None
 
 
 PRESETS: tuple[DevicePreset, ...] = (
@@ -103,37 +108,49 @@ def require_precision(preset: DevicePreset, precision: str) -> None:
         )
 
 
-def fitting_length(preset: DevicePreset, config: Any, precision: str) -> int:
-    """Positions of a cache in 16 bits that fits beside the weights.
+def fitting_length(
+    preset: DevicePreset, config: Any, precision: str, target: str, *, context_exit: bool = False
+) -> int:
+    """Positions of a cache in 16 bits that fits beside all else that an engine takes there.
 
     Args:
-        config: a `transformers.PretrainedConfig`; MLPs count as gated ones.
+        config: a `transformers.PretrainedConfig`.
 
     Raises:
         UnsupportedError: not even the weights fit.
     """
-    heads = config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    kv_width = (getattr(config, "num_key_value_heads", None) or heads) * width
-    weight_bytes = _weight_bytes(config, heads * width, kv_width, precision)
-    per_position = config.num_hidden_layers * 2 * kv_width * 2
-    rest = preset.memory_bytes - weight_bytes
-    length = min(preset.max_seq_len, rest // per_position) if rest > 0 else 0
+    need = footprint(config, precision, target, context_exit=context_exit)
+    rest = preset.memory_bytes - need.fixed
+    length = min(preset.max_seq_len, rest // need.per_position) if rest > 0 else 0
     if length < 1:
         raise UnsupportedError(
-            f"preset {preset.name}: weights of {weight_bytes / _GIB:.1f} GiB do not fit the "
+            f"preset {preset.name}: {need.fixed / _GIB:.1f} GiB ({_parts(need)}) do not fit the "
             f"{preset.memory_bytes / _GIB:.0f} GiB that an engine may take there; choose another "
             "precision or a smaller model"
         )
     return length
 
 
-def _weight_bytes(config: Any, query_width: int, kv_width: int, precision: str) -> int:
-    """Of layers in the precision; embedding and head in 16 bits, three plans with a table each."""
-    hidden = config.hidden_size
-    inner = next(
-        (int(width) for name in _INNER_WIDTHS if (width := getattr(config, name, None))), 4 * hidden
+def most_layers_per_engine(preset: DevicePreset, config: Any, precision: str) -> int:
+    """Layers that calibration may join into one engine.
+
+    Fewer engines are fewer calls per token, which cost the host some time each, most where the
+    target has no CUDA graphs; so as many as the board can build. Half of the memory is left to the
+    plan as it is written, and to the system's caches.
+    """
+    fitting = (
+        count
+        for count in range(config.num_hidden_layers, 1, -1)
+        if build_bytes(config, precision, count) <= preset.memory_bytes // 2
     )
-    per_layer = hidden * (2 * query_width + 2 * kv_width + 3 * inner)
-    layer_bytes = per_layer * PRECISIONS[precision].layer_bits / 8
-    return int(config.num_hidden_layers * layer_bytes + 3 * 2 * config.vocab_size * hidden)
+    return next(fitting, 1)
+
+
+def _parts(need: Footprint) -> str:
+    parts = {
+        "layers": need.layers,
+        "embedding and head": need.tables,
+        "exit graphs": need.exits,
+        "scratch": need.scratch,
+    }
+    return ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items())

@@ -45,6 +45,7 @@ class StagePlan:
     kv: KvGeometry
     pass_tensors: tuple[TensorSpec, ...] = ()
     batched: bool = False
+    most_layers_per_engine: int | None = None
 
     def settings(self) -> dict[str, Any]:
         """What the user chose, as the manifest says it."""
@@ -77,6 +78,7 @@ class StagePlan:
             precision=self.precision.name,
             quantisation=_quantisation(self.precision),
             layers_per_engine=self.layers_per_engine,
+            most_layers_per_engine=self.most_layers_per_engine,
             max_seq_len=self.max_seq_len,
             kv=self.kv,
             stages=self.stages,

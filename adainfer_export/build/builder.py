@@ -21,6 +21,7 @@ from adainfer_runtime.plans import (
     PLAN_FOLDER,
     BuildStamp,
     PlanRecord,
+    PlanShapes,
     engine_files,
     load_stamp,
     stage_digest,
@@ -28,7 +29,7 @@ from adainfer_runtime.plans import (
 )
 
 from ..errors import BuildError
-from .profiles import Profile, profiles_of
+from .profiles import profiles_of
 from .worker import MODULES, Job, Outcome
 
 __all__ = ["BuildReport", "BuildRequest", "PlanBuilder", "SubprocessBuilder", "build_plans"]
@@ -120,11 +121,13 @@ def build_plans(
     built, kept, warnings = [], [], []
     for file in files:
         source = stage_digest(manifest, file)
-        if _is_current(place, known.get(file), source):
+        profiles = _shapes(manifest, file, stamp)
+        if _is_current(place, known.get(file), source, profiles):
             kept.append(file)
         else:
-            outcome = _build_one(builder, folder, place, manifest, request, stamp, file)
-            known[file] = _record(place, file, source, outcome)
+            again = "; run `adainfer calibrate` again" if _is_calibrated(manifest, file) else ""
+            outcome = _build_one(builder, folder, place, request, stamp, file, profiles, again)
+            known[file] = _record(place, file, source, profiles, outcome)
             built.append(file)
             warnings += [f"{file}: {warning}" for warning in outcome.warnings]
         stamp = stamp.model_copy(update={"plans": dict(known)})
@@ -175,18 +178,18 @@ def _build_one(
     builder: PlanBuilder,
     folder: Path,
     place: Path,
-    manifest: Manifest,
     request: BuildRequest,
     stamp: BuildStamp,
     file: str,
+    profiles: tuple[PlanShapes, ...],
+    again: str,
 ) -> Outcome:
-    profiles = profiles_of(manifest, file, stamp.max_rows, single=stamp.single_profile)
     job = Job(
         backend=request.backend,
         onnx=str((folder / file).absolute()),
         plan=str(place.absolute() / f".{_plan_name(file)}.partial"),
         sm=stamp.sm,
-        profiles=tuple(map(_as_lists, profiles)),
+        profiles=profiles,
         optimisation_level=request.optimisation_level,
         # Kernels are timed on the GPU: without one there is nothing to keep.
         timing_cache=str(place.absolute() / "timing.cache")
@@ -195,7 +198,6 @@ def _build_one(
     )
     outcome = builder.build(job)
     if outcome.error is None and outcome.unused_inputs:
-        again = "; run `adainfer calibrate` again" if _is_calibrated(manifest, file) else ""
         outcome = Outcome(f"inputs are ignored: {'; '.join(outcome.unused_inputs)}{again}")
     if outcome.error is not None:
         Path(job.plan).unlink(missing_ok=True)
@@ -204,17 +206,23 @@ def _build_one(
     return outcome
 
 
+def _shapes(manifest: Manifest, file: str, stamp: BuildStamp) -> tuple[PlanShapes, ...]:
+    profiles = profiles_of(manifest, file, stamp.max_rows, single=stamp.single_profile)
+    return tuple(
+        {name: (s.smallest, s.usual, s.largest) for name, s in profile.items()}
+        for profile in profiles
+    )
+
+
 def _is_calibrated(manifest: Manifest, file: str) -> bool:
     """Of a classifier or translator: those of earlier versions have inputs that they do not use."""
     files = {classifier.graph for classifier in manifest.classifiers}
     return file in files | {point.translate for point in manifest.context_points.values()}
 
 
-def _as_lists(profile: Profile) -> dict[str, tuple[tuple[int, ...], ...]]:
-    return {name: (s.smallest, s.usual, s.largest) for name, s in profile.items()}
-
-
-def _record(place: Path, file: str, source: str, outcome: Outcome) -> PlanRecord:
+def _record(
+    place: Path, file: str, source: str, profiles: tuple[PlanShapes, ...], outcome: Outcome
+) -> PlanRecord:
     written = record_file(place / _plan_name(file))
     return PlanRecord(
         file=_plan_name(file),
@@ -225,11 +233,14 @@ def _record(place: Path, file: str, source: str, outcome: Outcome) -> PlanRecord
         peak_memory_bytes=outcome.peak_memory_bytes,
         fused_attention=outcome.fused_attention,
         float8_products=outcome.float8_products,
+        profiles=profiles,
     )
 
 
-def _is_current(place: Path, record: PlanRecord | None, source: str) -> bool:
-    if record is None or record.source != source:
+def _is_current(
+    place: Path, record: PlanRecord | None, source: str, profiles: tuple[PlanShapes, ...]
+) -> bool:
+    if record is None or (record.source, record.profiles) != (source, profiles):
         return False
     path = place / record.file
     return path.is_file() and path.stat().st_size == record.bytes
@@ -286,13 +297,14 @@ def _new_stamp(
                 "--backend tensorrt builds on the GPU that will run the plans, and none was found; "
                 "run this on the device, or use --backend tensorrt-rtx"
             )
-        sm, name = (gpu.sm,), gpu.name
+        sm, name = (gpu.sm,), gpu.model
         if request.sm and request.sm != sm:
             raise BuildError(f"--sm belongs to tensorrt-rtx: this GPU ({name}) has SM {gpu.sm}")
     if lacking := [str(number) for number in sm if number < least]:
         raise BuildError(
             f"precision {manifest.precision} needs SM {least} or later, not {', '.join(lacking)}; "
-            "export with --precision int4 or fp16 for older GPUs"
+            f"export with --precision {'int4 or fp16' if least > least_sm('int4') else 'fp16'} for "
+            "older GPUs"
         )
     return BuildStamp(
         backend=request.backend,

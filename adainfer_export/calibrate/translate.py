@@ -53,10 +53,15 @@ _LEAST_LESSON_BYTES = 800_000_000
 
 @dataclass(frozen=True)
 class Rotary:
-    """The rotary tables that all layers share, `[max_length, head_dim / 2]` each, as stored."""
+    """The rotary tables that all layers share, `[max_length, head_dim / 2]` each, as stored.
+
+    With `contrib` keys are rotated by ONNX Runtime's own operator, which counts the rows itself:
+    its CUDA provider leaves what is computed from a Shape to the CPU. TensorRT does not have it.
+    """
 
     cos: ir.Value
     sin: ir.Value
+    contrib: bool = False
 
     def undo(self, key: Float32) -> Float32:
         """K `[kv_heads, positions, head_dim]` from position 0 on, before it was rotated."""
@@ -67,11 +72,13 @@ class Rotary:
         first, second = np.split(key, 2, axis=-1)
         return np.concatenate([first * cos + second * sin, second * cos - first * sin], axis=-1)
 
-    def rotate(
-        self, graph: GraphBuilder, key: ir.Value, rows: ir.Value, start: ir.Value
-    ) -> ir.Value:
-        """K `[…, rows, head_dim]`, rotated for positions from `start` `[1]` on."""
+    def rotate(self, graph: GraphBuilder, key: ir.Value, start: ir.Value) -> ir.Value:
+        """K `[layers, kv_heads, rows, head_dim]`, rotated for positions from `start` `[1]` on."""
+        if self.contrib:
+            tables = (graph.cast(graph.shared(stored)) for stored in (self.cos, self.sin))
+            return graph.contrib("RotaryEmbedding", key, start, *tables)
         # The range depends on shapes alone, as TensorRT wants it.
+        rows = graph.op("Gather", graph.op("Shape", key), graph.scalar(2), axis=0)
         steps = graph.op("Range", graph.scalar(0), rows, graph.scalar(1))
         positions = graph.op("Add", steps, graph.op("Squeeze", start))
         cos, sin = (
@@ -99,9 +106,7 @@ class Unrotated:
         """K itself."""
         return key
 
-    def rotate(
-        self, graph: GraphBuilder, key: ir.Value, rows: ir.Value, start: ir.Value
-    ) -> ir.Value:
+    def rotate(self, graph: GraphBuilder, key: ir.Value, start: ir.Value) -> ir.Value:
         """K itself."""
         return graph.op("Identity", key)
 
@@ -152,7 +157,7 @@ def read_rotary(folder: Path, manifest: Manifest) -> Rotary | Unrotated | None:
         return Unrotated()
     half = manifest.kv.head_dim // 2
     whole = all(v.const_value is not None and v.const_value.shape[1] == half for v in (cos, sin))
-    return Rotary(cos, sin) if whole else None
+    return Rotary(cos, sin, contrib=True) if whole else None
 
 
 def _read_shared_rotary(folder: Path, manifest: Manifest) -> Rotary | Unrotated | None:
@@ -295,8 +300,7 @@ def lower_translator(
     table = graph.op("Reshape", flat, graph.ints([0, above, 2, heads, width]))
     table = graph.transpose(table, [2, 1, 3, 0, 4])
     key, value = (graph.op("Gather", table, graph.scalar(part), axis=0) for part in (0, 1))
-    rows = graph.op("Gather", graph.op("Shape", hidden), graph.scalar(0), axis=0)
-    rotated = rotary.rotate(graph, key, rows, start)
+    rotated = rotary.rotate(graph, key, start)
     shape: list[int | str] = [above, heads, "rows", width]
     outputs = [
         graph.output(rotated, "key", shape),

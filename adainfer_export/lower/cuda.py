@@ -3,6 +3,16 @@
 Inside an engine all activations have the precision's type, so that the fused operators of ONNX
 Runtime apply; the residual stream crosses engines in float32. Embedding and LM head are those of
 the standard dialects: one 16-bit table.
+
+ONNX Runtime's CUDA provider must take every node of a stage, and leaves two kinds to the CPU:
+
+- Operators whose newest form at the stage's opset it has no kernel for. A kernel that is registered
+  from a version on does not serve the operator's next version, and several lag behind: Equal stands
+  at opset 13, Pad and ReduceMax at 18, and some releases have no Cast or Reshape of 24
+  (microsoft/onnxruntime#28368). So stages have the lowest opset that their operators need,
+  `OPSET`, and GELU is the operator that ONNX Runtime had before ONNX did, in opset 20.
+- What is computed from a Shape or Size, whose result lies in host memory. So there is none:
+  positions are given (see `attention`).
 """
 
 from __future__ import annotations
@@ -12,10 +22,12 @@ import onnx_ir as ir
 from ..weights import WeightExpr
 from . import ort, standard
 from .element_types import narrow_initializer
-from .graph import insert_before, remove_dead_nodes, take_over
+from .graph import CONTRIB, insert_before, remove_dead_nodes, take_over
 from .precision import Precision
 
-__all__ = ["fuse_joined", "lower_candidates", "lower_layers", "lower_probe"]
+__all__ = ["OPSET", "fuse_joined", "lower_candidates", "lower_layers", "lower_probe"]
+
+OPSET = 18  # the first with Split and reductions as they are used here
 
 Weights = dict[str, WeightExpr]
 _FLOAT = ir.DataType.FLOAT
@@ -25,6 +37,7 @@ def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
     """Lowers a stage of decoder layers in place; returns what its new initialisers hold."""
     weights = ort.lower_layers(graph, precision)
     _contrib_norms(graph)
+    _contrib_gelus(graph)
     _narrow(graph, precision.activation_type, weights)
     return weights
 
@@ -70,6 +83,17 @@ def _contrib_norms(graph: ir.Graph) -> None:
                 ir.AttrInt64("stash_type", 1),
             ],
         )
+        insert_before(node, [same])
+        take_over(node.outputs[0], same.outputs[0])
+    remove_dead_nodes(graph)
+
+
+def _contrib_gelus(graph: ir.Graph) -> None:
+    """ONNX's Gelu is of opset 20, in which the provider lacks other operators."""
+    for node in [node for node in graph if node.op_type == "Gelu" and not node.domain]:
+        approximate = node.attributes.get("approximate")
+        tanh = approximate is not None and approximate.as_string() == "tanh"
+        same = ir.Node(CONTRIB, "FastGelu" if tanh else "Gelu", [node.inputs[0]])
         insert_before(node, [same])
         take_over(node.outputs[0], same.outputs[0])
     remove_dead_nodes(graph)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from .attention import fuse_attention
+from .attention import fuse_attention, given_position
 from .attention_standard import standardise_attention
 from .pass_tensors import PassStage
 from .precision import Precision
 
-__all__ = ["DecoderRequest", "contrib", "fused", "keep", "plain"]
+__all__ = ["DecoderRequest", "contrib", "contrib_alone", "fused", "keep", "plain"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,12 @@ def keep(model: ir.Model, request: DecoderRequest) -> PassStage | None:
 def contrib(model: ir.Model, request: DecoderRequest) -> PassStage | None:
     """com.microsoft.GroupQueryAttention: layers share two lengths, which the host knows."""
     fuse_attention(model, windows=request.windows)
+    return None
+
+
+def contrib_alone(model: ir.Model, request: DecoderRequest) -> PassStage | None:
+    """`contrib` of one sequence at a time: no position is computed from shapes."""
+    fuse_attention(model, windows=request.windows, positions=given_position)
     return None
 
 

@@ -105,6 +105,7 @@ AS_IS = Dialect(
 
 _ORT_CUDA = replace(
     _ORT_CPU,
+    lower_decoder=decoder.contrib_alone,
     lower_embedding=standard.lower_embedding,
     lower_layers=cuda.lower_layers,
     lower_probe=cuda.lower_probe,
@@ -114,6 +115,8 @@ _ORT_CUDA = replace(
     kv_fill=None,
     batched=False,  # its back end runs every sequence alone
     precision=with_half_activations,
+    opset=cuda.OPSET,
+    ir_version=10,
 )
 
 _STANDARD = Dialect(

@@ -9,21 +9,31 @@ from pathlib import Path
 __all__ = ["GpuInfo", "find_gpu", "jetson_model", "least_sm"]
 
 _NAME_BYTES = 128
-_SM_MAJOR, _SM_MINOR = 75, 76  # CUdevice_attribute
-_LEAST_SM = {"fp8": 89}  # Ada: the first with products of 8-bit floats
+_MULTIPROCESSORS, _SM_MAJOR, _SM_MINOR = 16, 75, 76  # CUdevice_attribute
+# NVIDIA's support matrices: bfloat16 and int4 weights from Ampere on, 8-bit floats from Ada on.
+_LEAST_SM = {"bf16": 80, "int4": 80, "fp8": 89}
 _DEVICE_TREE = Path("/proc/device-tree/model")
 
 
 @dataclass(frozen=True)
 class GpuInfo:
     """An NVIDIA GPU. `sm` is its compute capability, such as 87; `driver` the CUDA version that
-    its driver offers, such as `12.6`.
+    its driver offers, such as `12.6`; `multiprocessors` 0 where they are not known.
     """
 
     name: str
     sm: int
     memory_bytes: int
     driver: str
+    multiprocessors: int = 0
+
+    @property
+    def model(self) -> str:
+        """What plans of TensorRT are for. The name alone does not tell an AGX Orin from an Orin
+        Nano: both are called Orin, with the same SM.
+        """
+        count = f", {self.multiprocessors} multiprocessors" if self.multiprocessors else ""
+        return self.name + count
 
 
 def find_gpu() -> GpuInfo | None:
@@ -37,7 +47,7 @@ def find_gpu() -> GpuInfo | None:
         return None
     name = ctypes.create_string_buffer(_NAME_BYTES)
     memory = ctypes.c_size_t()
-    values = {kind: ctypes.c_int() for kind in (_SM_MAJOR, _SM_MINOR)}
+    values = {kind: ctypes.c_int() for kind in (_MULTIPROCESSORS, _SM_MAJOR, _SM_MINOR)}
     failed = cuda.cuDeviceGetName(name, _NAME_BYTES, number)
     failed = failed or cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), number)
     failed = failed or cuda.cuDriverGetVersion(ctypes.byref(version))
@@ -50,11 +60,12 @@ def find_gpu() -> GpuInfo | None:
         10 * values[_SM_MAJOR].value + values[_SM_MINOR].value,
         memory.value,
         f"{version.value // 1000}.{version.value % 1000 // 10}",
+        values[_MULTIPROCESSORS].value,
     )
 
 
 def least_sm(precision: str) -> int:
-    """Compute capability from which on GPUs have a precision; 0 where all have it."""
+    """Compute capability from which on TensorRT has a precision; 0 where it has it everywhere."""
     return _LEAST_SM.get(precision, 0)
 
 

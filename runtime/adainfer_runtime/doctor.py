@@ -79,8 +79,10 @@ def _abilities(gpu: GpuInfo | None, packages: dict[str, str], library: str | Non
     compiler = [] if {"torch", "mobius-onnx"} <= packages.keys() else [_pip("export")]
     both = {"onnxruntime", "onnxruntime-gpu"} <= packages.keys()
     device = [] if gpu else ["an NVIDIA GPU with its driver"]
-    driver = [] if "cuda-python" in packages else [_pip("cuda")]
-    cuda = [*device, *driver]
+    bindings = "cuda-python" in packages
+    cuda = [*device] if bindings else [*device, _pip("cuda")]
+    # Not extra `cuda`: it would bring ONNX Runtime, which TensorRT's plans do without.
+    driver = [] if bindings else [_pip("tensorrt")]
     if "onnxruntime-gpu" not in packages:
         cuda.append(_pip("cuda"))
     elif both:

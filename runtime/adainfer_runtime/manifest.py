@@ -340,7 +340,8 @@ class Manifest(_Record):
 
     `stages` is the decoder as it was cut. Where `joined` is not empty, neighbouring stages without
     an exit point between them were joined: these graphs run the layers instead. That is done
-    unless the user fixed `layers_per_engine`. Stages that are `batched` take a position of each of
+    unless the user fixed `layers_per_engine`; `most_layers_per_engine` is what the board that the
+    folder is for can build. Stages that are `batched` take a position of each of
     several sequences in one pass.
 
     `exit` is the exit graph of mode `adaptive`, `other_exits` are further ones, each with another
@@ -361,6 +362,7 @@ class Manifest(_Record):
     quantisation: Quantisation | None = None
     max_seq_len: int
     layers_per_engine: int | None = None
+    most_layers_per_engine: int | None = None
     kv: KvGeometry
     stages: tuple[StageSpec, ...]
     pass_tensors: tuple[TensorSpec, ...] = ()

@@ -1,25 +1,32 @@
 """TensorRT plans of an engine folder, and the stamp that says what they were built for.
 
-`plans/NAME/stamp.json` lies beside the plans of one build. A plan runs on the TensorRT version and
-the GPU family that it was built with, and only for the ONNX files that it was built from.
+`plans/NAME/stamp.json` lies beside the plans of one build. A plan runs on the TensorRT version that
+built it, and only for the ONNX files that it was built from: those of TensorRT on the model of GPU
+that built them (its kernels are chosen by their time there), those of TensorRT-RTX on the families
+that they were built for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .devices import GpuInfo
 from .errors import PlanError
 from .manifest import Manifest
 
 __all__ = [
     "PLAN_FOLDER",
+    "Backend",
     "BuildStamp",
     "PlanRecord",
+    "PlanShapes",
+    "check_plan",
     "engine_files",
     "find_stamp",
     "load_stamp",
@@ -31,11 +38,14 @@ PLAN_FOLDER = "plans"
 _STAMP = "stamp.json"
 Backend = Literal["tensorrt", "tensorrt-rtx"]
 
+# Of one profile: smallest, usual and largest shape by input.
+PlanShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
+
 
 class PlanRecord(BaseModel):
     """One plan. `source` is the digest of the ONNX file and the weights that it was built from;
     `fused_attention` and `float8_products` the numbers of fused attention kernels and of products
-    of 8-bit floats that the build log names, in all profiles.
+    of 8-bit floats that the build log names, in all profiles; `profiles` the shapes of each.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +58,7 @@ class PlanRecord(BaseModel):
     peak_memory_bytes: int
     fused_attention: int
     float8_products: int = 0
+    profiles: tuple[PlanShapes, ...] = ()
 
 
 class BuildStamp(BaseModel):
@@ -55,7 +66,7 @@ class BuildStamp(BaseModel):
 
     Attributes:
         sm: compute capabilities, such as 86; of `tensorrt` the one of the GPU that built them.
-        gpu: its name; None where none was there (`tensorrt-rtx`).
+        gpu: its model (`GpuInfo.model`); None where none was there (`tensorrt-rtx`).
         max_rows: positions that one pass may carry: the prefill profile's largest.
         plans: by the ONNX file's path in the engine folder.
     """
@@ -110,37 +121,87 @@ def load_stamp(folder: Path, name: str) -> BuildStamp | None:
 
 
 def find_stamp(
-    folder: Path, manifest: Manifest, *, backend: Backend, version: str, sm: int
+    folder: Path, manifest: Manifest, *, installed: Mapping[Backend, str], gpu: GpuInfo
 ) -> BuildStamp:
     """The stamp whose plans run here, with a current plan for every engine of the manifest.
+
+    Args:
+        installed: versions of TensorRT's packages; the first is preferred.
 
     Raises:
         PlanError: there is none; the message says what was found, and which command builds it.
     """
-    command = f"run `adainfer build {folder} --backend {backend}` on this device"
     stamps = [
         stamp
         for path in sorted((folder / PLAN_FOLDER).glob(f"*/{_STAMP}"))
         if (stamp := load_stamp(folder, path.parent.name)) is not None
     ]
+    preferred = next(iter(installed))
     if not stamps:
-        raise PlanError(f"{folder} has no TensorRT plans: {command}")
-    fitting = [s for s in stamps if (s.backend, s.version) == (backend, version) and sm in s.sm]
+        raise PlanError(f"{folder} has no TensorRT plans: {_build(folder, preferred)}")
+    fitting = [s for backend in installed for s in stamps if s.backend == backend]
+    fitting = [s for s in fitting if not _misfit(s, installed, gpu)]
     if not fitting:
-        found = ", ".join(stamp.name for stamp in stamps)
+        known = [stamp for stamp in stamps if stamp.backend in installed]
+        found = "; ".join(_misfit(stamp, installed, gpu) for stamp in stamps)
+        backend = known[0].backend if known else preferred
+        here = " and ".join(f"{name} {version}" for name, version in installed.items())
         raise PlanError(
-            f"{folder}: no plans for {backend} {version} on SM {sm} (found: {found}): {command}"
+            f"{folder}: no plans for {here} on {gpu.model}, SM {gpu.sm} (found: {found}): "
+            f"{_build(folder, backend)}"
         )
-    stamp = fitting[0]
+    problems = [_find_problem(folder, manifest, stamp) for stamp in fitting]
+    for stamp, problem in zip(fitting, problems, strict=True):
+        if problem is None:
+            return stamp
+    raise PlanError(f"{problems[0]}: {_build(folder, fitting[0].backend)}")
+
+
+def check_plan(folder: Path, stamp: BuildStamp, file: str) -> Path:
+    """The plan of an ONNX file, as it was built.
+
+    Raises:
+        PlanError: there is none, or it was changed.
+    """
+    record = stamp.plans.get(file)
+    if record is None:
+        raise PlanError(f"{folder}: the plan of {file} is missing: {_build(folder, stamp.backend)}")
+    path = folder / PLAN_FOLDER / stamp.name / record.file
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != record.sha256:
+        raise PlanError(
+            f"{path} is not the plan that was built (its sha256 differs): remove it, then "
+            f"{_build(folder, stamp.backend)}"
+        )
+    return path
+
+
+def _misfit(stamp: BuildStamp, installed: Mapping[Backend, str], gpu: GpuInfo) -> str:
+    """Why its plans do not run here, begun with its name; empty where they do."""
+    if stamp.backend not in installed:
+        return f"{stamp.name}, and {stamp.backend} is not installed"
+    if installed[stamp.backend] != stamp.version or gpu.sm not in stamp.sm:
+        return stamp.name
+    if stamp.backend == "tensorrt" and stamp.gpu != gpu.model:
+        return f"{stamp.name}, built on {stamp.gpu}"
+    return ""
+
+
+def _find_problem(folder: Path, manifest: Manifest, stamp: BuildStamp) -> str | None:
     for file in engine_files(manifest):
         record = stamp.plans.get(file)
         if record is None or record.source != stage_digest(manifest, file):
             what = "is missing" if record is None else "was built from another ONNX file"
-            raise PlanError(f"{folder}: the plan of {file} {what}: {command}")
+            return f"{folder}: the plan of {file} {what}"
         path = folder / PLAN_FOLDER / stamp.name / record.file
         if not path.is_file() or path.stat().st_size != record.bytes:
-            raise PlanError(f"{path} is missing or damaged: {command}")
-    return stamp
+            return f"{path} is missing or damaged"
+    return None
+
+
+def _build(folder: Path, backend: Backend) -> str:
+    return f"run `adainfer build {folder} --backend {backend}` on this device"
 
 
 def engine_files(manifest: Manifest) -> tuple[str, ...]:

@@ -286,7 +286,7 @@ def test_thor_takes_them(checkpoint, tmp_path):
         str(checkpoint), tmp_path / "out", target=preset.target, precision="fp8", preset=preset
     )
     assert export(request).manifest.precision == "fp8"
-    assert fitting_length(preset, LLAMA2_7B, "fp8") == 8192
+    assert fitting_length(preset, LLAMA2_7B, "fp8", preset.target) == 8192
 
 
 def test_settings_of_integer_blocks_are_refused(checkpoint, tmp_path):

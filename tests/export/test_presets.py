@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from transformers import AutoConfig
 
 from adainfer_export import ExportRequest, export
 from adainfer_export.build.builder import _NEEDS
 from adainfer_export.errors import UnsupportedError
+from adainfer_export.footprint import build_bytes, footprint
+from adainfer_export.join import join_engines
 from adainfer_export.lower import find_target
-from adainfer_export.presets import PRESETS, find_preset, fitting_length
+from adainfer_export.presets import (
+    PRESETS,
+    find_preset,
+    fitting_length,
+    most_layers_per_engine,
+)
 
 LLAMA2_7B = AutoConfig.for_model(
     "llama",
@@ -29,19 +38,80 @@ def test_every_preset_names_a_target_that_its_tensorrt_runs(preset):
     assert version >= _NEEDS[preset.target]
 
 
-def test_the_length_shrinks_until_weights_and_cache_fit():
+def fitting(name, precision, **settings):
+    preset = find_preset(name)
+    return fitting_length(preset, LLAMA2_7B, precision, preset.target, **settings)
+
+
+def test_the_length_shrinks_until_all_fits():
     nano = find_preset("jetson-orin-nano")
-    length = fitting_length(nano, LLAMA2_7B, "int4")
-    cache = length * 32 * 2 * 4096 * 2
+    length = fitting("jetson-orin-nano", "int4")
+    need = footprint(LLAMA2_7B, "int4", nano.target, context_exit=False)
     assert 0 < length < nano.max_seq_len
-    assert cache < nano.memory_bytes - 3_600_000_000  # 6.5 G weights at 4.5 bits
-    assert fitting_length(find_preset("jetson-thor"), LLAMA2_7B, "bf16") == 8192
+    assert need.fixed + length * need.per_position <= nano.memory_bytes
+    assert need.fixed + (length + 1) * need.per_position > nano.memory_bytes
+    assert fitting("jetson-thor", "bf16") == 8192
+
+
+def test_a_footprint_counts_what_plans_hold():
+    """Llama-2-7B: 6.48 G weights in layers, 131 M in a table."""
+    layer = 4 * 4096 * 4096 + 3 * 4096 * 11008
+    need = footprint(LLAMA2_7B, "int4", "tensorrt", context_exit=False)
+    assert need.layers == pytest.approx(32 * layer * 4.5 / 8)
+    assert need.tables == 3 * 2 * 32000 * 4096  # embedding, head, and the head for candidates
+    # 16-bit weights twice: once for each profile.
+    assert footprint(LLAMA2_7B, "bf16", "tensorrt", context_exit=False).layers == 32 * layer * 4
+    assert footprint(LLAMA2_7B, "fp8", "tensorrt", context_exit=False).layers == 32 * layer * 2
+    translated = footprint(LLAMA2_7B, "int4", "tensorrt", context_exit=True)
+    assert translated.exits - need.exits == 2 * 4 * layer
+    assert need.exits > 0.1 * need.layers  # adapters: a twentieth, in 32 bits
+    plain = footprint(LLAMA2_7B, "int4", "tensorrt-basic", context_exit=False)
+    assert plain.per_position - need.per_position == 2 * 2 * 512 * 32  # scores
+    assert need.per_position > 32 * 2 * 4096 * 2  # the cache, and what waits
+    assert need.scratch > 512 * 4 * 4096
 
 
 def test_weights_that_do_not_fit_are_refused():
-    match = "weights of 12.8 GiB do not fit the 5 GiB .* choose another precision"
+    match = (
+        r"GiB \(layers 24.1, embedding and head 0.7, exit graphs 1.3, scratch 0.1\) do not fit the "
+        r"5 GiB .* choose another precision"
+    )
     with pytest.raises(UnsupportedError, match=match):
-        fitting_length(find_preset("jetson-orin-nano"), LLAMA2_7B, "fp16")
+        fitting("jetson-orin-nano", "fp16")
+
+
+def test_engines_are_no_larger_than_a_board_can_build():
+    most = {p.name: most_layers_per_engine(p, LLAMA2_7B, p.precision) for p in PRESETS}
+    assert 1 < most["jetson-orin-nano"] < most["jetson-orin"] < 32
+    for preset in PRESETS:
+        count, half = most[preset.name], preset.memory_bytes // 2
+        assert build_bytes(LLAMA2_7B, preset.precision, count) <= half
+        assert build_bytes(LLAMA2_7B, preset.precision, count + 1) > half
+    small = AutoConfig.for_model("llama", hidden_size=576, num_hidden_layers=30)
+    assert most_layers_per_engine(find_preset("jetson-orin-nano"), small, "int4") == 30
+    # Never none at all.
+    tight = dataclasses.replace(find_preset("jetson-orin-nano"), memory_bytes=1 << 20)
+    assert most_layers_per_engine(tight, LLAMA2_7B, "int4") == 1
+
+
+def test_joined_engines_keep_within_the_boards_bound(checkpoint, tmp_path):
+    config = AutoConfig.from_pretrained(checkpoint)
+    board = find_preset("jetson-orin")
+    preset = dataclasses.replace(board, memory_bytes=2 * build_bytes(config, "fp16", 3))
+    request = ExportRequest(
+        str(checkpoint),
+        tmp_path / "engines",
+        target=preset.target,
+        precision="fp16",
+        preset=preset,
+    )
+    manifest = export(request).manifest
+    assert manifest.most_layers_per_engine == 3
+    _, dialect, precision = find_target(manifest.target, manifest.precision)
+    joined = join_engines(tmp_path / "engines", manifest, dialect, precision)
+    assert [stage.last_layer for stage in joined.joined] == [2, 4]  # in parts of one size
+    fixed = dataclasses.replace(request, layers_per_engine=4, force=True)
+    assert export(fixed).manifest.most_layers_per_engine is None
 
 
 def test_unknown_presets_suggest_near_names():

@@ -108,6 +108,11 @@ class FakeDriver:
                 self._queue.append(call)
 
     @property
+    def recording(self):
+        """Whether work is put into a graph."""
+        return self._recording is not None
+
+    @property
     def busy(self):
         """Whether something is still to be done."""
         return bool(self._queue)
@@ -192,8 +197,7 @@ class FakePlan:
         self._session = open_session(path)
         self._driver = driver
         self._profiles = profiles
-        self._shapes = [{} for _ in profiles]
-        self._addresses = [{} for _ in profiles]
+        self.contexts = []
 
     def inputs(self):
         return tuple(self._inputs)
@@ -214,18 +218,12 @@ class FakePlan:
         zipped = zip(bounds.smallest, shape, bounds.largest, strict=True)
         return all(low <= size <= high for low, size, high in zipped)
 
-    def set_input_shape(self, profile, name, shape):
-        if not self.accepts(profile, name, shape):
-            raise StageError(f"TensorRT refuses shape {list(shape)} of {name}")
-        self._shapes[profile][name] = shape
+    def context(self, profile):
+        self.contexts.append(FakeContext(self, self._driver, profile))
+        return self.contexts[-1]
 
-    def set_address(self, profile, name, address):
-        assert name in self._inputs or name in self._outputs
-        self._addresses[profile][name] = address
-        time.sleep(0)  # another thread may come in between
-
-    def enqueue(self, profile):
-        shapes, addresses = dict(self._shapes[profile]), dict(self._addresses[profile])
+    def start(self, shapes, addresses):
+        """Puts a run onto the stream."""
         assert set(shapes) == set(self._inputs), "a shape was not set"
         assert set(addresses) == {*self._inputs, *self._outputs}, "an address was not set"
         for output, source in self._alias.items():
@@ -248,3 +246,46 @@ class FakePlan:
         kind = {"int64": "int64", "bool": "bool"}.get(str(dtype), str(dtype))
         size = int(np.prod(shape)) * ITEM_BYTES[kind]
         return self._driver.view(address, size).view(dtype).reshape(shape)
+
+
+class FakeContext:
+    """See `adainfer_runtime.backends.tensorrt.PlanContext`.
+
+    It keeps NVIDIA's rules for graphs: a context that was captured is left alone, the run after a
+    change of shapes is none that is captured, and nothing is set within a capture.
+    """
+
+    def __init__(self, plan, driver, profile):
+        self.captured = False
+        self.told = []  # what was set, in order
+        self._plan, self._driver, self._profile = plan, driver, profile
+        self._shapes, self._addresses = {}, {}
+        self._settled = False
+
+    def set_input_shape(self, name, shape):
+        self._change(name)
+        if not self._plan.accepts(self._profile, name, shape):
+            raise StageError(f"TensorRT refuses shape {list(shape)} of {name}")
+        self._shapes[name] = shape
+        self._settled = False
+
+    def set_address(self, name, address):
+        self._change(name)
+        self._addresses[name] = address
+        time.sleep(0)  # another thread may come in between
+
+    def enqueue(self):
+        assert not self.captured, "a context that a graph was captured from runs again"
+        if self._driver.recording:
+            assert self._settled, "the first run after a change of shapes is captured"
+            self.captured = True
+        self._settled = True
+        self._plan.start(dict(self._shapes), dict(self._addresses))
+
+    def capturable(self):
+        return True
+
+    def _change(self, name):
+        assert not self._driver.recording, f"{name} is set within a capture"
+        assert not self.captured, f"{name} is set in a context that a graph was captured from"
+        self.told.append(name)

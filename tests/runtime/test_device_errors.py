@@ -6,17 +6,32 @@ import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from adainfer_export.build import BuildRequest, build_plans
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine, certificate
-from adainfer_runtime.backends.ort_cuda import require_cuda_libraries, require_cuda_sessions
+from adainfer_runtime.backends.device_memory import Tensor
+from adainfer_runtime.backends.device_sequence import BoundRun
+from adainfer_runtime.backends.ort_cuda import (
+    _SessionStage,
+    open_stages,
+    require_cuda_libraries,
+    require_cuda_sessions,
+)
 from adainfer_runtime.certificate import certified_threshold, device_class, device_option
 from adainfer_runtime.devices import GpuInfo, find_gpu
 from adainfer_runtime.errors import DeviceError, ExitUnavailableError, StageError
-from adainfer_runtime.manifest import Certificate, CertificateLevel
+from adainfer_runtime.manifest import (
+    Certificate,
+    CertificateLevel,
+    ClassifierSpec,
+    ExitPoint,
+    ExitSpec,
+)
 from adainfer_runtime.planning import machine, measure_times
+from adainfer_runtime.plans import engine_files
 
 PROMPT = [5, 17, 200, 43]
 
@@ -73,6 +88,86 @@ def test_a_library_that_is_missing_is_named(tmp_path):
 
 def test_cuda_sessions_pass():
     require_cuda_sessions(Path("x"), ["CUDAExecutionProvider", "CPUExecutionProvider"])
+
+
+class ScriptedRuntime:
+    """ONNX Runtime whose CUDA provider leaves a node of one file to the CPU."""
+
+    SessionOptions = staticmethod(
+        lambda: SimpleNamespace(entries={}, add_session_config_entry=lambda *entry: None)
+    )
+    RunOptions = staticmethod(lambda: SimpleNamespace(add_run_config_entry=lambda *entry: None))
+
+    def __init__(self, refused, providers=("CUDAExecutionProvider", "CPUExecutionProvider")):
+        self._refused, self._providers = refused, providers
+        self.opened = []
+
+    def InferenceSession(self, path, options, providers):
+        self.opened.append(path)
+        if self._refused is not None and path.endswith(self._refused):
+            raise RuntimeError("This session contains graph nodes that are assigned to the default")
+        return SimpleNamespace(get_providers=lambda: list(self._providers))
+
+
+def test_everything_that_may_run_is_checked_when_it_is_loaded(tiny):
+    """Candidates, adapters and classifiers too: not in the middle of a request."""
+    made = tiny("llama", target="ort-cuda", precision="fp16")
+    manifest = made.engine.manifest
+    classifier = ClassifierSpec(kind="own", graph="exit/own.onnx", state_size=3, features=())
+    point = ExitPoint(exit_layer=2, adapter="adapters/layer_002.onnx")
+    spec = ExitSpec(points=(point,), classifier=classifier, threshold=0.0, target_agreement=0.9)
+    calibrated = manifest.model_copy(update={"exit": spec})
+    fine = ScriptedRuntime(None)
+    open_stages(made.folder, calibrated, fine, 0)
+    names = {path.removeprefix(f"{made.folder}/") for path in fine.opened}
+    assert names == set(engine_files(calibrated))
+    for file in (manifest.candidates.file, point.adapter, classifier.graph):
+        match = f"{file} cannot be run by ONNX Runtime's CUDA provider alone: This session contains"
+        with pytest.raises(StageError, match=match):
+            open_stages(made.folder, calibrated, ScriptedRuntime(file), 0)
+    with pytest.raises(StageError, match=r"CUDA provider was not loaded .*runs on CPUExecution"):
+        open_stages(made.folder, calibrated, ScriptedRuntime(None, ("CPUExecutionProvider",)), 0)
+
+
+class CountingSession:
+    """A session of ONNX Runtime that notes what is bound and what runs."""
+
+    def __init__(self):
+        self.bound, self.ran = [], []
+
+    def io_binding(self):
+        number = len(self.bound)
+        self.bound.append([])
+        note = self.bound[number].append
+        return SimpleNamespace(
+            number=number,
+            bind_input=lambda *given: note(given),
+            bind_output=lambda *given: note(given),
+        )
+
+    def run_with_iobinding(self, binding, options):
+        self.ran.append(binding.number)
+
+
+def test_runs_in_the_same_places_are_bound_once():
+    session = CountingSession()
+    stage = _SessionStage(ScriptedRuntime(None), session)
+
+    def run(address):
+        x, y = Tensor(address, "float32", (1, 2)), Tensor(64, "bfloat16", (1,))
+        stage.bind(BoundRun({"x": x}, {"y": y}))()
+
+    for address in (256, 256, 512, 256):
+        run(address)
+    assert session.ran == [0, 0, 1, 0]
+    assert session.bound[1] == [
+        ("x", "cuda", 0, np.float32, (1, 2), 512),
+        ("y", "cuda", 0, 16, (1,), 64),
+    ]
+    for address in range(1024, 1024 + 9 * 256, 256):
+        run(address)
+    run(256)  # forgotten by now
+    assert session.ran[-1] == len(session.bound) - 1 == 11
 
 
 def needs_gpu_and(module):

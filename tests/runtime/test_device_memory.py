@@ -41,7 +41,7 @@ def test_everything_is_given_back_with_the_engine(folder):
     engine.choose(PROMPT, ["a", "b"], mode="adaptive")
     result = engine.backend.probe(np.zeros(64, np.float32))
     assert live(driver)[0] > 0
-    assert (live(driver)[1] > 0) == (engine.manifest.kv.layout == "bnsh")
+    assert live(driver)[1] > 0  # of tensorrt-basic the embedding's alone
     del pair, engine
     assert live(driver)[0] > 0  # somebody may still ask for this one's logits
     assert len(result.logits) == 320

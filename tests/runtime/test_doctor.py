@@ -45,6 +45,14 @@ def test_a_jetson_with_jetpack_6():
     )
 
 
+def test_tensorrt_without_cudas_bindings_needs_no_onnxruntime():
+    missing = look(ORIN, tensorrt="10.3.0")
+    expected = ("pip install 'adainfer-export[tensorrt]'",)
+    assert missing["run TensorRT plans on the GPU"] == expected
+    missing = look(ORIN, onnxruntime_gpu="1.31")
+    assert missing["run target ort-cuda on the GPU"] == ("pip install 'adainfer-export[cuda]'",)
+
+
 @pytest.mark.parametrize("both", [False, True])
 def test_the_two_runtimes_hold_one_module(both):
     extra = {"onnxruntime": "1.32"} if both else {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +22,11 @@ from adainfer_runtime.backends.device_backend import DeviceBackend
 from adainfer_runtime.backends.device_memory import DeviceRows, Tensor, from_storage, to_storage
 from adainfer_runtime.backends.device_sequence import BoundRun
 from adainfer_runtime.backends.ort_cpu import open_session
-from adainfer_runtime.backends.tensorrt import PlanStage, PlanStages
+from adainfer_runtime.backends.tensorrt import EnginePlan, PlanStage, PlanStages
 from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.devices import GpuInfo
 from adainfer_runtime.engine_folder import load_manifest
-from adainfer_runtime.errors import DeviceError, ExitUnavailableError, StageError
+from adainfer_runtime.errors import DeviceError, ExitUnavailableError, PlanError, StageError
 from adainfer_runtime.planning import Machine, RequestShape, bench, measure_times
 from adainfer_runtime.plans import BuildStamp, PlanRecord, engine_files
 from adainfer_runtime.profile import ProfiledBackend, StageClock
@@ -37,14 +39,14 @@ PROMPT = [5, 17, 200, 43, 9, 120, 77, 31, 250, 8]
 TARGETS = [("onnx-std", "fp32"), ("tensorrt", "fp16"), ("tensorrt-basic", "fp32")]
 
 
-def fake_backend(made, max_rows=16, aliases=True):
+def fake_backend(made, max_rows=16, aliases=True, single=False):
     manifest = made.engine.manifest
     driver = FakeDriver()
     records = {
         file: PlanRecord(
             file=f"../../{file}",
             bytes=0,
-            sha256="",
+            sha256=hashlib.sha256((made.folder / file).read_bytes()).hexdigest(),
             source="",
             seconds=0,
             peak_memory_bytes=0,
@@ -63,7 +65,7 @@ def fake_backend(made, max_rows=16, aliases=True):
 
     def profiles(path):
         file = path.resolve().relative_to(made.folder.resolve()).as_posix()
-        return profiles_of(manifest, file, max_rows)
+        return profiles_of(manifest, file, max_rows, single=single)
 
     (made.folder / "plans" / stamp.name).mkdir(parents=True, exist_ok=True)
     loader = FakeLoader(driver, profiles, aliases)
@@ -157,8 +159,31 @@ def test_decoding_reads_back_a_few_bytes_and_replays_graphs(tiny):
 def test_prefix_caches_are_not_recorded_for_their_places_move(tiny):
     made = tiny("llama", target="tensorrt-basic", precision="fp32")
     backend, driver = fake_backend(made)
-    tokens_of(backend, made.engine.manifest, PROMPT, 4)
-    assert not [entry for entry in driver.log if entry[0] == "graph"]
+    _, session = tokens_of(backend, made.engine.manifest, PROMPT, 4)
+    driver.log.clear()
+    session.extend([session.predict(NoExit()).result.token])
+    # The embedding's places do not: one graph for each token that was put in.
+    assert len([entry for entry in driver.log if entry[0] == "graph"]) == 1
+
+
+def test_a_context_is_told_only_what_changed(tiny):
+    """With a prefix cache: places and shapes of the cache, mask and positions; no weights' own."""
+    made = tiny("llama", target="tensorrt-basic", precision="fp32")
+    manifest = made.engine.manifest
+    backend, _ = fake_backend(made)
+    _, session = tokens_of(backend, manifest, PROMPT, 4)
+    layer, probe = (
+        backend._stages.load(stage.file)._plan.contexts
+        for stage in (manifest.layer_stages[1], manifest.probe)
+    )
+    for context in (*layer, *probe):
+        context.told.clear()
+    session.extend([session.predict(NoExit()).result.token])
+    session.predict(NoExit())
+    caches = {f"{kind}_{part}.2" for kind in ("past", "present") for part in ("key", "value")}
+    assert {name for context in layer for name in context.told} == {*caches, "mask"}
+    # The probe reads the last position's row where it lies; its outputs stay in their places.
+    assert {name for context in probe for name in context.told} <= {"hidden"}
 
 
 class FakeSessions:
@@ -380,42 +405,211 @@ def test_without_a_gpu_the_error_is_one_clear_line(tiny, monkeypatch):
         Engine.load(made.folder, device="cuda")
 
 
-def test_the_plan_stage_runs_only_what_it_checked(tiny):
-    """A graph is recorded after one plain run, and holds the same addresses."""
+class Plain:
+    """A plan of one input and one output, whose contexts count."""
+
+    def __init__(self, capturable=True):
+        self.contexts = []
+        self._capturable = capturable
+
+    def inputs(self):
+        return ("x",)
+
+    def outputs(self):
+        return ("y",)
+
+    def profiles(self):
+        return 1
+
+    def accepts(self, profile, name, shape):
+        return True
+
+    def context(self, profile):
+        context = SimpleNamespace(told=[], runs=0, capturable=lambda: self._capturable)
+        context.set_input_shape = lambda name, shape: context.told.append((name, shape))
+        context.set_address = lambda name, address: context.told.append((name, address))
+        context.enqueue = lambda: setattr(context, "runs", context.runs + 1)
+        self.contexts.append(context)
+        return context
+
+
+@pytest.fixture
+def run():
     driver = FakeDriver()
-    place = driver.allocate(256)
+    tensor = Tensor(driver.allocate(256), "float32", (1,))
+    return driver, BoundRun({"x": tensor}, {"y": tensor}, (), True)
 
-    class Counting:
-        shapes, addresses, runs = {}, {}, 0
 
-        def inputs(self):
-            return ("x",)
-
-        def outputs(self):
-            return ("y",)
-
-        def profiles(self):
-            return 1
-
-        def accepts(self, profile, name, shape):
-            return True
-
-        def set_input_shape(self, profile, name, shape):
-            self.shapes[name] = shape
-
-        def set_address(self, profile, name, address):
-            self.addresses[name] = address
-
-        def enqueue(self, profile):
-            self.runs += 1
-
-    plan = Counting()
-    tensor = Tensor(place, "float32", (1,))
-    call = PlanStage("s", plan, driver).bind(BoundRun({"x": tensor}, {"y": tensor}, (), True))
+def test_a_graph_is_recorded_after_one_plain_run(run):
+    driver, bound = run
+    plan = Plain()
+    call = PlanStage("s", plan, driver).bind(bound)
     for _ in range(5):
         call()
-    assert plan.runs == 2  # one plain, one while recording
-    assert plan.addresses == {"x": place, "y": place}
+    (context,) = plan.contexts
+    place = bound.inputs["x"].address
+    assert context.told == [("x", (1,)), ("x", place), ("y", place)]  # before the first run
+    assert context.runs == 2  # one plain, one while recording
+    assert len([entry for entry in driver.log if entry[0] == "graph"]) == 4
+
+
+def test_what_tensorrt_cannot_capture_runs_plainly(run):
+    driver, bound = run
+    plan = Plain(capturable=False)
+    call = PlanStage("s", plan, driver).bind(bound)
+    for _ in range(5):
+        call()
+    assert plan.contexts[0].runs == 5
+    assert driver.log == []
+
+
+def test_every_graph_has_a_context_of_its_own(run):
+    driver, bound = run
+    plan = Plain()
+    stage = PlanStage("s", plan, driver)
+    passing = dataclasses.replace(bound, repeatable=False)
+    for call in [stage.bind(bound), stage.bind(bound), stage.bind(passing), stage.bind(passing)]:
+        for _ in range(3):
+            call()
+    assert [context.runs for context in plan.contexts] == [2, 2, 6]
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
+def test_a_prompt_after_decoding_leaves_captured_contexts_alone(tiny, target):
+    """Embedding and positions have one profile for prompts and decoding; and so have all plans
+    that were built with --single-profile. The fake device fails where a captured context changes.
+    """
+    made = tiny("llama", target=target, precision="fp16")
+    manifest = made.engine.manifest
+    backend, _ = fake_backend(made, single=True)
+    for _ in range(2):
+        mine, session = tokens_of(backend, manifest, PROMPT, 4)
+        session.extend(PROMPT)
+        session.predict(NoExit())
+    theirs, _ = tokens_of(made.engine.backend, manifest, PROMPT, 4)
+    assert mine == theirs
+
+
+def test_the_fake_device_notices_what_graphs_forbid(layer_run):
+    """What the tests above rely on."""
+    stage, bound, driver = layer_run
+    context = stage._plan.context(stage._profile(bound))
+    for name, tensor in bound.inputs.items():
+        context.set_input_shape(name, tensor.shape)
+    for name, tensor in (*bound.inputs.items(), *bound.outputs.items()):
+        context.set_address(name, tensor.address)
+    with pytest.raises(AssertionError, match="the first run after a change of shapes is captured"):
+        driver.record(context.enqueue)
+    driver._recording = None
+    context.enqueue()
+    with pytest.raises(AssertionError, match="hidden is set within a capture"):
+        driver.record(lambda: context.set_address("hidden", bound.inputs["hidden"].address))
+    driver._recording = None
+    driver.record(context.enqueue)
+    for change in (
+        lambda: context.set_input_shape("hidden", bound.inputs["hidden"].shape),
+        lambda: context.set_address("hidden", bound.inputs["hidden"].address),
+        context.enqueue,
+    ):
+        with pytest.raises(AssertionError, match="a graph was captured from"):
+            change()
+
+
+def test_a_plan_that_was_changed_is_not_loaded(tiny):
+    made = tiny("llama", target="tensorrt", precision="fp16")
+    backend, _ = fake_backend(made)
+    stages, file = backend._stages, made.engine.manifest.embed.file
+    record = stages.stamp.plans[file].model_copy(update={"sha256": "0" * 64})
+    stages.stamp = stages.stamp.model_copy(update={"plans": {file: record}})
+    match = r"embed.onnx is not the plan that was built .*: remove it, then run `adainfer build"
+    with pytest.raises(PlanError, match=match):
+        stages.load(file)
+
+
+class ScriptedTensorRT:
+    """As much of TensorRT's Python API as a plan needs; `calls` is what contexts were told."""
+
+    TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
+    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
+
+    def __init__(self):
+        self.calls = []
+        self.strategies = []
+
+    def engine(self, sizes):
+        return SimpleNamespace(
+            num_io_tensors=0,
+            num_optimization_profiles=len(sizes),
+            get_device_memory_size_for_profile_v2=lambda profile: sizes[profile],
+            create_execution_context=self.create,
+            create_runtime_config=lambda: RuntimeConfig(self),
+        )
+
+    def create(self, strategy):
+        self.strategies.append(getattr(strategy, "told", strategy))
+        context = SimpleNamespace()
+        for name in (
+            "set_optimization_profile_async",
+            "set_device_memory",
+            "execute_async_v3",
+            "is_stream_capturable",
+        ):
+            setattr(context, name, lambda *given, name=name: self.calls.append((name, *given)) or 1)
+        return context
+
+
+class RuntimeConfig:
+    """TensorRT-RTX's."""
+
+    made = 0
+
+    def __init__(self, trt):
+        self.told = []
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self.told.append(strategy)
+
+    def create_runtime_cache(self):
+        RuntimeConfig.made += 1
+        return "cache"
+
+    def set_runtime_cache(self, cache):
+        self.told.append(cache)
+
+
+def test_scratch_memory_is_set_once_and_never_moves():
+    trt, places = ScriptedTensorRT(), []
+
+    def scratch(size):
+        places.append(size)
+        return 0x1000, max(places)
+
+    plan = EnginePlan(trt, trt.engine([100, 300]), 7, scratch)
+    assert places == [100, 300]  # all of it is known before the first context
+    context = plan.context(0)
+    for _ in range(3):
+        context.enqueue()
+    kinds = [kind for kind, *_ in trt.calls]
+    assert kinds == [
+        "set_optimization_profile_async",
+        "set_device_memory",
+        *3 * ["execute_async_v3"],
+    ]
+    assert ("set_device_memory", 0x1000, 300) in trt.calls
+    assert context.capturable()
+    assert trt.calls[-1] == ("is_stream_capturable", 7)
+    assert trt.strategies == ["user"]
+
+
+def test_contexts_of_tensorrt_rtx_share_their_kernels():
+    trt = ScriptedTensorRT()
+    trt.IRuntimeCache = object
+    RuntimeConfig.made = 0
+    plan = EnginePlan(trt, trt.engine([1]), 7, lambda size: (0, size))
+    for _ in range(3):
+        plan.context(0)
+    assert trt.strategies == 3 * [["user", "cache"]]
+    assert RuntimeConfig.made == 1
 
 
 def test_what_the_device_does_not_have_is_said(tiny):

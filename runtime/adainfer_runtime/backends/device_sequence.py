@@ -85,18 +85,20 @@ class DeviceSequence:
     def embed(self, tokens: npt.NDArray[np.int64], start: int) -> None:
         """`[rows]` token ids into hidden buffer 0."""
         rows = len(tokens)
+        file = self._manifest.embed.file
         with self._driver.lock:
             for name, values in self._layout.embed_inputs(tokens, start).items():
                 self._driver.upload(self._base[name], values)
-            self._call(self._manifest.embed.file, rows, lambda: self._layout.embed(rows))()
+            self._call(file, rows, lambda: self._layout.embed(rows), moves=False)()
 
     def run_stage(self, index: int, rows: int, past: int) -> None:
         """One layer stage over `rows` positions."""
         file = self._manifest.layer_stages[index].file
+        moves = self._layout.varies_with_past
         with self._driver.lock:  # stages are shared: nobody else binds one before it has run
             if self._prepared != (rows, past):
                 self._prepare(rows, past)
-            self._call(file, rows, lambda: self._layout.stage(index, rows, past))()
+            self._call(file, rows, lambda: self._layout.stage(index, rows, past), moves=moves)()
 
     def hidden(self, index: int, rows: int) -> Float32:
         """Rows of the buffer that stage `index` reads, on the device."""
@@ -139,12 +141,14 @@ class DeviceSequence:
                 assert found is not None  # the manifest has the stage
                 return found
 
-            self._call(positions.file, rows, run)()
+            self._call(positions.file, rows, run, moves=self._layout.varies_with_past)()
         self._prepared = (rows, past)
 
-    def _call(self, file: str, rows: int, run: Callable[[], StageRun]) -> Callable[[], None]:
-        """Bindings are kept by row count, unless places move with the past."""
-        if self._layout.varies_with_past:
+    def _call(
+        self, file: str, rows: int, run: Callable[[], StageRun], *, moves: bool
+    ) -> Callable[[], None]:
+        """Bindings are kept by row count, unless places or shapes move with the past."""
+        if moves:
             return self._bind(file, run(), repeatable=False)
         key = (file, rows)
         if key not in self._bound:

@@ -20,6 +20,7 @@ from ..manifest import KvGeometry, Manifest, StageSpec, TensorSpec
 
 __all__ = [
     "CANDIDATE_ROWS",
+    "FIRST_POSITION",
     "HOST_BUFFERS",
     "ITEM_BYTES",
     "PROBED_ROWS",
@@ -36,6 +37,8 @@ Int64 = npt.NDArray[np.int64]
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
 # Read on the host by whoever launches a kernel (GroupQueryAttention), on a GPU as well.
 HOST_BUFFERS = frozenset({"total_sequence_length"})
+# Of layers that rotate before the attention and compute no positions themselves.
+FIRST_POSITION = "first_position"
 PROBED_ROWS = 32  # positions whose logits a device computes at once
 CANDIDATE_ROWS = 512  # rows of the head that a plan takes at once
 _EMBED_POSITIONS = "embed_position_ids"  # of models with learned positions
@@ -108,6 +111,7 @@ class SequenceLayout:
         self._max_rows = max_rows
         self._learned = "position_ids" in manifest.embed.inputs
         self._prefix = manifest.kv.layout == "prefix"
+        self._told = any(FIRST_POSITION in stage.inputs for stage in manifest.layer_stages)
 
     @property
     def varies_with_past(self) -> bool:
@@ -296,7 +300,8 @@ class SequenceLayout:
 
     def _host_inputs(self, rows: int, past: int) -> dict[str, npt.NDArray[np.generic]]:
         if self._manifest.positions is None:
-            return self.batch_inputs((past + rows - 1,))
+            lengths = self.batch_inputs((past + rows - 1,))
+            return lengths | ({FIRST_POSITION: np.array([past], np.int64)} if self._told else {})
         values: dict[str, npt.NDArray[np.generic]] = {
             "position_ids": np.arange(past, past + rows, dtype=np.int64)[None]
         }

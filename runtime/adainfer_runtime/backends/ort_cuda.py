@@ -6,7 +6,7 @@ provider a session got is looked at.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,22 @@ import numpy as np
 from ..cuda_libraries import provider_problem
 from ..errors import DeviceError, StageError
 from ..manifest import Manifest
+from ..plans import engine_files
 from .cuda_driver import CudaDriver
 from .device_backend import DeviceBackend
 from .device_sequence import BoundRun
 
-__all__ = ["load", "require_cuda_libraries", "require_cuda_sessions"]
+__all__ = [
+    "SessionStages",
+    "load",
+    "open_stages",
+    "require_cuda_libraries",
+    "require_cuda_sessions",
+]
 
 _PROVIDER = "CUDAExecutionProvider"
 _MAX_ROWS = 512
+_KEPT_BINDINGS = 8
 _BFLOAT16 = 16  # TensorProto.BFLOAT16: numpy has no such type
 _INSTALL = "pip uninstall onnxruntime, then pip install 'adainfer-export[cuda]'"
 
@@ -37,10 +45,21 @@ def load(
         StageError: the CUDA provider does not take every node of a stage.
     """
     driver = CudaDriver("cuda")
-    stages = _SessionStages(folder, _import_onnxruntime(), driver.stream)
-    for stage in (*manifest.layer_stages, manifest.embed, manifest.probe):
-        stages.load(stage.file)
+    stages = open_stages(folder, manifest, _import_onnxruntime(), driver.stream)
     return DeviceBackend(manifest, stages, driver, min(_MAX_ROWS, manifest.kv.max_length))
+
+
+def open_stages(folder: Path, manifest: Manifest, onnxruntime: Any, stream: int) -> SessionStages:
+    """Sessions of everything that may run, exit graphs as well: a node that CUDA does not take is
+    found here, and not in the middle of a request.
+
+    Raises:
+        StageError: with the file, and what ONNX Runtime says.
+    """
+    stages = SessionStages(folder, onnxruntime, stream)
+    for file in engine_files(manifest):
+        stages.load(file)
+    return stages
 
 
 def require_cuda_sessions(path: Path, providers: list[str]) -> None:
@@ -76,7 +95,7 @@ def _import_onnxruntime() -> Any:
     return onnxruntime
 
 
-class _SessionStages:
+class SessionStages:
     """See `device_sequence.Stages`."""
 
     def __init__(self, folder: Path, onnxruntime: Any, stream: int) -> None:
@@ -121,12 +140,30 @@ class _SessionStage:
 
     def __init__(self, onnxruntime: Any, session: Any) -> None:
         self._session = session
+        self._kept: dict[Hashable, Any] = {}
         self._options = onnxruntime.RunOptions()
         # The caller's stream orders runs and copies; waiting after every stage would cost a launch.
         self._options.add_run_config_entry("disable_synchronize_execution_providers", "1")
 
     def bind(self, run: BoundRun) -> Callable[[], None]:
-        """An IOBinding onto the given addresses."""
+        """An IOBinding onto the given addresses; the last ones are kept for runs in the same places
+        (probe, adapters and classifiers, whose callers bind anew each time).
+        """
+        places = (frozenset(run.inputs.items()), frozenset(run.outputs.items()))
+        if run.host:  # of a sequence, which keeps its bindings itself
+            binding = self._bind(run)
+        elif (binding := self._kept.get(places)) is None:
+            if len(self._kept) == _KEPT_BINDINGS:
+                del self._kept[next(iter(self._kept))]
+            binding = self._kept[places] = self._bind(run)
+        session, options = self._session, self._options
+
+        def call() -> None:
+            session.run_with_iobinding(binding, options)
+
+        return call
+
+    def _bind(self, run: BoundRun) -> Any:
         binding = self._session.io_binding()
         for name, tensor in run.inputs.items():
             dtype = _element_type(tensor.dtype)
@@ -136,12 +173,7 @@ class _SessionStage:
         for name, tensor in run.outputs.items():
             dtype = _element_type(tensor.dtype)
             binding.bind_output(name, "cuda", 0, dtype, tensor.shape, tensor.address)
-        session, options = self._session, self._options
-
-        def call() -> None:
-            session.run_with_iobinding(binding, options)
-
-        return call
+        return binding
 
 
 def _element_type(dtype: str) -> Any:

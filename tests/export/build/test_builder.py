@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import onnx_ir as ir
@@ -21,7 +24,7 @@ from adainfer_export.progress import SilentReporter
 from adainfer_runtime.devices import GpuInfo
 from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.errors import DeviceError, PlanError
-from adainfer_runtime.plans import engine_files, find_stamp, load_stamp
+from adainfer_runtime.plans import engine_files, find_stamp, load_stamp, write_stamp
 
 from ..exit_folder import make_exit_folder
 
@@ -87,7 +90,7 @@ def test_every_engine_gets_a_plan_with_the_devices_stamp(folder):
     assert {job.timing_cache for job in builder.jobs} == {
         str(folder / "plans" / report.stamp.name / "timing.cache")
     }
-    found = find_stamp(folder, manifest, backend="tensorrt", version="10.15.1", sm=87)
+    found = find_stamp(folder, manifest, installed={"tensorrt": "10.15.1"}, gpu=ORIN)
     assert found == report.stamp == load_stamp(folder, report.stamp.name)
 
 
@@ -166,26 +169,70 @@ def test_changed_onnx_is_stale_at_load_and_built_again(folder):
         r"run `adainfer build .* --backend tensorrt` on this device"
     )
     with pytest.raises(PlanError, match=match):
-        find_stamp(folder, manifest, backend="tensorrt", version="10.15.1", sm=87)
+        find_stamp(folder, manifest, installed={"tensorrt": "10.15.1"}, gpu=ORIN)
     assert build(folder, FakeBuilder()).built == ("stages/layer_002.onnx",)
 
 
 @pytest.mark.parametrize(
-    ("version", "sm", "message"),
+    ("version", "gpu", "message"),
     [
-        ("10.16.0", 87, r"no plans for tensorrt 10.16.0 on SM 87 \(found: tensorrt-10.15.1-sm87\)"),
-        ("10.15.1", 86, "no plans for tensorrt 10.15.1 on SM 86"),
+        (
+            "10.16.0",
+            ORIN,
+            r"no plans for tensorrt 10.16.0 on Orin, SM 87 \(found: tensorrt-10.15.1-sm87\)",
+        ),
+        ("10.15.1", GpuInfo("A10", 86, 1, "12.6"), "no plans for tensorrt 10.15.1 on A10, SM 86"),
+        # The same SM and name: an AGX Orin and an Orin Nano.
+        (
+            "10.15.1",
+            dataclasses.replace(ORIN, multiprocessors=16),
+            r"on Orin, 16 multiprocessors, SM 87 \(found: tensorrt-10.15.1-sm87, built on Orin\)",
+        ),
     ],
 )
-def test_plans_of_another_version_or_gpu_are_refused(folder, version, sm, message):
+def test_plans_of_another_version_or_gpu_are_refused(folder, version, gpu, message):
     build(folder, FakeBuilder())
     with pytest.raises(PlanError, match=message):
-        find_stamp(folder, load_manifest(folder), backend="tensorrt", version=version, sm=sm)
+        find_stamp(folder, load_manifest(folder), installed={"tensorrt": version}, gpu=gpu)
+
+
+BOTH = {"tensorrt": "10.16.0", "tensorrt-rtx": "10.15.1"}
+
+
+def test_the_plans_that_are_there_choose_among_installed_packages(folder):
+    """With both installed, plans of TensorRT-RTX are no reason to ask for TensorRT's."""
+    gpu, manifest = GpuInfo("RTX", 89, 1, "13.0"), load_manifest(folder)
+    stamp = build(folder, FakeBuilder(), "tensorrt-rtx").stamp
+    assert find_stamp(folder, manifest, installed=BOTH, gpu=gpu) == stamp
+    with pytest.raises(PlanError, match=r"tensorrt-rtx is not installed\).*--backend tensorrt` on"):
+        find_stamp(folder, manifest, installed={"tensorrt": "10.16.0"}, gpu=gpu)
+    (folder / "plans" / stamp.name / stamp.plans["stages/embed.onnx"].file).unlink()
+    with pytest.raises(PlanError, match=r"embed.plan is missing .* --backend tensorrt-rtx` on"):
+        find_stamp(folder, manifest, installed=BOTH, gpu=gpu)
+
+
+def test_a_partial_stamp_hides_no_complete_one(folder):
+    gpu, manifest = GpuInfo("RTX", 89, 1, "13.0"), load_manifest(folder)
+    build(folder, FakeBuilder(), "tensorrt-rtx", sm=(89,), stages=("embed",))
+    whole = build(folder, FakeBuilder(), "tensorrt-rtx", sm=(89, 120)).stamp
+    assert find_stamp(folder, manifest, installed=BOTH, gpu=gpu) == whole
+
+
+def test_stamps_hold_the_profiles_and_others_are_built_anew(folder):
+    stamp = build(folder, FakeBuilder(), max_rows=64).stamp
+    file = load_manifest(folder).layer_stages[0].file
+    decode, prompts = load_stamp(folder, stamp.name).plans[file].profiles
+    assert decode["hidden"] == ((1, 1, 64), (1, 1, 64), (1, 1, 64))
+    assert prompts["hidden"] == ((1, 1, 64), (1, 64, 64), (1, 64, 64))
+    plans = dict(stamp.plans)
+    plans[file] = plans[file].model_copy(update={"profiles": (decode,)})
+    write_stamp(folder, stamp.model_copy(update={"plans": plans}))
+    assert build(folder, FakeBuilder(), max_rows=64).built == (file,)
 
 
 def test_no_plans_at_all(folder):
     with pytest.raises(PlanError, match="has no TensorRT plans: run `adainfer build"):
-        find_stamp(folder, load_manifest(folder), backend="tensorrt", version="10", sm=87)
+        find_stamp(folder, load_manifest(folder), installed={"tensorrt": "10"}, gpu=ORIN)
 
 
 def test_ignored_inputs_are_an_error(folder):
@@ -209,7 +256,7 @@ def test_some_stages(folder):
     report = build(folder, FakeBuilder(), stages=("layer_00[12]",))
     assert report.built == ("stages/layer_001.onnx", "stages/layer_002.onnx")
     with pytest.raises(PlanError, match="is missing"):
-        find_stamp(folder, load_manifest(folder), backend="tensorrt", version="10.15.1", sm=87)
+        find_stamp(folder, load_manifest(folder), installed={"tensorrt": "10.15.1"}, gpu=ORIN)
     with pytest.raises(BuildError, match="no stage is named like nothing; there are 8: positions"):
         build(folder, FakeBuilder(), stages=("nothing",))
 
@@ -332,6 +379,14 @@ def test_8_bit_floats_are_built_for_gpus_that_have_them(tiny, tmp_path):
     assert build(tmp_path / "fp16", FakeBuilder(), "tensorrt-rtx").stamp.sm == (86, 89, 120)
 
 
+def test_int4_is_built_for_gpus_that_have_it(tiny, tmp_path):
+    made = tiny("llama", target="tensorrt", precision="int4")
+    shutil.copytree(made.folder, tmp_path / "engines")
+    match = "precision int4 needs SM 80 or later, not 75; export with --precision fp16 for older"
+    with pytest.raises(BuildError, match=match):
+        build(tmp_path / "engines", FakeBuilder(), "tensorrt-rtx", sm=(75, 86))
+
+
 @pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
 def test_rtx_refuses_contrib_operators_by_name(tiny, tmp_path):
     builder = SubprocessBuilder("tensorrt-rtx")
@@ -349,3 +404,13 @@ def test_rtx_refuses_contrib_operators_by_name(tiny, tmp_path):
     outcome = builder.build(job)
     assert outcome.error is not None
     assert "the parser refuses it" in outcome.error
+
+
+def test_the_peak_is_of_the_builders_own_process():
+    """Not of whoever started it: 300 MB here, which the child never had."""
+    held = bytearray(300_000_000)
+    held[::4096] = b"x" * len(held[::4096])
+    code = "from adainfer_export.build.worker import peak_memory_bytes as p; print(p())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 200_000_000
+    assert len(held) == 300_000_000
