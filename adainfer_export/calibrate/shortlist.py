@@ -1,4 +1,13 @@
-"""The shortlist: something cheap proposes rows of the LM head, which are then scored exactly."""
+"""The shortlist: something cheap proposes rows of the LM head, which are then scored exactly.
+
+What it is worth as a probe is measured: its recall, and its agreement with the full model's
+answers, by which drafts are planned. It has no threshold of its own: an exit that it sees is
+confirmed by the full probe, whose threshold keeps the agreement; one that had to keep it through
+the shortlist alone would only lose exits. SmolLM2, int4, 160 held-out prompts, wanted 0.985: with
+4,096 frequent tokens .16 of them leave instead of .34, and an answer position costs as much as 38.5
+layers instead of 37.9, looks and probes included (37.8 by the best threshold there is); with a low
+rank of 128, 39.8 instead of 39.3.
+"""
 
 from __future__ import annotations
 

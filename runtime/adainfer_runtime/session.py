@@ -226,6 +226,8 @@ class Session:
             evidence = self.look(check, among, self._first_look(check, candidates, exit_probe))
             stop, next_state = policy.decide(check, evidence, state)
             if stop and evidence.shortlisted:
+                # By the same threshold: agreement is the full probe's to keep. A first look that
+                # had to keep it alone would take exits away (figures: `calibrate.shortlist`).
                 evidence = self.look(check)
                 stop, next_state = policy.decide(check, evidence, state)
             state = next_state

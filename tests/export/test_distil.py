@@ -8,7 +8,8 @@ import pytest
 
 from adainfer_export.calibrate.affine import AffineMap
 from adainfer_export.calibrate.distil import distil_adapters
-from adainfer_export.calibrate.head import read_head
+from adainfer_export.calibrate.head import Head, read_head
+from adainfer_export.calibrate.head_network import HeadNetwork
 from adainfer_export.calibrate.traces import AnswerTraces
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime.tasks import TaskExample
@@ -63,6 +64,22 @@ def test_a_probe_that_is_more_than_a_norm_and_a_head_is_not_read(tiny, tmp_path)
     (tmp_path / "stages").mkdir()
     ir.save(model, tmp_path / manifest.probe.file)
     assert read_head(tmp_path, manifest) is None
+
+
+def test_the_network_is_the_head():
+    """With everything that a head may have."""
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return random.normal(size=shape).astype(np.float32)
+
+    head = Head(draw(32), draw(32), 1e-5, True, draw(90, 32), None, 4, cap=6.0, bias=draw(90))
+    tokens, hidden = np.array([3, 80, 41, 7]), draw(5, 32)
+    logs, best = HeadNetwork(head, tokens).teach(hidden)
+    logits = head.logits(head.normed(hidden), tokens) / 0.5
+    expected = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    np.testing.assert_allclose(logs.numpy(), expected, atol=0.02)  # halves
+    np.testing.assert_array_equal(best.numpy(), expected.argmax(axis=1))
 
 
 def test_distillation_raises_agreement_on_other_prompts(tiny):
