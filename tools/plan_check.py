@@ -5,7 +5,7 @@ python tools/plan_check.py engines/ --tasks sentiment.test.jsonl --tasks ag_news
 Prompts of each length are put together from the task files (many examples, then a question). An
 exit mode is predicted twice: with the share of held-out prompts that left at each check, which is
 all that the planner knows, and with the share that left in this run, which judges the cost model.
-With `--probe-repeats 20` every probe is computed twenty times, in the plan and in what is measured:
+With `--probe-repeats 20` every probe is computed twenty times, and the plan is measured with that:
 where looks cost more than they bring, mode auto should be as fast as off.
 """
 
@@ -28,7 +28,13 @@ from adainfer_runtime import Engine
 from adainfer_runtime.backends import Backend, ProbeResult
 from adainfer_runtime.backends.base import Float32
 from adainfer_runtime.exit_policy import ExitCheck
-from adainfer_runtime.planning import ModeForecast, RequestShape, TimePredictor, pick_mode
+from adainfer_runtime.planning import (
+    ModeForecast,
+    RequestShape,
+    TimePredictor,
+    measure_times,
+    pick_mode,
+)
 from adainfer_runtime.tasks import read_tasks
 
 
@@ -63,20 +69,15 @@ class DearProbe:
 
 
 def load(folder: Path, probe_repeats: int) -> Engine:
-    """The engine, its probes as dear as asked for."""
+    """The engine, its probes as dear as asked for, and its plan by what is measured then."""
     engine = Engine.load(folder)
     plan = engine.manifest.plan
     if probe_repeats == 1 or plan is None:
         return engine
-    times = plan.times
-    dearer = (probe_repeats - 1) * times.probe
-    changes = {
-        "probe": times.probe + dearer,
-        "step": times.step + dearer,
-    }
-    spec = plan.model_copy(update={"times": times.model_copy(update=changes)})
-    manifest = engine.manifest.model_copy(update={"plan": spec})
     backend = cast(Backend, DearProbe(engine.backend, probe_repeats))
+    times = measure_times(Engine(engine.manifest, backend, engine.tokenizer), repeats=3)
+    spec = plan.model_copy(update={"times": times})
+    manifest = engine.manifest.model_copy(update={"plan": spec})
     return Engine(manifest, backend, engine.tokenizer)
 
 

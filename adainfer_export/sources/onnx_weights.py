@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from ..errors import CheckpointError, UnsupportedError
+from ..errors import UnsupportedError
 from .onnx_files import load_graph, read_rows, require_inside
-from .tensor_files import TensorInfo
+from .tensor_files import TensorInfo, Tensors
 
 __all__ = ["OnnxWeights", "find_onnx_weights"]
 
@@ -57,15 +57,15 @@ def find_onnx_weights(folder: Path) -> str | None:
     return next((name for name in names if (folder / name).is_file()), None)
 
 
-class OnnxWeights:
-    """See `tensor_files.Tensors`. Names are those of the transformers model.
+class OnnxWeights(Tensors):
+    """See `Tensors`. Names are those of the transformers model.
 
     Args:
         file: the graph, relative to `folder`.
     """
 
     def __init__(self, folder: Path, file: str) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self._path = folder / file
 
     @cached_property
@@ -87,21 +87,6 @@ class OnnxWeights:
         graph = str(self._path.relative_to(self.folder))
         return tuple(sorted({graph, *(self._file_of(stored) for stored in self._stored.values())}))
 
-    def info(self, name: str) -> TensorInfo:
-        """Of one tensor.
-
-        Raises:
-            CheckpointError: there is none of this name.
-        """
-        try:
-            return self.table[name]
-        except KeyError:
-            raise CheckpointError(
-                f"{self._path}: weight {name} is not found in the graph; either it belongs to "
-                "another config.json, or was not written by torch's exporter as optimum calls it: "
-                "export from the checkpoint instead"
-            ) from None
-
     def read(self, name: str, *index: slice) -> Any:
         """A `torch.Tensor`, or a part of it."""
         import torch
@@ -119,6 +104,13 @@ class OnnxWeights:
             array = array.astype(np.float32)  # bfloat16, which torch cannot take from numpy
         found = torch.from_numpy(np.array(array, order="C"))
         return found.float() - stored.minus if stored.minus else found
+
+    def _missing(self, name: str) -> str:
+        return (
+            f"{self._path}: weight {name} is not found in the graph; either it belongs to "
+            "another config.json, or was not written by torch's exporter as optimum calls it: "
+            "export from the checkpoint instead"
+        )
 
     @cached_property
     def _stored(self) -> dict[str, _Stored]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ..errors import CheckpointError, SourceError
 
@@ -25,18 +26,25 @@ class TensorInfo:
     shape: tuple[int, ...]
 
 
-class Tensors(Protocol):
+class Tensors(ABC):
     """The tensors of a folder under the names of a transformers model."""
 
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     @property
+    @abstractmethod
     def table(self) -> dict[str, TensorInfo]:
         """Every tensor."""
 
     @property
+    @abstractmethod
     def files(self) -> tuple[str, ...]:
         """Names of the weight files."""
+
+    @abstractmethod
+    def read(self, name: str, *index: slice) -> Any:
+        """A `torch.Tensor`, or a part of it."""
 
     def info(self, name: str) -> TensorInfo:
         """Of one tensor.
@@ -44,19 +52,21 @@ class Tensors(Protocol):
         Raises:
             CheckpointError: there is none of this name.
         """
+        try:
+            return self.table[name]
+        except KeyError:
+            raise CheckpointError(self._missing(name)) from None
 
-    def read(self, name: str, *index: slice) -> Any:
-        """A `torch.Tensor`, or a part of it."""
+    @abstractmethod
+    def _missing(self, name: str) -> str:
+        """What is said of a tensor that is not there."""
 
 
-class TensorFiles:
+class TensorFiles(Tensors):
     """The safetensors of a folder; see `Tensors`.
 
     Files are opened anew for every read: what stayed mapped would count as this process's memory.
     """
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
     @cached_property
     def table(self) -> dict[str, TensorInfo]:
@@ -90,20 +100,6 @@ class TensorFiles:
         """Names of the weight files."""
         return tuple(sorted({info.file for info in self.table.values()}))
 
-    def info(self, name: str) -> TensorInfo:
-        """Of one tensor.
-
-        Raises:
-            CheckpointError: there is none of this name.
-        """
-        try:
-            return self.table[name]
-        except KeyError:
-            raise CheckpointError(
-                f"{self.folder}: tensor {name} is missing from the weights; "
-                "the checkpoint does not match its config.json"
-            ) from None
-
     def read(self, name: str, *index: slice) -> Any:
         """A `torch.Tensor`, or a part of it."""
         from safetensors import SafetensorError, safe_open
@@ -114,6 +110,12 @@ class TensorFiles:
                 return handle.get_slice(name)[index] if index else handle.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise _damaged(path, error) from error
+
+    def _missing(self, name: str) -> str:
+        return (
+            f"{self.folder}: tensor {name} is missing from the weights; "
+            "the checkpoint does not match its config.json"
+        )
 
     def _indexed(self) -> dict[str, str] | None:
         index = self.folder / _INDEX
