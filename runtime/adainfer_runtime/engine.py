@@ -216,20 +216,24 @@ class Engine:
             RequestError: no such mode, or both a threshold and a level.
         """
         strictness = Strictness(threshold, level, self._device_class, text)
-        return self.resolve(mode, strictness, shape, classifier)[1]
-
-    def resolve(
-        self,
-        mode: Mode,
-        strictness: Strictness,
-        shape: RequestShape | None = None,
-        classifier: str | None = None,
-    ) -> tuple[Mode, ExitPolicy]:
-        """A mode with its exit policy: of `auto` what is taken for this request. See `policy`."""
         if mode == "auto":
-            planned = self._planned(shape, strictness)
-            return planned.mode, planned.policy
-        return mode, self._policies.of_mode(mode, strictness, classifier)
+            return self._planned(shape, strictness).policy
+        return self._policies.of_mode(mode, strictness, classifier)
+
+    def plan(
+        self,
+        shape: RequestShape,
+        *,
+        threshold: float | None = None,
+        level: float | None = None,
+        text: ApproximateText | None = None,
+    ) -> ModeForecast:
+        """What mode `auto` takes for a request; arguments as for `policy`.
+
+        Raises:
+            ExitUnavailableError: there is no plan.
+        """
+        return self._planned(shape, Strictness(threshold, level, self._device_class, text))
 
     def choice_policy(
         self,

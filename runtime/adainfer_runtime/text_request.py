@@ -7,14 +7,15 @@ from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
+from .approximate_text import ApproximateText
 from .decode_options import drafts_of, make_decoder
 from .errors import RequestError
 from .exit_policy import ExitPolicy
 from .generate import Generated, GenerateRequest, check_request, stream
 from .generation_options import GenerationOptions
-from .mode_policies import Mode, Strictness
+from .mode_policies import Mode
 from .planning import RequestShape
 from .profile import measuring
 from .results import GenerationResult, RequestStatistics, StreamEvent
@@ -124,6 +125,12 @@ class TextRequest:
         )
 
 
+class _Strictness(TypedDict):
+    threshold: float | None
+    level: float | None
+    text: ApproximateText | None
+
+
 def prepare(
     engine: Engine,
     prompt: Sequence[int],
@@ -161,11 +168,23 @@ def prepare(
     shape = RequestShape(
         len(tokens), options.max_new_tokens, reused_tokens=reused, deferred=deferred
     )
-    strictness = Strictness(
-        options.threshold, options.level, engine.device_class, options.approximate_text
-    )
-    mode, policy = engine.resolve(options.mode, strictness, shape)
+    mode, policy = _planned(engine, options, shape)
     return TextRequest(engine, tokens, options, mode, policy, request, arrived)
+
+
+def _planned(
+    engine: Engine, options: GenerationOptions, shape: RequestShape
+) -> tuple[Mode, ExitPolicy]:
+    settings: _Strictness = {
+        "threshold": options.threshold,
+        "level": options.level,
+        "text": options.approximate_text,
+    }
+    if options.mode == "auto":
+        # Only a plan knows the mode; otherwise `policy` is asked, which subclasses may override.
+        plan = engine.plan(shape, **settings)
+        return plan.mode, plan.policy
+    return options.mode, engine.policy(options.mode, **settings)
 
 
 def _check_ids(name: str, ids: Iterable[int], vocabulary: int) -> None:

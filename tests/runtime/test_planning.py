@@ -28,7 +28,6 @@ from adainfer_runtime.manifest import (
     ExitPoint,
     ExitSpec,
 )
-from adainfer_runtime.mode_policies import Strictness
 from adainfer_runtime.plan_spec import Machine, PlanSpec, StageTimes
 from adainfer_runtime.planning import (
     RecentExits,
@@ -343,8 +342,8 @@ def test_auto_drafts_where_that_is_expected_to_be_faster(tiny):
         update={"calibration": {"agreement_by_layer": {"2": 0.95}}}
     )
     made = planned(engine, spec, **FREE)
-    assert made.resolve("auto", Strictness(), RequestShape(10))[0] == "off"
-    assert made.resolve("auto", Strictness(), RequestShape(10, 64))[0] == "verified"
+    assert made.plan(RequestShape(10)).mode == "off"
+    assert made.plan(RequestShape(10, 64)).mode == "verified"
     off = engine.generate(PROMPT, max_new_tokens=20, ignore_eos=True)
     done = made.generate(PROMPT, max_new_tokens=20, ignore_eos=True, mode="auto")
     assert done.tokens == off.tokens
@@ -354,8 +353,8 @@ def test_auto_drafts_where_that_is_expected_to_be_faster(tiny):
 def test_a_conversation_is_planned_by_what_is_new(tiny):
     engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))), **FREE)
     shapes = []
-    resolve = engine.resolve
-    engine.resolve = lambda *request: shapes.append(request[2]) or resolve(*request)
+    plan = engine.plan
+    engine.plan = lambda shape, **settings: shapes.append(shape) or plan(shape, **settings)
     session = engine.session()
     options = GenerationOptions(max_new_tokens=2, mode="auto", ignore_eos=True)
     for tokens in ([5, 6, 7], [5, 6, 7, 8, 9]):
