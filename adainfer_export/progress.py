@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from adainfer_runtime.commands.progress_bar import ProgressLines
+
 __all__ = ["Progress", "Reporter", "SilentReporter", "peak_memory_bytes", "terminal_reporter"]
 
 
@@ -44,8 +46,7 @@ class SilentReporter:
 
 class _MemoryColumn(ProgressColumn):
     def render(self, task: Task) -> Text:
-        used = psutil.Process().memory_info().rss
-        return Text(f"{used / 1e6:,.0f} MB", style="cyan")
+        return Text(_memory_in_use(), style="cyan")
 
 
 class _TerminalReporter:
@@ -64,10 +65,21 @@ class _TerminalReporter:
 
 @contextmanager
 def terminal_reporter(*, quiet: bool = False) -> Iterator[Reporter]:
-    """A bar on standard error; silent where `quiet`."""
+    """A bar on standard error, or lines where that is a file or a pipe; silent where `quiet`."""
     if quiet:
         yield SilentReporter()
         return
+    progress = _progress(Console(stderr=True))
+    try:
+        yield _TerminalReporter(progress)
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+def _progress(console: Console) -> Progress:
+    if not console.is_terminal:
+        return ProgressLines(console, extra=_memory_in_use)
     columns = (
         TextColumn("{task.description:<24}"),
         BarColumn(),
@@ -76,12 +88,11 @@ def terminal_reporter(*, quiet: bool = False) -> Iterator[Reporter]:
         _MemoryColumn(),
         TextColumn("{task.fields[detail]}"),
     )
-    progress = Progress(*columns, console=Console(stderr=True))
-    try:
-        yield _TerminalReporter(progress)
-    finally:
-        if progress.live.is_started:
-            progress.stop()
+    return Progress(*columns, console=console)
+
+
+def _memory_in_use() -> str:
+    return f"{psutil.Process().memory_info().rss / 1e6:,.0f} MB"
 
 
 def peak_memory_bytes() -> int:
