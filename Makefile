@@ -10,16 +10,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := build/demo
+PIP := $(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt
+TORCH := $(shell sed -n 's/^torch//p' constraints-cpu.txt)
+CPU_INDEX := https://download.pytorch.org/whl/cpu
 
 .PHONY: setup demo test test-full test-gpu lint format clean
 
 setup: $(STAMP)
 
+# PyPI's torch for Linux brings gigabytes of CUDA: the build without it is taken where there is one
+# (configured indexes, then PyTorch's; macOS has no other than PyPI's).
 $(STAMP): pyproject.toml constraints-cpu.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints-cpu.txt \
-		--editable '.[cpu,export,gguf,dev]' 
+	$(PIP) 'torch$(TORCH)+cpu' 2>/dev/null \
+		|| $(PIP) 'torch$(TORCH)+cpu' --index-url $(CPU_INDEX) 2>/dev/null \
+		|| $(PIP) torch
+	$(PIP) --editable '.[cpu,export,gguf,dev]'
 	touch $(STAMP)
 
 demo: setup
