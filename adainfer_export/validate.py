@@ -97,7 +97,7 @@ def reference_model(checkpoint: Checkpoint) -> Any:
     config = checkpoint.config
     config.dtype = torch.float32
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     stored = ViewedCheckpoint(checkpoint, {}, find_architecture(config.model_type).aliases)
     head = model.get_output_embeddings()
     for name, module in model.named_modules():

@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy.typing as npt
 from adainfer_runtime.engine_folder import file_sha256
 from adainfer_runtime.manifest import SourceFile, SourceSpec
 
-from ..errors import CheckpointError, SourceError, UnsupportedError
+from ..errors import CheckpointError, SourceError, UnsupportedError, one_line
 from ..quantise import BlockRows, Blocks
 from .checkpoint import require_finite
 from .packed import PackedLinears
@@ -223,13 +224,37 @@ class HuggingFaceFolder:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._folder, use_fast=True)
+            # Said outright: left open, transformers asks on standard input, and runs it on a `y`.
+            tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
             tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        except (OSError, ValueError, ImportError, AttributeError) as error:
+        except Exception as error:  # whatever foreign files make of transformers' converters
             raise CheckpointError(
                 f"{self._folder}: the tokenizer cannot be converted to tokenizer.json "
-                f"({error}); put a tokenizer.json beside it"
+                f"({self._why_not_converted(error)}); put a tokenizer.json beside it"
             ) from error
+
+    def _why_not_converted(self, error: Exception) -> str:
+        if self._tokenizer_is_code:
+            return "it is code of the checkpoint's own, which is never run"
+        if (self._folder / "tokenizer.model").is_file():
+            # Where SentencePiece cannot read it, transformers takes it for tiktoken's and asks for
+            # that package.
+            if find_spec("sentencepiece") is None:
+                return (
+                    "reading tokenizer.model needs the `sentencepiece` package: "
+                    "pip install 'adainfer-export[export]'"
+                )
+            if "tiktoken" in str(error):
+                return "tokenizer.model is no SentencePiece model"
+        return one_line(error)
+
+    @property
+    def _tokenizer_is_code(self) -> bool:
+        path = self._folder / "tokenizer_config.json"
+        try:
+            return "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            return False
 
     @cached_property
     def _packed(self) -> PackedLinears | None:
