@@ -123,6 +123,10 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     workers = request.workers or default_workers()
     if request.layers is None:
         check_output(request.out, force=request.force)
+    if request.calibration is not None and request.layers is None:
+        from .calibrate.fitting import check_inputs
+
+        check_inputs(request.calibration)
     checkpoint = resolve(request.model, revision=request.revision, weights=request.weights)
     if request.layers is not None:
         with scratch_folder(request.out) as folder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from adainfer_export import ExportRequest, export
 from adainfer_export.calibrate import CalibrationRequest, ShortlistRequest
 from adainfer_export.errors import (
+    CalibrationError,
     CheckpointError,
     GatedSourceError,
     NonFiniteWeightError,
@@ -24,6 +26,7 @@ from adainfer_export.errors import (
 )
 from adainfer_export.storage import StorageRequest
 from adainfer_runtime import AdaInferError
+from adainfer_runtime.errors import TaskFileError
 
 from ..checkpoints import edit_config, make_checkpoint
 
@@ -77,6 +80,26 @@ def test_shortlist_that_the_target_does_not_have(checkpoint, tmp_path):
     match = "target tensorrt has no shortlist; targets that do: ort-cpu"
     fails(UnsupportedError, checkpoint, tmp_path, match, target="tensorrt", precision="fp16",
           calibration=CalibrationRequest(shortlist=ShortlistRequest()))  # fmt: skip
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("error", "match", "asked"),
+    [
+        (TaskFileError, "no.jsonl cannot be read", {"files": (Path("/no.jsonl"),)}),
+        (CalibrationError, "20 different prompts are too few", {"limit": 20}),
+        (CalibrationError, "no.onnx cannot be used", {"classifier_file": Path("/no.onnx")}),
+    ],
+)
+def test_calibration_that_cannot_be_made(
+    checkpoint, tmp_path, monkeypatch, error, match, asked, resume
+):
+    """Refused before the weights are written, which takes hours and would have been for nothing."""
+    from adainfer_export import writer
+
+    monkeypatch.setattr(writer.DataWriter, "write_all", lambda *_: pytest.fail("written"))
+    request = CalibrationRequest(**asked)
+    fails(error, checkpoint, tmp_path, match, calibration=request, resume=resume)
 
 
 def test_too_long_for_the_model(checkpoint, tmp_path):
@@ -192,8 +215,6 @@ def test_failed_replacement_keeps_the_old_folder(checkpoint, tmp_path):
 
 
 def test_output_that_cannot_be_written(checkpoint):
-    from pathlib import Path
-
     with pytest.raises(OutputError, match="cannot be written"):
         run(checkpoint, Path("/proc/adainfer/out"))
 
