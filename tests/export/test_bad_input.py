@@ -177,9 +177,24 @@ def test_folder_without_a_model(tmp_path):
     fails(SourceError, tmp_path / "empty", tmp_path, "holds no config.json")
 
 
-def test_damaged_tokenizer(checkpoint, tmp_path):
-    (checkpoint / "tokenizer.json").write_text("{not json")
-    fails(CheckpointError, checkpoint, tmp_path, "tokenizer.json of the checkpoint is damaged")
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", b"{not json"),
+        ("tokenizer.json", b"{}"),  # which no tokenizer can be made of
+        ("tokenizer_config.json", b"garbage"),
+        ("special_tokens_map.json", b"\xff\xfe"),
+        ("chat_template.jinja", b"\xff\xfe"),
+    ],
+)
+def test_damaged_tokenizer(checkpoint, tmp_path, monkeypatch, file, content):
+    """Such an engine folder would not load."""
+    from adainfer_export import writer
+
+    monkeypatch.setattr(writer.DataWriter, "write_all", lambda *_: pytest.fail("written"))
+    (checkpoint / file).write_bytes(content)
+    match = f"{checkpoint}: {file} of the checkpoint is damaged: "
+    fails(CheckpointError, checkpoint, tmp_path, match)
 
 
 def test_missing_tokenizer_is_a_warning(tmp_path):
