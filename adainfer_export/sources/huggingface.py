@@ -18,7 +18,7 @@ from adainfer_runtime.manifest import SourceFile, SourceSpec
 
 from ..errors import CheckpointError, SourceError, UnsupportedError, one_line
 from ..quantise import BlockRows, Blocks
-from .checkpoint import require_finite
+from .checkpoint import end_tokens, require_finite
 from .packed import PackedLinears
 from .tensor_files import TensorFiles, Tensors
 
@@ -42,6 +42,17 @@ _BUFFERS = (
     ".attention.masked_bias",
 )
 _FLOATS = ("F32", "F16", "BF16", "F64")
+# What transformers lets be zero or less, and no model can be built of.
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 class HuggingFaceFolder:
@@ -94,14 +105,16 @@ class HuggingFaceFolder:
         architecture = find_architecture(model_type)
         try:
             config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is no valid configuration: {error}") from error
-        if model_type != architecture.wrapped_in:
-            return config
-        text = config.get_text_config()
-        if (packed := getattr(config, "quantization_config", None)) is not None:
-            text.quantization_config = packed  # said of the whole model
-        return text
+        except Exception as error:  # transformers' checks, and what divides by zero before them
+            reason = one_line(error)
+            raise CheckpointError(f"{path} is no valid configuration: {reason}") from error
+        if model_type == architecture.wrapped_in:
+            text = config.get_text_config()
+            if (packed := getattr(config, "quantization_config", None)) is not None:
+                text.quantization_config = packed  # said of the whole model
+            config = text
+        _require_sizes(config, path)
+        return config
 
     @cached_property
     def source(self) -> SourceSpec:
@@ -127,18 +140,16 @@ class HuggingFaceFolder:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """From generation_config.json, else from the configuration."""
-        found: Any = None
         path = self._folder / "generation_config.json"
         if path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
             except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if found is None:
-            found = getattr(self.config, "eos_token_id", None)
-        if found is None:
-            return ()
-        return tuple(found) if isinstance(found, list) else (int(found),)
+            if found is not None:
+                return end_tokens(found, path)
+        found = getattr(self.config, "eos_token_id", None)
+        return end_tokens(found, self._folder / "config.json")
 
     @property
     def tied_head(self) -> bool:
@@ -278,3 +289,10 @@ class HuggingFaceFolder:
         if not self._packed or stem == name or not self._packed.holds(f"{stem}.weight"):
             return False
         return not self.read(name).any()
+
+
+def _require_sizes(config: Any, path: Path) -> None:
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            raise CheckpointError(f"{path} is no valid configuration: {name} is {size}")

@@ -172,6 +172,43 @@ def test_damaged_configuration(checkpoint, tmp_path):
     fails(CheckpointError, checkpoint, tmp_path, "config.json cannot be read")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("hidden_size", "64", "'hidden_size' expected int, got str"),
+        ("attention_bias", 0, "'attention_bias' expected bool, got int"),
+        ("num_attention_heads", 0, ""),
+        ("num_attention_heads", -1, "num_attention_heads is -1"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("head_dim", 7, ""),
+        ("head_dim", 0, "head_dim is 0"),
+        ("max_position_embeddings", -1, "max_position_embeddings is -1"),
+        ("dtype", [], ""),
+    ],
+)
+def test_configuration_of_no_model(checkpoint, tmp_path, key, value, reason):
+    edit_config(checkpoint, **{key: value})
+    match = f"{checkpoint}/config.json is no valid configuration: .*{reason}"
+    fails(CheckpointError, checkpoint, tmp_path, match)
+
+
+@pytest.mark.parametrize(
+    ("variant", "key", "value"),
+    [("gemma3", "query_pre_attn_scalar", 0), ("llama", "num_key_value_heads", 7)],
+)
+def test_configuration_that_cannot_be_built(tmp_path, variant, key, value):
+    make_checkpoint(tmp_path / "checkpoint", variant)
+    edit_config(tmp_path / "checkpoint", **{key: value})
+    fails(UnsupportedError, tmp_path / "checkpoint", tmp_path, "cannot build this configuration")
+
+
+@pytest.mark.parametrize("value", ["abc", ["a"], {}, 1.5, True, [[1]]])
+def test_end_of_text_that_is_no_token(checkpoint, tmp_path, value):
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    fails(CheckpointError, checkpoint, tmp_path,
+          "generation_config.json: eos_token_id is .*, no token id or list of them")  # fmt: skip
+
+
 def test_folder_without_a_model(tmp_path):
     (tmp_path / "empty").mkdir()
     fails(SourceError, tmp_path / "empty", tmp_path, "holds no config.json")
