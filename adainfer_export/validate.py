@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine
-from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.engine_folder import load_manifest
+from adainfer_runtime.manifest import Manifest, SourceSpec
 
 from .architectures import find_architecture
 from .errors import SourceError
@@ -61,17 +62,21 @@ def validate_folder(
     """Runs random token sequences through the chain and through transformers.
 
     Args:
-        reference: checkpoint to compare with; default: the folder's own source.
+        reference: checkpoint to compare with; default: the folder's own source, where that is no
+            local one.
 
     Raises:
-        SourceError: the reference cannot be found, or has another shape.
+        SourceError: the reference is not given, cannot be found, or has another shape.
     """
+    source = load_manifest(folder).source
+    if reference is None:
+        _require_fetched(folder, source)
     engine = Engine.load(folder, verify=True)
     manifest = engine.manifest
     cut = engine
     if manifest.joined:  # what runs, and the single stages behind it
         cut = Engine.of_manifest(folder, manifest.uncalibrated())
-    checkpoint = resolve(reference or manifest.source.id)
+    checkpoint = resolve(reference or source.id, revision=None if reference else source.revision)
     _require_same_shape(checkpoint, manifest)
     model = reference_model(checkpoint)
     random = np.random.default_rng(seed)
@@ -86,6 +91,15 @@ def validate_folder(
         same_tokens=float(np.mean([comparison.same_tokens for comparison in comparisons])),
         tolerance=_TOLERANCE.get(PRECISIONS[manifest.precision].name),
     )
+
+
+def _require_fetched(folder: Path, source: SourceSpec) -> None:
+    """Of what was local the manifest has the name alone, which elsewhere is nothing or another."""
+    if source.kind != "huggingface" and source.revision is None:
+        raise SourceError(
+            f"{folder} was exported from a local checkpoint, {source.id}: say where it is with "
+            "--reference CHECKPOINT"
+        )
 
 
 def reference_model(checkpoint: Checkpoint) -> Any:

@@ -130,7 +130,7 @@ class HuggingFaceFolder:
         )
         if self._id is not None:
             return SourceSpec(kind="huggingface", id=self._id, revision=self._revision, files=files)
-        return SourceSpec(kind="folder", id=self._folder.name, files=files)
+        return SourceSpec(kind="folder", id=self._folder.resolve().name, files=files)
 
     @property
     def source_name(self) -> str:

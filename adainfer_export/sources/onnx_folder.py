@@ -81,7 +81,7 @@ class OnnxFolder:
             )
             for name in names
         )
-        return SourceSpec(kind="onnx", id=self._folder.name, files=files)
+        return SourceSpec(kind="onnx", id=self._folder.resolve().name, files=files)
 
     @property
     def source_name(self) -> str:
