@@ -323,6 +323,82 @@ def test_killed_export_leaves_nothing_that_loads(checkpoint, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
 
 
+# Exports with --force; dies where the old folder has gone and the new one has not come, or after.
+KILLED_SWAP = """
+import os, signal, sys
+from pathlib import Path
+from adainfer_export import ExportRequest, export, folder
+model, out, after = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "after"
+rename = Path.rename
+def killed(self, target):
+    dies = target == out
+    if after or not dies: rename(self, target)
+    if dies: os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = killed
+export(ExportRequest(model, out, precision="fp32", force=True))
+"""
+
+
+@pytest.fixture
+def killed_swap(checkpoint, tmp_path):
+    """An engine folder with a file of its own, whose replacement was killed."""
+    import signal
+    import subprocess
+    import sys
+
+    def kill(when):
+        out = tmp_path / "out"
+        run(checkpoint, out)
+        (out / "old").touch()
+        command = [sys.executable, "-c", KILLED_SWAP, str(checkpoint), str(out), when]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        return out
+
+    return kill
+
+
+def siblings(out):
+    return sorted(path.name for path in out.parent.iterdir())
+
+
+def test_a_folder_that_a_killed_replacement_took_away_comes_back(killed_swap, checkpoint):
+    out = killed_swap("between")
+    assert not out.exists()
+    with pytest.raises(OutputError, match="exists; give another --out, or --force"):
+        run(checkpoint, out)
+    assert (out / "old").is_file()
+    run(checkpoint, out, force=True)
+    assert not (out / "old").exists()
+    assert siblings(out) == ["checkpoint", "out"]
+
+
+def test_a_folder_that_was_replaced_before_a_kill_goes(killed_swap, checkpoint):
+    out = killed_swap("after")
+    assert not (out / "old").exists()
+    assert len(siblings(out)) == 3
+    run(checkpoint, out, force=True, resume=True)
+    assert siblings(out) == ["checkpoint", "out"]
+
+
+def test_an_interrupt_of_a_replacement_keeps_the_old_folder(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(checkpoint, out)
+    (out / "old").touch()
+    rename, first = Path.rename, []
+
+    def interrupted(self, target):
+        if target == out and not first:
+            first.append(self)
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, out, force=True)
+    assert (out / "old").is_file()
+    assert siblings(out) == ["checkpoint", "out"]
+
+
 def test_truncated_gguf(tmp_path, smollm2_gguf):
     path = tmp_path / "cut.gguf"
     path.write_bytes(smollm2_gguf.read_bytes()[:-5000])
