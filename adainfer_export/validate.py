@@ -18,6 +18,7 @@ from .architectures import find_architecture
 from .errors import SourceError
 from .lower import PRECISIONS
 from .sources import Checkpoint, resolve
+from .sources.onnx_folder import OnnxFolder
 from .sources.viewed import ViewedCheckpoint
 
 __all__ = ["StageDifference", "ValidationReport", "reference_model", "validate_folder"]
@@ -77,6 +78,11 @@ def validate_folder(
     if manifest.joined:  # what runs, and the single stages behind it
         cut = Engine.of_manifest(folder, manifest.uncalibrated())
     checkpoint = resolve(reference or source.id, revision=None if reference else source.revision)
+    if isinstance(checkpoint, OnnxFolder):
+        raise SourceError(
+            f"{checkpoint.source_name} holds a decoder in ONNX, which transformers does not run: "
+            "give the checkpoint that it was made of"
+        )
     _require_same_shape(checkpoint, manifest)
     model = reference_model(checkpoint)
     random = np.random.default_rng(seed)

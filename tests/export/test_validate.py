@@ -28,6 +28,12 @@ def test_a_local_checkpoint_must_be_named(tiny, tmp_path, monkeypatch):
     assert validate_folder(made.folder, str(made.checkpoint)).passed
 
 
+def test_a_decoder_in_onnx_is_no_reference(tiny, tmp_path):
+    (tmp_path / "genai_config.json").write_text("{}")
+    with pytest.raises(SourceError, match="give the checkpoint that it was made of"):
+        validate_folder(tiny("llama").folder, str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("source", "fetched"),
     [
