@@ -172,7 +172,7 @@ def _write_folder(
     plans = plan.layout.plans
     reporter.begin("writing weights", len(plans))
     writer = DataWriter(folder, plan.checkpoint, journal)
-    written = writer.write_all(plans, workers, lambda file: reporter.step(Path(file).stem))
+    written = writer.write_all(plans, workers, lambda file: reporter.step(plan.progress_of(file)))
     matrices = [matrix for file in written.values() for matrix in file.matrices]
     files = plan.layout.graphs | {name: file.record for name, file in written.items()}
     files |= tokenizer_files | write_quantisation_report(folder, matrices)
