@@ -175,13 +175,12 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JS
 
 def register(app: typer.Typer) -> None:
     """Adds export, calibrate, certify, validate and list to `adainfer`."""
-    from . import certify_command, list_command
-    from .validate_command import validate
+    from . import certify_command, list_command, validate_command
 
     app.command(name="export", epilog=_EXPORT_EXAMPLES)(run_export)
     app.command(name="calibrate", epilog=_CALIBRATE_EXAMPLES)(run_calibrate)
     app.command(name="certify", epilog=certify_command.EXAMPLES)(certify_command.certify)
-    app.command(name="validate")(validate)
+    app.command(name="validate", epilog=validate_command.EXAMPLES)(validate_command.validate)
     app.command(name="list", epilog=list_command.EXAMPLES)(list_command.run_list)
 
 

@@ -32,6 +32,7 @@ __all__ = [
     "UnknownModelError",
     "UnsupportedError",
     "ValidationFailedError",
+    "one_line",
 ]
 
 
@@ -81,3 +82,8 @@ class CalibrationError(AdaInferError):
 
 class ValidationFailedError(AdaInferError):
     """A stage or the whole chain differs from its reference by more than the tolerance."""
+
+
+def one_line(error: object) -> str:
+    """What a library says, as part of a message of one line."""
+    return " ".join(str(error).split()) or type(error).__name__

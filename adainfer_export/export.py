@@ -13,6 +13,7 @@ from typing import Any
 
 from adainfer_runtime.backends.layout import kv_geometry
 from adainfer_runtime.engine_folder import record_file, write_manifest
+from adainfer_runtime.errors import ManifestError
 from adainfer_runtime.manifest import (
     FileRecord,
     KvGeometry,
@@ -21,6 +22,7 @@ from adainfer_runtime.manifest import (
     StageSpec,
     TokenizerSpec,
 )
+from adainfer_runtime.tokenizer import load_tokenizer
 
 from .architectures import sliding_windows
 from .calibrate import CalibrationRequest
@@ -28,7 +30,7 @@ from .calibrate.kept import KEPT_FOLDER
 from .cost import multiply_adds
 from .decoder_source import prepare_decoder
 from .decoders.builder import LayerHeads
-from .errors import CheckpointError, UnsupportedError
+from .errors import CheckpointError, UnsupportedError, one_line
 from .folder import check_output, new_folder, remove_others, scratch_folder
 from .journal import JOURNAL_NAME, Journal
 from .layout import StageLayout
@@ -123,6 +125,10 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     workers = request.workers or default_workers()
     if request.layers is None:
         check_output(request.out, force=request.force)
+    if request.calibration is not None and request.layers is None:
+        from .calibrate.fitting import check_inputs
+
+        check_inputs(request.calibration)
     checkpoint = resolve(request.model, revision=request.revision, weights=request.weights)
     if request.layers is not None:
         with scratch_folder(request.out) as folder:
@@ -162,11 +168,11 @@ def _write_folder(
     journal = Journal(folder, plan.identity())
     remove_others(folder, {*plan.layout.graphs, *journal.finished(), JOURNAL_NAME, *kept})
     # Before the weights, which take long: one that cannot be built is refused at once.
-    tokenizer, tokenizer_files = _write_tokenizer(folder, plan.checkpoint)
+    tokenizer, tokenizer_files = _write_tokenizer(folder, plan)
     plans = plan.layout.plans
     reporter.begin("writing weights", len(plans))
     writer = DataWriter(folder, plan.checkpoint, journal)
-    written = writer.write_all(plans, workers, lambda file: reporter.step(Path(file).stem))
+    written = writer.write_all(plans, workers, lambda file: reporter.step(plan.progress_of(file)))
     matrices = [matrix for file in written.values() for matrix in file.matrices]
     files = plan.layout.graphs | {name: file.record for name, file in written.items()}
     files |= tokenizer_files | write_quantisation_report(folder, matrices)
@@ -278,18 +284,36 @@ def _most_layers(request: ExportRequest, config: Any) -> int | None:
 
 
 def _write_tokenizer(
-    folder: Path, checkpoint: Checkpoint
+    folder: Path, plan: StagePlan
 ) -> tuple[TokenizerSpec | None, dict[str, FileRecord]]:
-    if not checkpoint.write_tokenizer(folder / "tokenizer"):
+    if not plan.checkpoint.write_tokenizer(folder / "tokenizer"):
         return None, {}
-    main = folder / "tokenizer" / "tokenizer.json"
-    try:
-        json.loads(main.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"tokenizer.json of the checkpoint is damaged: {error}") from error
+    for path in _files(folder / "tokenizer"):
+        _require_readable(path, plan.checkpoint)
     records = {path.relative_to(folder).as_posix(): path for path in _files(folder / "tokenizer")}
     spec = TokenizerSpec(file="tokenizer/tokenizer.json", files=tuple(sorted(records)))
-    return spec, {name: record_file(path) for name, path in records.items()}
+    files = {name: record_file(path) for name, path in records.items()}
+    try:  # as the runtime will
+        load_tokenizer(folder, plan.manifest(spec, files))
+    except ManifestError as error:
+        raise _damaged(spec.file, plan.checkpoint, error.__cause__ or error) from error
+    return spec, files
+
+
+def _require_readable(path: Path, checkpoint: Checkpoint) -> None:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            json.loads(text)
+    except ValueError as error:  # no UTF-8, or no JSON
+        raise _damaged(path.name, checkpoint, error) from error
+
+
+def _damaged(name: str, checkpoint: Checkpoint, reason: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{checkpoint.source_name}: {Path(name).name} of the checkpoint is damaged: "
+        f"{one_line(reason)}"
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -29,6 +29,7 @@ __all__ = [
 ]
 
 _HASHED = re.compile(r"[^.]+\.[0-9a-f]{8}\.")
+_PARTIAL, _OLD = "partial", "old"  # siblings of the folder: what it becomes, what it was
 _STOPPED = "stopped"  # in the place of a process id: nobody is at work there
 
 
@@ -39,6 +40,7 @@ def check_output(out: Path, *, force: bool) -> None:
         OutputError: the folder exists (without `force`, or being no engine folder), or its
             parent cannot be written.
     """
+    _settle_swaps(out.absolute())
     if out.exists() or out.is_symlink():
         is_engine = out.is_dir() and (out / MANIFEST_NAME).is_file()
         is_empty = out.is_dir() and not any(out.iterdir())
@@ -69,6 +71,7 @@ def new_folder(out: Path, *, resume: bool = False) -> Iterator[Path]:
     finished = False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        _settle_swaps(out)
         temporary = _new_temporary(out, _claim_remains(out) if resume else None)
         yield temporary
         (temporary / JOURNAL_NAME).unlink(missing_ok=True)
@@ -89,7 +92,7 @@ def new_folder(out: Path, *, resume: bool = False) -> Iterator[Path]:
 @contextmanager
 def scratch_folder(out: Path) -> Iterator[Path]:
     """A temporary folder on the disk of `out`, an engine folder that is there."""
-    prefix = f".{out.absolute().name}.partial-{os.getpid()}-"
+    prefix = f".{out.absolute().name}.{_PARTIAL}-{os.getpid()}-"
     try:
         with tempfile.TemporaryDirectory(prefix=prefix, dir=out.absolute().parent) as name:
             yield Path(name)
@@ -133,7 +136,7 @@ def remove_unnamed(folder: Path, named: Collection[str]) -> None:
 
 def _new_temporary(out: Path, remains: Path | None) -> Path:
     """An empty folder beside `out`, or the remains under this process's name."""
-    prefix = f".{out.name}.partial-{os.getpid()}-"
+    prefix = f".{out.name}.{_PARTIAL}-{os.getpid()}-"
     if remains is None:
         _clear_remains(out)
         temporary = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
@@ -155,30 +158,43 @@ def _clear_remains(out: Path) -> None:
         shutil.rmtree(remains, ignore_errors=True)
 
 
-def _remains(out: Path) -> Iterator[Path]:
-    for remains in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        owner = remains.name.rpartition(".partial-")[2].split("-")[0]
+def _settle_swaps(out: Path) -> None:
+    """Ends what a kill while `out` was replaced left half done.
+
+    Between its two renames the old folder is all that there is: it goes back to its place. After
+    them it is only in the way.
+    """
+    for old in _remains(out, _OLD):
+        with suppress(OSError):  # of a disk that cannot be written the export itself tells
+            if not out.exists() and (old / out.name).exists():
+                (old / out.name).rename(out)
+            shutil.rmtree(old)
+
+
+def _remains(out: Path, kind: str = _PARTIAL) -> Iterator[Path]:
+    for remains in out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"):
+        owner = remains.name.rpartition(f".{kind}-")[2].split("-")[0]
         if owner == _STOPPED or (owner.isdigit() and not psutil.pid_exists(int(owner))):
             yield remains
 
 
 def _disown(temporary: Path, out: Path) -> None:
     unique = temporary.name.rpartition("-")[2]
-    temporary.rename(out.parent / f".{out.name}.partial-{_STOPPED}-{unique}")
+    temporary.rename(out.parent / f".{out.name}.{_PARTIAL}-{_STOPPED}-{unique}")
 
 
 def _swap(temporary: Path, out: Path) -> None:
     if not out.exists():
         temporary.rename(out)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old-", dir=out.parent))
-    out.rename(old / out.name)
+    prefix = f".{out.name}.{_OLD}-{os.getpid()}-"
+    old = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
     try:
+        out.rename(old / out.name)
         temporary.rename(out)
-    except OSError:
-        (old / out.name).rename(out)
-        raise
     finally:
+        if not out.exists():  # an error, or an interrupt between the two
+            (old / out.name).rename(out)
         shutil.rmtree(old, ignore_errors=True)
 
 

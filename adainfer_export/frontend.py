@@ -22,7 +22,7 @@ import onnx_ir as ir
 from .architectures import Architecture
 from .decoders.builder import SCOPES_KEY, Decoder
 from .decoders.rotary import head_dim_of, rotary_tables
-from .errors import UnsupportedError
+from .errors import UnsupportedError, one_line
 from .widths import LayerWidths, Shape, layer_widths
 
 __all__ = ["build_decoder", "layer_of"]
@@ -33,6 +33,16 @@ _PROVIDER = "adainfer-decoder"
 _SCOPE = re.compile(r"^(?:layers|h|blocks)\.(\d+)$")
 # Of the library's, those that were compared with transformers.
 _ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+
+# What values that no checkpoint of a family has make of its definition.
+_UNBUILT = (
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 
 
 def build_decoder(
@@ -63,10 +73,10 @@ def build_decoder(
         return Decoder(_from_library(config, architecture, max_seq_len, widths))
     except UnsupportedError as error:
         raise UnsupportedError(f"architecture {architecture.model_type}: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
+    except _UNBUILT as error:
         raise UnsupportedError(
             f"architecture {architecture.model_type}: the frontend cannot build this "
-            f"configuration: {error}"
+            f"configuration: {one_line(error)}"
         ) from error
 
 

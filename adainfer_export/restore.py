@@ -38,7 +38,7 @@ def restore_layers(
     plans = list(_chosen(plan, layers))
     reporter.begin("writing weights", len(plans))
     writer = DataWriter(scratch, plan.checkpoint, Journal(scratch, {}))
-    written = writer.write_all(plans, workers, lambda file: reporter.step(Path(file).stem))
+    written = writer.write_all(plans, workers, lambda file: reporter.step(plan.progress_of(file)))
     for file, record in ((file, done.record) for file, done in written.items()):
         if record != manifest.files[file]:
             raise OutputError(

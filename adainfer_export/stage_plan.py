@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from adainfer_runtime.manifest import (
@@ -57,6 +58,16 @@ class StagePlan:
             "layers_per_engine": self.layers_per_engine,
             "max_seq_len": self.max_seq_len,
         }
+
+    def progress_of(self, file: str) -> str:
+        """What a display says once a data file is written: which of the model's layers it was."""
+        name = PurePosixPath(file).stem
+        for stage in self.stages:
+            if stage.name == name and stage.kind == "layers":
+                first, last = stage.first_layer, stage.last_layer
+                which = f"layer {last}" if first == last else f"layers {first}-{last}"
+                return f"{which}/{self.model.num_layers}"
+        return name
 
     def identity(self) -> dict[str, Any]:
         """What must be equal for two exports to write the same bytes."""

@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine
-from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.engine_folder import load_manifest
+from adainfer_runtime.manifest import Manifest, SourceSpec
 
 from .architectures import find_architecture
 from .errors import SourceError
 from .lower import PRECISIONS
 from .sources import Checkpoint, resolve
+from .sources.onnx_folder import OnnxFolder
 from .sources.viewed import ViewedCheckpoint
 
 __all__ = ["StageDifference", "ValidationReport", "reference_model", "validate_folder"]
@@ -61,17 +63,26 @@ def validate_folder(
     """Runs random token sequences through the chain and through transformers.
 
     Args:
-        reference: checkpoint to compare with; default: the folder's own source.
+        reference: checkpoint to compare with; default: the folder's own source, where that is no
+            local one.
 
     Raises:
-        SourceError: the reference cannot be found, or has another shape.
+        SourceError: the reference is not given, cannot be found, or has another shape.
     """
+    source = load_manifest(folder).source
+    if reference is None:
+        _require_fetched(folder, source)
     engine = Engine.load(folder, verify=True)
     manifest = engine.manifest
     cut = engine
     if manifest.joined:  # what runs, and the single stages behind it
         cut = Engine.of_manifest(folder, manifest.uncalibrated())
-    checkpoint = resolve(reference or manifest.source.id)
+    checkpoint = resolve(reference or source.id, revision=None if reference else source.revision)
+    if isinstance(checkpoint, OnnxFolder):
+        raise SourceError(
+            f"{checkpoint.source_name} holds a decoder in ONNX, which transformers does not run: "
+            "give the checkpoint that it was made of"
+        )
     _require_same_shape(checkpoint, manifest)
     model = reference_model(checkpoint)
     random = np.random.default_rng(seed)
@@ -88,6 +99,15 @@ def validate_folder(
     )
 
 
+def _require_fetched(folder: Path, source: SourceSpec) -> None:
+    """Of what was local the manifest has the name alone, which elsewhere is nothing or another."""
+    if source.kind != "huggingface" and source.revision is None:
+        raise SourceError(
+            f"{folder} was exported from a local checkpoint, {source.id}: say where it is with "
+            "--reference CHECKPOINT"
+        )
+
+
 def reference_model(checkpoint: Checkpoint) -> Any:
     """The checkpoint as a float32 transformers model, its tensors read one by one."""
     import torch
@@ -97,7 +117,7 @@ def reference_model(checkpoint: Checkpoint) -> Any:
     config = checkpoint.config
     config.dtype = torch.float32
     with no_init_weights():
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     stored = ViewedCheckpoint(checkpoint, {}, find_architecture(config.model_type).aliases)
     head = model.get_output_embeddings()
     for name, module in model.named_modules():

@@ -14,14 +14,27 @@ from rich.table import Table
 from .errors import ValidationFailedError
 from .validate import ValidationReport, validate_folder
 
-__all__ = ["validate"]
+__all__ = ["EXAMPLES", "validate"]
+
+EXAMPLES = """
+Examples:
+
+    adainfer validate engines/
+
+    adainfer validate engines/ --reference ./my-llama
+
+    adainfer validate engines/ --reference model.gguf --json
+"""
 
 
 def validate(
     folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
     reference: Annotated[
         str | None,
-        typer.Option(help="Checkpoint to compare with; default: the one it was exported from."),
+        typer.Option(
+            help="Checkpoint to compare with: folder, .gguf file, alias or Hugging Face id. "
+            "Default: the alias or id it was exported from; local checkpoints must be given."
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

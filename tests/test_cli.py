@@ -177,6 +177,12 @@ def test_help(arguments):
     assert "Usage" in command(*arguments, "--help").stdout
 
 
+@pytest.mark.parametrize("name", ["export", "calibrate", "certify", "validate"])
+def test_help_has_examples(name):
+    _, _, examples = command("adainfer", name, "--help").stdout.partition("Examples:")
+    assert re.search(f"adainfer.{name} ", examples)
+
+
 def test_version():
     assert command("adainfer", "--version").stdout.startswith("adainfer 0.")
 

@@ -99,7 +99,7 @@ def test_weights_equal_transformers_own_reading_of_the_file(smollm2_gguf, refere
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(
-        smollm2_gguf.parent, gguf_file=smollm2_gguf.name
+        smollm2_gguf.parent, gguf_file=smollm2_gguf.name, trust_remote_code=False
     ).state_dict()
     for name, tensor in reference.state_dict().items():
         np.testing.assert_allclose(tensor.numpy(), theirs[name].float().numpy(), atol=1e-6)

@@ -16,7 +16,7 @@ from ..errors import CalibrationError
 from .builtin import builtin_examples
 from .request import CalibrationRequest
 
-__all__ = ["PARTS", "Parts", "load_examples", "prompt_hash", "split_parts"]
+__all__ = ["PARTS", "Parts", "check_examples", "load_examples", "prompt_hash", "split_parts"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -42,23 +42,41 @@ def load_examples(request: CalibrationRequest) -> list[TaskExample]:
         TaskFileError: a file cannot be read.
         CalibrationError: too few prompts.
     """
+    examples = _read(request)
+    chosen, twice = _choose(examples, request)
+    if twice:
+        _LOG.warning(
+            "%d of %d prompts are there twice: each is used once, in one part of the data",
+            twice,
+            len(examples),
+        )
+    return chosen
+
+
+def check_examples(request: CalibrationRequest) -> None:
+    """Raises what `load_examples` would raise, before the work that comes before it."""
+    _choose(_read(request), request)
+
+
+def _read(request: CalibrationRequest) -> list[TaskExample]:
     examples = builtin_examples(request.seed) if request.with_builtin else []
     if request.files:
         examples += read_tasks(request.files)
+    return examples
+
+
+def _choose(
+    examples: list[TaskExample], request: CalibrationRequest
+) -> tuple[list[TaskExample], int]:
+    """The prompts to use, and how many were left out for being there twice."""
     unique = list({example.prompt: example for example in examples}.values())
-    if len(unique) < len(examples):
-        _LOG.warning(
-            "%d of %d prompts are there twice: each is used once, in one part of the data",
-            len(examples) - len(unique),
-            len(examples),
-        )
     order = _sample([example.task for example in unique], request.limit, request.seed)
     if len(order) < _LEAST:
         raise CalibrationError(
             f"{len(order)} different prompts are too few to calibrate: at least {_LEAST} are "
             "needed, a few hundred are better"
         )
-    return [unique[index] for index in order]
+    return [unique[index] for index in order], len(examples) - len(unique)
 
 
 def prompt_hash(prompt: str) -> str:

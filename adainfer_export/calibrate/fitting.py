@@ -19,7 +19,7 @@ from ..errors import CalibrationError
 from ..progress import Reporter
 from .affine import AffineMap
 from .classifiers import CLASSIFIERS, Entry, ExitClassifier, own_entry
-from .data import Parts, load_examples, split_parts
+from .data import Parts, check_examples, load_examples, split_parts
 from .distil import distil_adapters
 from .distilled import KeepLayer, keep_nothing
 from .head import read_head
@@ -45,6 +45,7 @@ __all__ = [
     "Fitted",
     "FittedGraph",
     "TracedParts",
+    "check_inputs",
     "classifier_entries",
     "fit_graphs",
     "fit_traced",
@@ -280,6 +281,17 @@ def _trace(
 ) -> AnswerTraces:
     reporter.begin("tracing answers", len(examples))
     return trace_answers(engine, examples, reporter, in_context=in_context)
+
+
+def check_inputs(request: CalibrationRequest) -> None:
+    """Reads the files that a request names, for callers that have long work to do before it.
+
+    Raises:
+        TaskFileError: a task file cannot be read.
+        CalibrationError: too few prompts, or a classifier's file does not keep the contract.
+    """
+    classifier_entries(request)
+    check_examples(request)
 
 
 def classifier_entries(request: CalibrationRequest) -> dict[str, Entry]:

@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from adainfer_runtime.manifest import SourceSpec
 
-from ..errors import NonFiniteWeightError
+from ..errors import CheckpointError, NonFiniteWeightError
 from ..quantise import BlockRows, Blocks
 
-__all__ = ["Checkpoint", "require_finite"]
+__all__ = ["Checkpoint", "end_tokens", "require_finite"]
 
 
 class Checkpoint(Protocol):
@@ -76,6 +76,20 @@ class Checkpoint(Protocol):
 
     def write_tokenizer(self, folder: Path) -> bool:
         """Writes `tokenizer.json` and what belongs to it; False where there is none."""
+
+
+def end_tokens(found: Any, path: Path) -> tuple[int, ...]:
+    """The value of `eos_token_id` in the file `path`: nothing, a token id or a list of them.
+
+    Raises:
+        CheckpointError: it is something else.
+    """
+    if found is None:
+        return ()
+    tokens = found if isinstance(found, list) else [found]
+    if not all(type(token) is int for token in tokens):
+        raise CheckpointError(f"{path}: eos_token_id is {found!r}, no token id or list of them")
+    return tuple(tokens)
 
 
 def require_finite(

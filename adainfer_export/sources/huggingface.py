@@ -6,6 +6,7 @@ import copy
 import json
 import shutil
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ import numpy.typing as npt
 from adainfer_runtime.engine_folder import file_sha256
 from adainfer_runtime.manifest import SourceFile, SourceSpec
 
-from ..errors import CheckpointError, SourceError, UnsupportedError
+from ..errors import CheckpointError, SourceError, UnsupportedError, one_line
 from ..quantise import BlockRows, Blocks
-from .checkpoint import require_finite
+from .checkpoint import end_tokens, require_finite
 from .packed import PackedLinears
 from .tensor_files import TensorFiles, Tensors
 
@@ -41,6 +42,17 @@ _BUFFERS = (
     ".attention.masked_bias",
 )
 _FLOATS = ("F32", "F16", "BF16", "F64")
+# What transformers lets be zero or less, and no model can be built of.
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+    "max_position_embeddings",
+)
 
 
 class HuggingFaceFolder:
@@ -93,14 +105,16 @@ class HuggingFaceFolder:
         architecture = find_architecture(model_type)
         try:
             config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{path} is no valid configuration: {error}") from error
-        if model_type != architecture.wrapped_in:
-            return config
-        text = config.get_text_config()
-        if (packed := getattr(config, "quantization_config", None)) is not None:
-            text.quantization_config = packed  # said of the whole model
-        return text
+        except Exception as error:  # transformers' checks, and what divides by zero before them
+            reason = one_line(error)
+            raise CheckpointError(f"{path} is no valid configuration: {reason}") from error
+        if model_type == architecture.wrapped_in:
+            text = config.get_text_config()
+            if (packed := getattr(config, "quantization_config", None)) is not None:
+                text.quantization_config = packed  # said of the whole model
+            config = text
+        _require_sizes(config, path)
+        return config
 
     @cached_property
     def source(self) -> SourceSpec:
@@ -116,7 +130,7 @@ class HuggingFaceFolder:
         )
         if self._id is not None:
             return SourceSpec(kind="huggingface", id=self._id, revision=self._revision, files=files)
-        return SourceSpec(kind="folder", id=self._folder.name, files=files)
+        return SourceSpec(kind="folder", id=self._folder.resolve().name, files=files)
 
     @property
     def source_name(self) -> str:
@@ -126,18 +140,16 @@ class HuggingFaceFolder:
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """From generation_config.json, else from the configuration."""
-        found: Any = None
         path = self._folder / "generation_config.json"
         if path.is_file():
             try:
                 found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
             except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
                 raise CheckpointError(f"{path} cannot be read: {error}") from error
-        if found is None:
-            found = getattr(self.config, "eos_token_id", None)
-        if found is None:
-            return ()
-        return tuple(found) if isinstance(found, list) else (int(found),)
+            if found is not None:
+                return end_tokens(found, path)
+        found = getattr(self.config, "eos_token_id", None)
+        return end_tokens(found, self._folder / "config.json")
 
     @property
     def tied_head(self) -> bool:
@@ -223,13 +235,37 @@ class HuggingFaceFolder:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self._folder, use_fast=True)
+            # Said outright: left open, transformers asks on standard input, and runs it on a `y`.
+            tokenizer = AutoTokenizer.from_pretrained(self._folder, trust_remote_code=False)
             tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
-        except (OSError, ValueError, ImportError, AttributeError) as error:
+        except Exception as error:  # whatever foreign files make of transformers' converters
             raise CheckpointError(
                 f"{self._folder}: the tokenizer cannot be converted to tokenizer.json "
-                f"({error}); put a tokenizer.json beside it"
+                f"({self._why_not_converted(error)}); put a tokenizer.json beside it"
             ) from error
+
+    def _why_not_converted(self, error: Exception) -> str:
+        if self._tokenizer_is_code:
+            return "it is code of the checkpoint's own, which is never run"
+        if (self._folder / "tokenizer.model").is_file():
+            # Where SentencePiece cannot read it, transformers takes it for tiktoken's and asks for
+            # that package.
+            if find_spec("sentencepiece") is None:
+                return (
+                    "reading tokenizer.model needs the `sentencepiece` package: "
+                    "pip install 'adainfer-export[export]'"
+                )
+            if "tiktoken" in str(error):
+                return "tokenizer.model is no SentencePiece model"
+        return one_line(error)
+
+    @property
+    def _tokenizer_is_code(self) -> bool:
+        path = self._folder / "tokenizer_config.json"
+        try:
+            return "auto_map" in json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError):
+            return False
 
     @cached_property
     def _packed(self) -> PackedLinears | None:
@@ -253,3 +289,10 @@ class HuggingFaceFolder:
         if not self._packed or stem == name or not self._packed.holds(f"{stem}.weight"):
             return False
         return not self.read(name).any()
+
+
+def _require_sizes(config: Any, path: Path) -> None:
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            raise CheckpointError(f"{path} is no valid configuration: {name} is {size}")

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, one_line
 
 __all__ = ["load_graph", "read_rows", "require_inside"]
 
@@ -23,8 +23,7 @@ def load_graph(path: Path) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # protobuf's and onnx_ir's exceptions share no public base
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} cannot be read as ONNX: {reason}") from error
+        raise CheckpointError(f"{path} cannot be read as ONNX: {one_line(error)}") from error
 
 
 def require_inside(folder: Path, tensor: Any) -> None:

@@ -26,6 +26,7 @@ from ..errors import CheckpointError, UnsupportedError
 from ..lower.attention import SEQLENS_K, TOTAL_LENGTH
 from ..lower.graph import insert_before, remove_dead_nodes
 from ..quantise import BlockRows, Blocks
+from .checkpoint import end_tokens
 from .onnx_files import load_graph, read_rows, require_inside
 
 __all__ = ["GENAI_CONFIG", "OnnxFolder"]
@@ -80,7 +81,7 @@ class OnnxFolder:
             )
             for name in names
         )
-        return SourceSpec(kind="onnx", id=self._folder.name, files=files)
+        return SourceSpec(kind="onnx", id=self._folder.resolve().name, files=files)
 
     @property
     def source_name(self) -> str:
@@ -90,10 +91,7 @@ class OnnxFolder:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """From genai_config.json."""
-        found = self.config.eos_token_id
-        if found is None:
-            return ()
-        return tuple(found) if isinstance(found, list) else (int(found),)
+        return end_tokens(self.config.eos_token_id, self._folder / GENAI_CONFIG)
 
     def decoder(self) -> ir.Model:
         """The graph, ready to be split; weights have no value in it.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from adainfer_export import ExportRequest, export
 from adainfer_export.calibrate import CalibrationRequest, ShortlistRequest
 from adainfer_export.errors import (
+    CalibrationError,
     CheckpointError,
     GatedSourceError,
     NonFiniteWeightError,
@@ -24,6 +26,7 @@ from adainfer_export.errors import (
 )
 from adainfer_export.storage import StorageRequest
 from adainfer_runtime import AdaInferError
+from adainfer_runtime.errors import TaskFileError
 
 from ..checkpoints import edit_config, make_checkpoint
 
@@ -77,6 +80,26 @@ def test_shortlist_that_the_target_does_not_have(checkpoint, tmp_path):
     match = "target tensorrt has no shortlist; targets that do: ort-cpu"
     fails(UnsupportedError, checkpoint, tmp_path, match, target="tensorrt", precision="fp16",
           calibration=CalibrationRequest(shortlist=ShortlistRequest()))  # fmt: skip
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(
+    ("error", "match", "asked"),
+    [
+        (TaskFileError, "no.jsonl cannot be read", {"files": (Path("/no.jsonl"),)}),
+        (CalibrationError, "20 different prompts are too few", {"limit": 20}),
+        (CalibrationError, "no.onnx cannot be used", {"classifier_file": Path("/no.onnx")}),
+    ],
+)
+def test_calibration_that_cannot_be_made(
+    checkpoint, tmp_path, monkeypatch, error, match, asked, resume
+):
+    """Refused before the weights are written, which takes hours and would have been for nothing."""
+    from adainfer_export import writer
+
+    monkeypatch.setattr(writer.DataWriter, "write_all", lambda *_: pytest.fail("written"))
+    request = CalibrationRequest(**asked)
+    fails(error, checkpoint, tmp_path, match, calibration=request, resume=resume)
 
 
 def test_too_long_for_the_model(checkpoint, tmp_path):
@@ -149,14 +172,66 @@ def test_damaged_configuration(checkpoint, tmp_path):
     fails(CheckpointError, checkpoint, tmp_path, "config.json cannot be read")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("hidden_size", "64", "'hidden_size' expected int, got str"),
+        ("attention_bias", 0, "'attention_bias' expected bool, got int"),
+        ("num_attention_heads", 0, ""),
+        ("num_attention_heads", -1, "num_attention_heads is -1"),
+        ("num_hidden_layers", 0, "num_hidden_layers is 0"),
+        ("head_dim", 7, ""),
+        ("head_dim", 0, "head_dim is 0"),
+        ("max_position_embeddings", -1, "max_position_embeddings is -1"),
+        ("dtype", [], ""),
+    ],
+)
+def test_configuration_of_no_model(checkpoint, tmp_path, key, value, reason):
+    edit_config(checkpoint, **{key: value})
+    match = f"{checkpoint}/config.json is no valid configuration: .*{reason}"
+    fails(CheckpointError, checkpoint, tmp_path, match)
+
+
+@pytest.mark.parametrize(
+    ("variant", "key", "value"),
+    [("gemma3", "query_pre_attn_scalar", 0), ("llama", "num_key_value_heads", 7)],
+)
+def test_configuration_that_cannot_be_built(tmp_path, variant, key, value):
+    make_checkpoint(tmp_path / "checkpoint", variant)
+    edit_config(tmp_path / "checkpoint", **{key: value})
+    fails(UnsupportedError, tmp_path / "checkpoint", tmp_path, "cannot build this configuration")
+
+
+@pytest.mark.parametrize("value", ["abc", ["a"], {}, 1.5, True, [[1]]])
+def test_end_of_text_that_is_no_token(checkpoint, tmp_path, value):
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
+    fails(CheckpointError, checkpoint, tmp_path,
+          "generation_config.json: eos_token_id is .*, no token id or list of them")  # fmt: skip
+
+
 def test_folder_without_a_model(tmp_path):
     (tmp_path / "empty").mkdir()
     fails(SourceError, tmp_path / "empty", tmp_path, "holds no config.json")
 
 
-def test_damaged_tokenizer(checkpoint, tmp_path):
-    (checkpoint / "tokenizer.json").write_text("{not json")
-    fails(CheckpointError, checkpoint, tmp_path, "tokenizer.json of the checkpoint is damaged")
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer.json", b"{not json"),
+        ("tokenizer.json", b"{}"),  # which no tokenizer can be made of
+        ("tokenizer_config.json", b"garbage"),
+        ("special_tokens_map.json", b"\xff\xfe"),
+        ("chat_template.jinja", b"\xff\xfe"),
+    ],
+)
+def test_damaged_tokenizer(checkpoint, tmp_path, monkeypatch, file, content):
+    """Such an engine folder would not load."""
+    from adainfer_export import writer
+
+    monkeypatch.setattr(writer.DataWriter, "write_all", lambda *_: pytest.fail("written"))
+    (checkpoint / file).write_bytes(content)
+    match = f"{checkpoint}: {file} of the checkpoint is damaged: "
+    fails(CheckpointError, checkpoint, tmp_path, match)
 
 
 def test_missing_tokenizer_is_a_warning(tmp_path):
@@ -192,8 +267,6 @@ def test_failed_replacement_keeps_the_old_folder(checkpoint, tmp_path):
 
 
 def test_output_that_cannot_be_written(checkpoint):
-    from pathlib import Path
-
     with pytest.raises(OutputError, match="cannot be written"):
         run(checkpoint, Path("/proc/adainfer/out"))
 
@@ -248,6 +321,82 @@ def test_killed_export_leaves_nothing_that_loads(checkpoint, tmp_path):
     assert not (remains[0] / "manifest.json").exists()
     run(checkpoint, out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+# Exports with --force; dies where the old folder has gone and the new one has not come, or after.
+KILLED_SWAP = """
+import os, signal, sys
+from pathlib import Path
+from adainfer_export import ExportRequest, export, folder
+model, out, after = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "after"
+rename = Path.rename
+def killed(self, target):
+    dies = target == out
+    if after or not dies: rename(self, target)
+    if dies: os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = killed
+export(ExportRequest(model, out, precision="fp32", force=True))
+"""
+
+
+@pytest.fixture
+def killed_swap(checkpoint, tmp_path):
+    """An engine folder with a file of its own, whose replacement was killed."""
+    import signal
+    import subprocess
+    import sys
+
+    def kill(when):
+        out = tmp_path / "out"
+        run(checkpoint, out)
+        (out / "old").touch()
+        command = [sys.executable, "-c", KILLED_SWAP, str(checkpoint), str(out), when]
+        assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+        return out
+
+    return kill
+
+
+def siblings(out):
+    return sorted(path.name for path in out.parent.iterdir())
+
+
+def test_a_folder_that_a_killed_replacement_took_away_comes_back(killed_swap, checkpoint):
+    out = killed_swap("between")
+    assert not out.exists()
+    with pytest.raises(OutputError, match="exists; give another --out, or --force"):
+        run(checkpoint, out)
+    assert (out / "old").is_file()
+    run(checkpoint, out, force=True)
+    assert not (out / "old").exists()
+    assert siblings(out) == ["checkpoint", "out"]
+
+
+def test_a_folder_that_was_replaced_before_a_kill_goes(killed_swap, checkpoint):
+    out = killed_swap("after")
+    assert not (out / "old").exists()
+    assert len(siblings(out)) == 3
+    run(checkpoint, out, force=True, resume=True)
+    assert siblings(out) == ["checkpoint", "out"]
+
+
+def test_an_interrupt_of_a_replacement_keeps_the_old_folder(checkpoint, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    run(checkpoint, out)
+    (out / "old").touch()
+    rename, first = Path.rename, []
+
+    def interrupted(self, target):
+        if target == out and not first:
+            first.append(self)
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint, out, force=True)
+    assert (out / "old").is_file()
+    assert siblings(out) == ["checkpoint", "out"]
 
 
 def test_truncated_gguf(tmp_path, smollm2_gguf):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -121,3 +123,33 @@ def test_width_that_blocks_do_not_divide(tmp_path):
     with pytest.raises(UnsupportedError, match="width 80 is not divisible by the block of 32"):
         export(ExportRequest(str(tmp_path / "checkpoint"), tmp_path / "out"))
     export(ExportRequest(str(tmp_path / "checkpoint"), tmp_path / "out", precision="fp32"))
+
+
+class _Steps:
+    def __init__(self):
+        self.seen = {}
+
+    def begin(self, what, total):
+        self.phase = self.seen.setdefault(what, [])
+
+    def step(self, detail=""):
+        self.phase.append(detail)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, ["layer 1/4", "layer 2/4", "layer 3/4", "layer 4/4"]),
+        ({"layers_per_engine": 2}, ["layers 1-2/4", "layers 3-4/4"]),
+    ],
+)
+def test_progress_tells_the_layer(checkpoint, tmp_path, settings, expected):
+    steps = _Steps()
+    request = ExportRequest(str(checkpoint), tmp_path / "out", precision="fp32", **settings)
+    export(request, steps)
+    told = steps.seen["writing weights"]
+    assert sorted(detail for detail in told if "layer" in detail) == expected
+    assert {"embed", "probe"} <= set(told)
+    again = _Steps()
+    export(replace(request, layers=(4, 4)), again)
+    assert again.seen == {"writing weights": expected[-1:]}

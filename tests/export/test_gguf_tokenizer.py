@@ -122,7 +122,7 @@ def test_an_engine_from_a_file_with_sentencepiece(tmp_path):
     export(ExportRequest(str(tmp_path / "m.gguf"), tmp_path / "out", precision="fp32"))
     engine = Engine.load(tmp_path / "out", verify=True)
     assert engine.manifest.model.eos_token_ids == (2,)
-    other = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf")
+    other = AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf", trust_remote_code=False)
     for text in PLAIN:
         ids = engine.tokenizer.encode(text)
         assert list(ids) == other(text).input_ids

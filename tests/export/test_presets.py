@@ -95,7 +95,7 @@ def test_engines_are_no_larger_than_a_board_can_build():
 
 
 def test_joined_engines_keep_within_the_boards_bound(checkpoint, tmp_path):
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
     board = find_preset("jetson-orin")
     preset = dataclasses.replace(board, memory_bytes=2 * build_bytes(config, "fp16", 3))
     request = ExportRequest(

@@ -207,7 +207,7 @@ def test_byte_level_tokenizers_in_two_files(tmp_path):
     assert tokenizer.encode("hi hi")[-3:] == [6, 7, 6]
     from transformers import AutoTokenizer
 
-    reference = AutoTokenizer.from_pretrained(tmp_path / "checkpoint")
+    reference = AutoTokenizer.from_pretrained(tmp_path / "checkpoint", trust_remote_code=False)
     assert tokenizer.encode("hi hi") == reference.encode("hi hi")
 
 

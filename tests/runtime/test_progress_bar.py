@@ -26,7 +26,7 @@ def _lines(extra: str | None = None) -> tuple[ProgressLines, _Clock, io.StringIO
     return progress, clock, stream
 
 
-def test_a_line_every_half_minute_with_the_time_left() -> None:
+def test_a_line_every_half_minute_with_detail_and_time_left() -> None:
     progress, clock, stream = _lines()
     with progress:
         task = progress.add_task("evaluating", total=1200, detail="")
@@ -34,9 +34,9 @@ def test_a_line_every_half_minute_with_the_time_left() -> None:
             clock.now += 1.0
             progress.update(task, advance=1, detail="[sst2]")
     assert stream.getvalue().splitlines() == [
-        "evaluating: 30 of 1,200, 20 min left",
-        "evaluating: 60 of 1,200, 19 min left",
-        "evaluating: 90 of 1,200, 18 min left",
+        "evaluating: 30 of 1,200, [sst2], 20 min left",
+        "evaluating: 60 of 1,200, [sst2], 19 min left",
+        "evaluating: 90 of 1,200, [sst2], 18 min left",
     ]
 
 

@@ -40,7 +40,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 class ProgressLines(Progress):
-    """For logs: a line after every half minute of work, `evaluating: 40 of 300, 2 min left`.
+    """For logs: a line after every half minute of work, `evaluating: 40 of 300, sst2, 2 min left`.
 
     What takes less than that says nothing, as a bar that is gone at the end.
 
@@ -79,6 +79,8 @@ class ProgressLines(Progress):
         self._last_line = now
         task = self._tasks[task_id]
         parts = [f"{task.completed:,.0f} of {task.total or 0:,.0f}"]
+        if detail := task.fields.get("detail"):
+            parts.append(detail)
         if task.time_remaining is not None:
             parts.append(_time_left(task.time_remaining))
         if self._extra is not None:
