@@ -64,3 +64,18 @@ def test_shots_table(tiny, files, tmp_path):
     again = run("shots_table.py", *arguments, "--target-agreement", 0.6, "--quiet")
     assert again == table
     assert len((work / "adapted-1.jsonl").read_text().splitlines()) == answers
+
+
+def test_leave_one_task_out_of_context_exits(tiny, files, tmp_path):
+    arguments = ("--test-limit", 4, "--exit-layers", 2, 3, "--target-agreement", 0.6, 0.7)
+    folder = tiny("llama").folder
+    before = sorted(folder.rglob("*"))
+    text = run("leave_one_task_out_context.py", folder, *files, *arguments, "--work", tmp_path)
+    tables = text.split("context exits (svm), target agreement ")
+    assert [table.split("\n")[0] for table in tables[1:]] == ["0.6", "0.7"]
+    assert text.count("pooled: agreement") == 4
+    rows = [line.split() for line in tables[1].splitlines() if line.startswith(("one", "two"))]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("one", "11"), ("two", "11"), ("one", "4"), ("two", "4"),
+    ]  # fmt: skip
+    assert sorted(folder.rglob("*")) == before  # a copy took what was written

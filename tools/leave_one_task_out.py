@@ -28,7 +28,7 @@ from adainfer_export.calibrate.data import Parts, load_examples, split_parts
 from adainfer_export.calibrate.fitting import Fitted, TracedParts, fit_traced
 from adainfer_export.calibrate.predictions import predict_layers
 from adainfer_export.calibrate.scored import Scored, score_predictions
-from adainfer_export.calibrate.select import choose_threshold, evaluate
+from adainfer_export.calibrate.select import Outcome, choose_threshold, evaluate
 from adainfer_export.calibrate.traces import (
     AnswerTraces,
     PromptTraces,
@@ -57,9 +57,9 @@ class TracedTasks:
 
     def without(self, task: str) -> tuple[TracedParts, AnswerTraces]:
         """What a fold may see: to fit on, and to choose the threshold on."""
-        prompts = PromptTraces.concatenate(_others(self.adapters, task))
+        prompts = PromptTraces.concatenate(others(self.adapters, task))
         classifier, selection, certification = (
-            AnswerTraces.concatenate(_others(part, task))
+            AnswerTraces.concatenate(others(part, task))
             for part in (self.classifier, self.selection, self.certification)
         )
         return TracedParts(prompts, classifier, selection), certification
@@ -78,7 +78,7 @@ def main() -> None:
             )
             folds = run_folds(engine, arguments.folder, traced, request)
             print(f"\n{classifier}, target agreement {target}")
-            show(folds)
+            report(folds)
             if arguments.json:
                 with arguments.json.open("a", encoding="utf-8") as stream:
                     setting = {"classifier": classifier, "target": target}
@@ -96,20 +96,20 @@ def trace_tasks(engine: Engine, arguments: argparse.Namespace, reporter: Reporte
         reporter.begin("tracing answers", len(examples))
         return {
             task: trace_answers(engine, group, reporter, in_context=in_context, layers=layers)
-            for task, group in _by_task(examples).items()
+            for task, group in by_task(examples).items()
         }
 
     reporter.begin("tracing prompts", len(parts.adapters))
     adapters = {
         task: trace_prompts(engine, group, reporter, request.seed, layers)
-        for task, group in _by_task(parts.adapters).items()
+        for task, group in by_task(parts.adapters).items()
     }
     return TracedTasks(
         adapters,
         answers(parts.classifier, in_context=True),
         answers(parts.selection, in_context=False),
         answers(parts.certification, in_context=False),
-        answers(_sampled(read_tasks(arguments.test), arguments.test_limit), in_context=False),
+        answers(sampled(read_tasks(arguments.test), arguments.test_limit), in_context=False),
     )
 
 
@@ -131,18 +131,20 @@ def _fold(
     if fitted.graphs:
         scored = _score(engine, fitted, certification)
         threshold = choose_threshold(scored, request.target_agreement).threshold
-    if math.isinf(threshold):
-        nothing = {"wrong": 0, "saved": 0.0}
-        return {"task": task} | {n: {"prompts": len(t.token)} | nothing for n, t in asked.items()}
-    outcomes = {n: evaluate(_score(engine, fitted, t), threshold) for n, t in asked.items()}
-    return {"task": task} | {
-        name: {
-            "prompts": len(asked[name].token),
-            "wrong": outcome.disagreements,
-            "saved": outcome.layers_saved,
-        }
-        for name, outcome in outcomes.items()
-    }
+    row: dict[str, Any] = {"task": task}
+    for name, traces in asked.items():
+        exits = math.isfinite(threshold)
+        outcome = evaluate(_score(engine, fitted, traces), threshold) if exits else None
+        row[name] = outcome_row(len(traces.token), outcome)
+    return row
+
+
+def outcome_row(prompts: int, outcome: Outcome | None) -> dict[str, Any]:
+    """Figures of a fold; without an outcome nothing exits."""
+    if outcome is None:
+        return {"prompts": prompts, "wrong": 0, "saved": 0.0}
+    saved = outcome.layers_saved
+    return {"prompts": prompts, "wrong": outcome.disagreements, "saved": saved}
 
 
 def _score(engine: Engine, fitted: Fitted, traces: AnswerTraces) -> Scored:
@@ -155,7 +157,7 @@ def _score(engine: Engine, fitted: Fitted, traces: AnswerTraces) -> Scored:
     return score_predictions(fitted.graphs[0].classifier, predictions)
 
 
-def show(folds: Sequence[Mapping[str, Any]]) -> None:
+def report(folds: Sequence[Mapping[str, Any]]) -> None:
     """A row per task, and pooled figures."""
     for name in ("held_out", "test"):
         print(f"{name:28} {'prompts':>8} {'agreement':>10} {'saved':>7}")
@@ -172,20 +174,23 @@ def show(folds: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _others(parts: Mapping[str, _Part], task: str) -> list[_Part]:
+def others(parts: Mapping[str, _Part], task: str) -> list[_Part]:
+    """All tasks' but one's."""
     return [part for name, part in parts.items() if name != task]
 
 
-def _by_task(examples: Sequence[TaskExample]) -> dict[str, list[TaskExample]]:
+def by_task(examples: Sequence[TaskExample]) -> dict[str, list[TaskExample]]:
+    """Examples by their task."""
     groups: dict[str, list[TaskExample]] = defaultdict(list)
     for example in examples:
         groups[example.task].append(example)
     return groups
 
 
-def _sampled(examples: Sequence[TaskExample], limit: int | None) -> list[TaskExample]:
+def sampled(examples: Sequence[TaskExample], limit: int | None) -> list[TaskExample]:
+    """A seeded sample of so many examples of each task."""
     chosen: list[TaskExample] = []
-    for group in _by_task(examples).values():
+    for group in by_task(examples).values():
         chosen += group if limit is None else random.Random(0).sample(group, min(limit, len(group)))
     return chosen
 

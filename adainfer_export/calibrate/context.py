@@ -47,7 +47,7 @@ from .translate import (
     translator_layers,
 )
 
-__all__ = ["FittedContext", "fit_context"]
+__all__ = ["FittedContext", "draft_context", "fit_context"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -113,11 +113,8 @@ def fit_context(
     translators = {
         layer: Translator(layer, AffineMap.of_arrays(arrays, str(layer))) for layer in layers
     }
-    points = {
-        layer: _write_translator(files, translator, rotary, bare)
-        for layer, translator in translators.items()
-    }
-    draft = _draft(files, points, ThresholdClassifier(layers, ("top_prob",)), request)
+    draft = draft_context(files, bare, translators, rotary, request)
+    points = {point.exit_layer: point for point in draft.points}
     looking = Engine.of_manifest(files.folder, bare.model_copy(update={"context_exit": draft}))
     check = _check_layers(looking, parts.selection, layers)
     fit = _predict(looking, parts.classifier, layers, check, reporter, in_context=True)
@@ -160,6 +157,23 @@ def _fit_translators(
     return distil_translators(
         engine, folder, head, rotary, translators, lessons, reporter, seed, keep
     )
+
+
+def draft_context(
+    files: Files,
+    bare: Manifest,
+    translators: Mapping[int, Translator],
+    rotary: Rotary | Unrotated,
+    request: CalibrationRequest,
+) -> ExitSpec:
+    """Context exits at all these points, written, for looking at what they would answer: their
+    classifier and threshold are none that anybody chose.
+    """
+    points = {
+        layer: _write_translator(files, translator, rotary, bare)
+        for layer, translator in translators.items()
+    }
+    return _draft(files, points, ThresholdClassifier(tuple(points), ("top_prob",)), request)
 
 
 def _write_translator(

@@ -17,6 +17,7 @@ from ..progress import Reporter
 from .ridge import Moments
 
 __all__ = [
+    "AnswerCollector",
     "AnswerTraces",
     "PromptTraces",
     "answer_positions",
@@ -178,7 +179,7 @@ def trace_prompts(
     moments = {layer: Moments(width) for layer in layers}
     random = np.random.default_rng(seed)
     examples = list(examples)
-    kept = _Collector(engine, layers)
+    kept = AnswerCollector(engine, layers)
     expected = len(examples) * (_EARLIER_ANSWERS + 1) * (len(layers) + 1) * width * 4
     share = min(1.0, _MOST_ANSWER_BYTES / max(expected, 1))
     similarity: dict[int, list[float]] = {layer: [] for layer in engine.manifest.boundaries}
@@ -216,7 +217,7 @@ def trace_answers(
         layers: default: all candidate layers.
     """
     examples = list(examples)
-    kept = _Collector(engine, layers or candidate_layers(engine))
+    kept = AnswerCollector(engine, layers or candidate_layers(engine))
     for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
         rows = answer_positions(ids) if in_context else np.array([len(ids) - 1], np.int64)
         start = time.perf_counter()
@@ -242,7 +243,7 @@ def trace_contexts(
         in_context: see `trace_answers`; the first position is no answer over a context.
     """
     examples = list(examples)
-    kept = _Collector(engine, layers)
+    kept = AnswerCollector(engine, layers)
     for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
         rows = answer_positions(ids)[0 if in_context else -1 :]
         rows = rows[rows > 0]
@@ -261,7 +262,7 @@ def trace_contexts(
     return kept.traces()
 
 
-class _Collector:
+class AnswerCollector:
     """Puts answers of prompt after prompt together."""
 
     def __init__(self, engine: Engine, layers: tuple[int, ...]) -> None:

@@ -33,6 +33,7 @@ from .traces import answer_positions
 __all__ = [
     "ContextLesson",
     "Rotary",
+    "TracedContexts",
     "Translator",
     "Unrotated",
     "affordable_rank",
@@ -40,6 +41,8 @@ __all__ = [
     "lower_translator",
     "most_weights",
     "read_rotary",
+    "solve_translators",
+    "trace_contexts_above",
     "translate_inputs",
     "translator_layers",
 ]
@@ -139,6 +142,28 @@ class ContextLesson:
     first: Mapping[int, Float32]
 
 
+@dataclass(frozen=True)
+class TracedContexts:
+    """Prompts as translators are fitted to them.
+
+    Attributes:
+        moments: per exit layer, of (hidden after it, K and V of the layers above).
+        lessons: of as many prompts as there was memory for.
+    """
+
+    moments: Mapping[int, Moments]
+    lessons: tuple[ContextLesson, ...] = ()
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TracedContexts]) -> TracedContexts:
+        """Those of different prompts."""
+        moments = {
+            layer: Moments.sum_of([part.moments[layer] for part in parts])
+            for layer in parts[0].moments
+        }
+        return cls(moments, tuple(lesson for part in parts for lesson in part.lessons))
+
+
 def read_rotary(folder: Path, manifest: Manifest) -> Rotary | Unrotated | None:
     """What was done to the keys in the cache. None where layers differ in that or in their heads,
     rotate a part of each head, or interleave it.
@@ -201,10 +226,27 @@ def fit_translators(
     examples: Sequence[TaskExample],
     layers: Sequence[int],
     reporter: Reporter,
-) -> tuple[dict[int, Translator], list[ContextLesson]]:
+) -> tuple[dict[int, Translator], tuple[ContextLesson, ...]]:
     """Runs prompts through all layers and fits one translator per exit layer.
 
     The lessons are of as many prompts as memory is set aside for.
+    """
+    budget = max(_LEAST_LESSON_BYTES, (memory_limit() or 0) // _LESSON_SHARE)
+    traced = trace_contexts_above(engine, rotary, examples, layers, reporter, lesson_bytes=budget)
+    return solve_translators(engine.manifest, traced.moments), traced.lessons
+
+
+def trace_contexts_above(
+    engine: Engine,
+    rotary: Rotary | Unrotated,
+    examples: Sequence[TaskExample],
+    layers: Sequence[int],
+    reporter: Reporter,
+    *,
+    lesson_bytes: int = 0,
+) -> TracedContexts:
+    """Runs prompts through all layers; lessons are kept until their hidden states, in float16,
+    take `lesson_bytes`.
     """
     manifest = engine.manifest
     total, per_layer = manifest.model.num_layers, 2 * manifest.kv.num_heads * manifest.kv.head_dim
@@ -212,7 +254,6 @@ def fit_translators(
         layer: Moments(manifest.model.hidden_size, (total - layer) * per_layer) for layer in layers
     }
     lessons: list[ContextLesson] = []
-    budget = max(_LEAST_LESSON_BYTES, (memory_limit() or 0) // _LESSON_SHARE)
     for example in examples:
         ids = engine.tokenizer.encode(example.prompt)
         with engine.borrow() as session:
@@ -226,17 +267,21 @@ def fit_translators(
             flat = {
                 number: _flatten(rotary.undo(key), value) for number, (key, value) in kv.items()
             }
-            budget -= sum(states.nbytes // 2 for states in hidden.values())
-            if budget > 0 and len(ids) > 1:
+            lesson_bytes -= sum(states.nbytes // 2 for states in hidden.values())
+            if lesson_bytes > 0 and len(ids) > 1:
                 lessons.append(_lesson(session, ids, hidden, kv))
         for layer in layers:
             target = np.concatenate([flat[n] for n in range(layer + 1, total + 1)], axis=1)
             rows = hidden[layer][1:]
             moments[layer].add(rows, target[1:], np.ones(len(rows), np.float32))
         reporter.step(example.task)
+    return TracedContexts(moments, tuple(lessons))
+
+
+def solve_translators(manifest: Manifest, moments: Mapping[int, Moments]) -> dict[int, Translator]:
+    """One translator per exit layer, in closed form."""
     affordable = most_weights(manifest)
-    maps = {layer: Translator(layer, _fit(m, affordable)) for layer, m in moments.items()}
-    return maps, lessons
+    return {layer: Translator(layer, _fit(m, affordable)) for layer, m in moments.items()}
 
 
 def most_weights(manifest: Manifest) -> int:
