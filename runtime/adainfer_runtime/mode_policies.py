@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,6 +12,7 @@ from .certificate import certified_text_threshold, certified_threshold, device_c
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, CombinedExit, ExitPolicy, NoExit, SomeChecks
 from .manifest import CombinedExitSpec, ExitSpec, Manifest
+from .values import require_number
 
 __all__ = ["MODES", "Mode", "PolicyFactory", "Strictness"]
 
@@ -30,7 +32,7 @@ class Strictness:
             texts (the share of a text's tokens that differ), else of answers.
 
     Raises:
-        RequestError: both are given.
+        RequestError: both are given, or one is no number.
     """
 
     threshold: float | None = None
@@ -41,6 +43,12 @@ class Strictness:
     def __post_init__(self) -> None:
         if self.threshold is not None and self.level is not None:
             raise RequestError("give a threshold or a certified level, not both")
+        for name, value in (("threshold", self.threshold), ("level", self.level)):
+            if value is None:
+                continue
+            require_number(name, value)
+            if math.isnan(value):  # no score reaches it, and none is below it
+                raise RequestError(f"{name} must be a number, found {value}")
 
     def of(self, spec: ExitSpec | CombinedExitSpec) -> tuple[float, float | None]:
         """The threshold for an exit graph, and the share of disagreement that it promises.
