@@ -15,14 +15,14 @@ from .backends import Backend, load_backend
 from .batch import BatchScheduler, ContinuousBatching
 from .batch_request import BatchListener, prepare_texts
 from .certificate import device_class, device_option
-from .choose import Chosen, choose, join_label
+from .choose import ChoiceOptions, Chosen, choose, join_label, listed_labels
 from .conversation import Conversation
 from .decode_costs import DecodeCosts, decode_costs
 from .decode_plan import DecodeForecast, best_drafting, forecast_decode
 from .engine_folder import load_manifest, verify_files
 from .errors import DeadlineError, ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
-from .generation_options import GenerationKeywords, GenerationOptions
+from .generation_options import CancelToken, GenerationKeywords, GenerationOptions
 from .manifest import Manifest
 from .mode_policies import Mode, PolicyFactory, Strictness
 from .planning import (
@@ -38,7 +38,7 @@ from .planning import (
 from .planning.choose import exit_shares
 from .profile import ProfiledBackend, StageClock, measuring
 from .results import ChoiceResult, GenerationResult, StreamEvent
-from .session import ExitProbe, Session
+from .session import ExitProbe, Session, check_tokens
 from .shadow import ShadowEntry, ShadowMonitor
 from .statistics import EngineStatistics, StatisticsRecorder
 from .text_request import finish, prepare
@@ -100,7 +100,9 @@ class Engine:
 
         Args:
             device: `cpu`, which runs every target, or `cuda`.
-            threads: of the process's one ONNX Runtime pool; default: the cores it may use.
+            threads: of the process's one ONNX Runtime pool; default: the cores it may use. The
+                first engine of a process makes the pool. Another number for a later one has no
+                effect, and a warning is logged: that takes another process.
             low_memory: whether int4 engines hold their weights once, or a second time, laid out for
                 passes of many positions, in which some processors read prompts up to 1.4 times as
                 fast. Default: twice where that takes at most a quarter of the memory that this
@@ -378,6 +380,8 @@ class Engine:
             RequestError, DeadlineError: of the first text that fails, unless `on_error` is told;
                 the others are given up.
         """
+        if isinstance(prompts, str):
+            raise RequestError("prompts is one text: give a list, or the text to generate")
         listener = BatchListener(on_result, on_error)
         texts = prepare_texts(self, prompts, GenerationOptions.of(options), listener)
         results = scheduler.run(texts, self)
@@ -419,25 +423,37 @@ class Engine:
         mode: Mode = "off",
         threshold: float | None = None,
         level: float | None = None,
+        timeout: float | None = None,
+        cancel: CancelToken | None = None,
     ) -> ChoiceResult:
         """The label that most likely follows the prompt (labels of several tokens too).
 
         A label that would touch the prompt's last word is joined with a space (`join_label`).
 
+        Args:
+            threshold, level: see `policy`; a threshold is for modes `adaptive`, `context`, `auto`.
+            timeout: seconds after which `DeadlineError` is raised, within the prompt too.
+            cancel: raises `RequestCancelledError` when it is cancelled: of a choice there is no
+                part that could be returned.
+
         Raises:
-            RequestError: fewer than two labels, empty or equal ones.
+            RequestError: fewer than two labels, empty or equal ones; the engine stays usable.
+            DeadlineError: the timeout passed.
+            RequestCancelledError: it was cancelled.
         """
+        check = ChoiceOptions(mode, threshold, level, timeout, cancel).interruption()
+        names = listed_labels(labels)
         shape = RequestShape(len(self._tokens(prompt)), candidates=True)
         policy = self.choice_policy(mode, threshold=threshold, level=level, shape=shape)
         stage_seconds: dict[str, float] = {}
         with measuring(self.clock, stage_seconds):
-            done = self.choose_with(prompt, labels, policy)
+            done = self.choose_with(prompt, names, policy, check)
         if self._compares(policy):
-            full = self.choose_with(prompt, labels, NoExit())
+            full = self.choose_with(prompt, names, NoExit())
             self._record(policy, agrees=done.index == full.index)
         self.recorder.choice(done.exit_layer, done.seconds, done.count, stage_seconds)
         return ChoiceResult(
-            labels[done.index],
+            names[done.index],
             done.index,
             done.scores,
             done.exit_layer,
@@ -448,11 +464,19 @@ class Engine:
         )
 
     def choose_with(
-        self, prompt: str | Sequence[int], labels: Sequence[str], policy: ExitPolicy
+        self,
+        prompt: str | Sequence[int],
+        labels: Sequence[str],
+        policy: ExitPolicy,
+        check: Callable[[], None] = lambda: None,
     ) -> Chosen:
-        """`choose` under any exit policy, with the position-layers that were counted."""
+        """`choose` under any exit policy, with the position-layers that were counted.
+
+        Args:
+            check: called before every pass of a stage; what it raises ends the choice.
+        """
         tokens = self.label_tokens(prompt, labels)
-        with self.borrow() as session:
+        with self.borrow() as session, session.interruptible(check):
             limit = self._manifest.max_seq_len
             done = choose(session, self._tokens(prompt), tokens, policy, limit)
         self.recent.record(policy, done.exit_layer)
@@ -463,7 +487,7 @@ class Engine:
     ) -> list[Sequence[int]]:
         """The labels' tokens as they continue the prompt (see `join_label`)."""
         text = prompt if isinstance(prompt, str) else ""
-        joined = [join_label(text, label) for label in labels]
+        joined = [join_label(text, label) for label in listed_labels(labels)]
         return [self._tokenizer.encode_continuation(label) for label in joined]
 
     def compare(self, policy: ExitPolicy, prompt: Sequence[int], first: int) -> None:
@@ -485,7 +509,9 @@ class Engine:
             self._shadow.record(policy.promised, agrees=agrees)
 
     def _tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        """Raises RequestError for what is neither text nor a list of token ids, or is empty."""
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return check_tokens(ids, self._manifest.model.vocab_size).tolist()  # type: ignore[no-any-return]
 
     @contextmanager
     def borrow(self) -> Iterator[Session]:
