@@ -8,7 +8,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from types import TracebackType
+from typing import Any, Self, Unpack
+from weakref import WeakSet
 
 from .approximate_text import ApproximateText
 from .backends import Backend, load_backend
@@ -23,8 +25,9 @@ from .engine_folder import load_manifest, verify_files
 from .errors import DeadlineError, ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
 from .generation_options import CancelToken, GenerationKeywords, GenerationOptions
+from .lifetime import Lifetime, closed
 from .manifest import Manifest
-from .mode_policies import Mode, PolicyFactory, Strictness
+from .mode_policies import Mode, PolicyFactory, Strictness, known_modes
 from .planning import (
     Machine,
     ModeForecast,
@@ -53,6 +56,9 @@ _IDLE_SESSIONS = 4
 class Engine:
     """An engine folder, loaded. Immutable; may be shared by threads.
 
+    `close` gives its memory up before Python would; `with Engine.load(…) as engine:` does so at the
+    end of the block.
+
     Example:
         >>> engine = Engine.load("engines/")  # doctest: +SKIP
         >>> engine.generate("The sky is", max_new_tokens=8, mode="adaptive").text  # doctest: +SKIP
@@ -67,7 +73,10 @@ class Engine:
         clock: StageClock | None = None,
         device: str = "cpu",
         here: Machine | None = None,
+        folder: Path | None = None,
     ) -> None:
+        self._folder = folder
+        self.lifetime = Lifetime()
         self._here = here
         self._warned = False
         self._costs: dict[ExitProbe, DecodeCosts] = {}
@@ -82,6 +91,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._policies = PolicyFactory(self._backend, manifest)
         self._idle: list[Session] = []
+        self._own: WeakSet[Session] = WeakSet()  # of callers
         self._lock = threading.Lock()
 
     @classmethod
@@ -148,7 +158,53 @@ class Engine:
         shadow = None if shadow_every is None else ShadowMonitor(shadow_every)
         clock = StageClock() if profile else None
         tokenizer, here = load_tokenizer(folder, manifest), machine(threads, device)
-        return cls(manifest, backend, tokenizer, shadow, clock, device, here)
+        return cls(manifest, backend, tokenizer, shadow, clock, device, here, folder)
+
+    def __repr__(self) -> str:
+        """Folder, model, and what it can do, on one line."""
+        manifest = self._manifest
+        exits = ", ".join(map(str, manifest.exit_layers)) or "none"
+        state = ", closed" if self.lifetime.closed else ""
+        return (
+            f"<Engine {self._folder or 'without folder'}: {manifest.source.id}, "
+            f"{manifest.model.num_layers} layers, {manifest.target} {manifest.precision} on "
+            f"{self._device}, exits after layers: {exits}, modes: "
+            f"{', '.join(known_modes(manifest))}{state}>"
+        )
+
+    def __enter__(self) -> Self:
+        """The engine itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """See `close`."""
+        self.close()
+
+    def close(self) -> None:
+        """Gives up stages, KV caches and device memory; again it does nothing.
+
+        Later requests raise RequestError. One that runs, in another thread or as a stream between
+        two tokens, is finished: memory is given up by the last of them, and this does not wait for
+        it. (Close a stream that you leave.) Sessions of one's own and conversations end then too.
+        Manifest, tokenizer and statistics stay readable.
+        """
+        self.lifetime.close(self._release)
+
+    def _release(self) -> None:
+        with self._lock:
+            sessions = [*self._idle, *self._own]
+            self._idle.clear()
+            self._own.clear()
+        for session in sessions:
+            session.close("engine")
+        backend, self._backend = self._backend, closed("engine")
+        self._policies = PolicyFactory(self._backend, self._manifest)
+        backend.close()
 
     @property
     def manifest(self) -> Manifest:
@@ -189,8 +245,17 @@ class Engine:
         return self.recorder.snapshot()
 
     def session(self) -> Session:
-        """A sequence of one's own."""
-        return Session(self._backend, self._manifest)
+        """A sequence of one's own, for as long as the engine is open.
+
+        Raises:
+            RequestError: the engine is closed.
+        """
+        self.lifetime.check()
+        with self.lifetime.work():
+            session = Session(self._backend, self._manifest)
+            with self._lock:
+                self._own.add(session)
+        return session
 
     def policy(
         self,
@@ -382,9 +447,11 @@ class Engine:
         """
         if isinstance(prompts, str):
             raise RequestError("prompts is one text: give a list, or the text to generate")
+        self.lifetime.check()
         listener = BatchListener(on_result, on_error)
         texts = prepare_texts(self, prompts, GenerationOptions.of(options), listener)
-        results = scheduler.run(texts, self)
+        with self.lifetime.work():
+            results = scheduler.run(texts, self)
         return [result for result in results if result is not None]
 
     def chat(
@@ -442,9 +509,20 @@ class Engine:
             RequestCancelledError: it was cancelled.
         """
         check = ChoiceOptions(mode, threshold, level, timeout, cancel).interruption()
+        self.lifetime.check()
         names = listed_labels(labels)
         shape = RequestShape(len(self._tokens(prompt)), candidates=True)
         policy = self.choice_policy(mode, threshold=threshold, level=level, shape=shape)
+        with self.lifetime.work():
+            return self._choose(prompt, names, policy, check)
+
+    def _choose(
+        self,
+        prompt: str | Sequence[int],
+        names: Sequence[str],
+        policy: ExitPolicy,
+        check: Callable[[], None],
+    ) -> ChoiceResult:
         stage_seconds: dict[str, float] = {}
         with measuring(self.clock, stage_seconds):
             done = self.choose_with(prompt, names, policy, check)
@@ -516,12 +594,13 @@ class Engine:
     @contextmanager
     def borrow(self) -> Iterator[Session]:
         """An empty session; bindings and KV memory are reused from request to request."""
-        with self._lock:
-            session = self._idle.pop() if self._idle else None
-        session = session or self.session()
-        session.truncate(0)
-        yield session
-        # Not reached when the request failed: a session in an unknown state is dropped.
-        with self._lock:
-            if len(self._idle) < _IDLE_SESSIONS:
-                self._idle.append(session)
+        with self.lifetime.work():
+            with self._lock:
+                session = self._idle.pop() if self._idle else None
+            session = session or Session(self._backend, self._manifest)
+            session.truncate(0)
+            yield session
+            # Not reached when the request failed: a session in an unknown state is dropped.
+            with self._lock:
+                if len(self._idle) < _IDLE_SESSIONS:
+                    self._idle.append(session)

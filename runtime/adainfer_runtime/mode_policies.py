@@ -14,7 +14,7 @@ from .exit_policy import ClassifierExit, CombinedExit, ExitPolicy, NoExit, SomeC
 from .manifest import CombinedExitSpec, ExitSpec, Manifest
 from .values import require_number
 
-__all__ = ["MODES", "Mode", "PolicyFactory", "Strictness"]
+__all__ = ["MODES", "Mode", "PolicyFactory", "Strictness", "known_modes"]
 
 Mode = Literal["off", "adaptive", "context", "combined", "auto", "verified"]
 MODES: tuple[Mode, ...] = ("off", "adaptive", "context", "combined", "auto", "verified")
@@ -70,6 +70,18 @@ class Strictness:
             return self.threshold, None
         assert spec.threshold is not None  # the manifest's check: points come with a threshold
         return spec.threshold, round(1.0 - spec.target_agreement, 6)
+
+
+def known_modes(manifest: Manifest) -> tuple[Mode, ...]:
+    """The modes that a folder serves as it is, in the order of `MODES`."""
+    needs = {
+        "adaptive": manifest.exit,
+        "context": manifest.context_exit,
+        "combined": manifest.combined_exit,
+        "auto": manifest.plan,
+        "verified": manifest.exit or manifest.exit_points,  # without: only at a layer that is named
+    }
+    return tuple(mode for mode in MODES if mode == "off" or needs[mode])
 
 
 @dataclass(frozen=True)

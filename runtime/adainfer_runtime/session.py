@@ -17,6 +17,7 @@ from .errors import PromptTooLongError, RequestError
 from .exit_policy import ExitCheck, ExitPolicy
 from .kv_fill import KvFiller, KvPolicy, find_filler
 from .ledger import KvState, WorkCount
+from .lifetime import closed
 from .manifest import Manifest
 
 __all__ = [
@@ -410,6 +411,10 @@ class Session:
         self.complete()
         logits = self._backend.probe_logits(self.hidden(start))
         return log_softmax(logits)
+
+    def close(self, what: str = "session") -> None:
+        """Gives its memory up; every later call is refused: `what` is closed."""
+        self._chain = self._backend = closed(what)
 
     def truncate(self, length: int) -> None:
         """Forgets everything from position `length` on."""

@@ -64,7 +64,8 @@ class TextRequest:
         """
         recorder = self.engine.recorder
         try:
-            done, statistics = yield from self._run(session)
+            with self.engine.lifetime.work():
+                done, statistics = yield from self._run(session)
         except GeneratorExit:
             recorder.abandoned("closed")
             raise
@@ -144,9 +145,10 @@ def prepare(
         session: that it will run on, where that is known: what it holds need not be read.
 
     Raises:
-        RequestError: it cannot be served.
+        RequestError: it cannot be served, or the engine is closed.
     """
     arrived = time.perf_counter()
+    engine.lifetime.check()
     if options.stop_strings:
         engine.tokenizer.require()
     vocabulary = engine.manifest.model.vocab_size

@@ -73,6 +73,13 @@ def test_bad_prompts(made, prompt, match):
     assert made.engine.generate([5, 6], max_new_tokens=2, ignore_eos=True).tokens
 
 
+def test_one_text_is_no_batch(made):
+    with pytest.raises(RequestError, match="prompts is one text: give a list"):
+        made.engine.generate_batch("hello")
+    with pytest.raises(RequestError, match="prompt 0: the prompt must be text or one list"):
+        made.engine.generate_batch([5, 6])
+
+
 def test_bad_settings(made):
     with pytest.raises(RequestError, match="max_new_tokens must be at least 1, found 0"):
         made.engine.generate([5], max_new_tokens=0)
@@ -280,6 +287,8 @@ def test_runtime_needs_no_torch():
 
 def test_public_names():
     import adainfer_runtime
+    from adainfer_runtime import errors
 
     assert set(adainfer_runtime.__all__) <= set(dir(adainfer_runtime))
-    assert {"Engine", "Session", "AdaInferError"} <= set(adainfer_runtime.__all__)
+    assert {"Engine", "Session"} <= set(adainfer_runtime.__all__)
+    assert set(errors.__all__) <= set(adainfer_runtime.__all__)
