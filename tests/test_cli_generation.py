@@ -28,7 +28,12 @@ from adainfer_runtime.commands.generation_arguments import takes_generation_opti
 from adainfer_runtime.confidence import ConfidenceDecay
 from adainfer_runtime.decode_options import DecodeOptions, ExitLooks
 from adainfer_runtime.draft_schedule import Fixed
-from adainfer_runtime.errors import ChatTemplateError, ExitUnavailableError, RequestError
+from adainfer_runtime.errors import (
+    ChatTemplateError,
+    DeadlineError,
+    ExitUnavailableError,
+    RequestError,
+)
 from adainfer_runtime.generation_options import GenerationKeywords
 from adainfer_runtime.kv_fill import KvPolicy
 from adainfer_runtime.results import StreamEvent
@@ -104,8 +109,9 @@ def decoding_of(*arguments):
 def test_decode_options_of_the_command_line():
     assert decoding_of() == DecodeOptions()
     assert decoding_of(
-        "--kv-policy", "propagate", "--probe", "shortlist", "--exit-looks", "always",
-        "--confidence-decay", 4, "--draft-layer", 3, "--drafts", 2, "--max-new-tokens", 20,
+        "--mode", "auto", "--kv-policy", "propagate", "--probe", "shortlist",
+        "--exit-looks", "always", "--confidence-decay", 4,
+        "--draft-layer", 3, "--drafts", 2, "--max-new-tokens", 20,
     ) == DecodeOptions(
         kv_policy="propagate",
         probe="shortlist",
@@ -118,7 +124,7 @@ def test_decode_options_of_the_command_line():
         ("--kv-policy", KvPolicy), ("--probe", ExitProbe), ("--exit-looks", ExitLooks)
     ):  # fmt: skip
         for value in get_args(choices):
-            assert isinstance(decoding_of(name, value), DecodeOptions)
+            assert isinstance(decoding_of("--mode", "auto", name, value), DecodeOptions)
         assert "Invalid value" in decoding_of(name, "none-such")
     assert "Invalid value" in decoding_of("--drafts", -1)
 
@@ -143,11 +149,72 @@ def test_run_drafts_as_asked(folder, engine):
     assert done["statistics"]["drafts"]["proposed"] > 0
     assert len(done["logprobs"]) == 12
     with pytest.raises(ExitUnavailableError, match="no shortlist: run `adainfer calibrate DIR"):
-        run("run", folder, *arguments, "--probe", "shortlist")
+        run("run", folder, *arguments, *drafting, "--probe", "shortlist")
     with pytest.raises(ExitUnavailableError, match="draft_layer 9 is no boundary between engines"):
         run("run", folder, *arguments, "--mode", "verified", "--draft-layer", 9)
-    with pytest.raises(ExitUnavailableError, match="kv_policy translated needs a context exit"):
-        run("run", folder, *arguments, "--kv-policy", "translated")
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (
+            ["--drafts", 2],
+            r"^draft_schedule \(--drafts\) has no effect in mode off: .* verified or",
+        ),
+        (["--draft-layer", 3], "^draft_layer has no effect in mode off"),
+        (["--kv-policy", "propagate"], "^kv_policy has no effect in mode off"),
+        (["--confidence-decay", 4], r"\(--confidence-decay\) has no effect in mode off"),
+        (["--exit-looks", "always"], "^exit_looks has no effect in mode off"),
+        (
+            ["--threshold", 0.5],
+            "^threshold has no effect in mode off: .* adaptive, context or auto",
+        ),
+        (["--threshold", 0.5, "--mode", "verified"], "^threshold has no effect in mode verified"),
+    ],
+)
+@pytest.mark.parametrize("command", ["run", "chat", "batch"])
+def test_flags_that_a_mode_would_ignore_are_refused(tmp_path, command, flags, match):
+    """Before an engine is loaded, or a file begun."""
+    out = tmp_path / "texts.jsonl"
+    files = {
+        "run": ["--prompt", "hello"], "chat": [],
+        "batch": ["--prompts", tmp_path / "prompts.jsonl", "--out", out],
+    }  # fmt: skip
+    with pytest.raises(RequestError, match=match):
+        run(command, tmp_path / "no-engine", *files[command], *flags)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--temperature", 0.5], ["--stop", "x"], ["--logprobs", 1], ["--show-exits"], ["--stream"],
+        ["--max-new-tokens", 3], ["--seed", 0], ["--mode", "verified", "--drafts", 1],
+        ["--mode", "adaptive", "--kv-policy", "propagate"],
+    ],
+)  # fmt: skip
+def test_a_choice_refuses_what_speaks_of_a_text(tmp_path, flags):
+    flag = next(f for f in reversed(flags) if str(f).startswith("--"))
+    with pytest.raises(RequestError, match=f"^--labels chooses .*: leave {flag} out$"):
+        run("run", tmp_path / "no-engine", "--prompt", "x:", "--labels", "a,b", *flags)
+
+
+def test_a_choice_takes_a_deadline(folder):
+    arguments = ["run", folder, "--prompt", "x:", "--labels", "a,b", "--json", "--no-stream"]
+    assert json.loads(run(*arguments, "--timeout", 60).stdout)["label"] in ("a", "b")
+    with pytest.raises(DeadlineError, match=r"deadline of 0\.0 s passed before a label was found"):
+        run(*arguments, "--timeout", 0)
+
+
+def test_an_interrupted_choice_has_the_shells_code(folder, monkeypatch):
+    def cancelled(engine, *_, cancel, **__):
+        cancel.cancel()
+        return choose(engine, "x:", ["a", "b"], cancel=cancel)
+
+    choose = Engine.choose
+    monkeypatch.setattr(Engine, "choose", cancelled)
+    done = run("run", folder, "--prompt", "x:", "--labels", "a,b")
+    assert (done.exit_code, done.stdout) == (130, "")
 
 
 def test_run_streams_what_it_would_print(folder):

@@ -3,18 +3,58 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from .errors import PromptTooLongError, RequestError
+from .errors import DeadlineError, PromptTooLongError, RequestCancelledError, RequestError
 from .exit_policy import ExitPolicy, NoExit
+from .generation_options import CancelToken, require_cancel, require_timeout
 from .ledger import WorkCount
+from .mode_options import check_mode_options
+from .mode_policies import Mode
 from .session import Session, log_softmax
 
-__all__ = ["Chosen", "choose", "first_tokens", "join_label"]
+__all__ = ["ChoiceOptions", "Chosen", "choose", "first_tokens", "join_label", "listed_labels"]
+
+
+@dataclass(frozen=True)
+class ChoiceOptions:
+    """A choice, apart from its prompt and labels; fields as of `GenerationOptions`.
+
+    Raises:
+        RequestError: a value of the wrong kind or outside its range, or a threshold in a mode that
+            has no use for it.
+    """
+
+    mode: Mode = "off"
+    threshold: float | None = None
+    level: float | None = None
+    timeout: float | None = None
+    cancel: CancelToken | None = None
+
+    def __post_init__(self) -> None:
+        if self.timeout is not None:
+            require_timeout(self.timeout)
+        if self.cancel is not None:
+            require_cancel(self.cancel)
+        check_mode_options(self.mode, () if self.threshold is None else ("threshold",))
+
+    def interruption(self) -> Callable[[], None]:
+        """Raises DeadlineError or RequestCancelledError where it is time; counts from now on."""
+        start = time.perf_counter()
+
+        def check() -> None:
+            if self.cancel is not None and self.cancel():
+                raise RequestCancelledError("the choice was cancelled before a label was found")
+            if self.timeout is not None and time.perf_counter() - start > self.timeout:
+                raise DeadlineError(
+                    f"the deadline of {self.timeout} s passed before a label was found"
+                )
+
+        return check
 
 
 @dataclass(frozen=True)
@@ -26,6 +66,21 @@ class Chosen:
     exit_layer: int
     count: WorkCount
     seconds: float
+
+
+def listed_labels(labels: Iterable[str]) -> tuple[str, ...]:
+    """Labels in their order.
+
+    Raises:
+        RequestError: no list of texts. (One text would be a list of its letters.)
+    """
+    if isinstance(labels, str) or not isinstance(labels, Iterable):
+        raise RequestError(f"labels must be a list of texts, found {labels!r}")
+    names = tuple(labels)
+    for name in names:
+        if not isinstance(name, str):
+            raise RequestError(f"labels must be a list of texts, found {name!r} in it")
+    return names
 
 
 def join_label(prompt: str, label: str) -> str:

@@ -70,13 +70,14 @@ class Conversation:
     def _turn(
         self, request: TextRequest, asked: list[dict[str, object]]
     ) -> Generator[StreamEvent, None, None]:
-        try:
-            last = yield from request.run(self._session)
-        except GeneratorExit:
-            raise  # between two tokens, where the cache is in order
-        except BaseException:
-            self._session.truncate(0)
-            raise
+        with self._engine.lifetime.work():  # the session is needed when the text has failed, too
+            try:
+                last = yield from request.run(self._session)
+            except GeneratorExit:
+                raise  # between two tokens, where the cache is in order
+            except BaseException:
+                self._session.truncate(0)
+                raise
         result = last.result
         if result is not None and (result.tokens or result.finish_reason != "cancelled"):
             self._messages = [*asked, {"role": "assistant", "content": result.text}]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 from .confidence import ConfidenceDecay, DecayingExit
 from .decode_costs import DecodeCosts
 from .decoding import Decoder, PolicyDecoder
 from .draft_schedule import DraftSchedule
-from .errors import ExitUnavailableError
+from .errors import ExitUnavailableError, RequestError
 from .exit_looks import Always, ExitCosts, Looks, Paying
 from .exit_policy import ClassifierExit, ExitPolicy
 from .kv_fill import KvPolicy
@@ -18,6 +18,7 @@ from .planning.choose import shares_at
 from .results import NO_DRAFTS, DraftCount
 from .sampling import Sampler
 from .session import ExitProbe, Session
+from .values import require_number, require_one_of, require_whole
 from .verified import EXPECTED_ACCEPTANCE, VerifiedDecoder, verified_decoder
 
 __all__ = ["DEFAULT_OPTIONS", "DecodeOptions", "ExitLooks", "drafts_of", "make_decoder"]
@@ -43,6 +44,9 @@ class DecodeOptions:
         costs: that drafts and looks are judged by; default: the plan's measured times where they
             are of this machine, else multiply-adds.
         acceptance: share of drafts expected to be right before any was judged.
+
+    Raises:
+        RequestError: a value outside its range.
     """
 
     kv_policy: KvPolicy = "deferred"
@@ -53,6 +57,22 @@ class DecodeOptions:
     exit_looks: ExitLooks = "paying"
     costs: DecodeCosts | None = None
     acceptance: float = EXPECTED_ACCEPTANCE
+
+    def __post_init__(self) -> None:
+        require_one_of("kv_policy", self.kv_policy, get_args(KvPolicy))
+        require_one_of("probe", self.probe, get_args(ExitProbe))
+        require_one_of("exit_looks", self.exit_looks, get_args(ExitLooks))
+        if self.draft_layer is not None:
+            require_whole("draft_layer", self.draft_layer)
+        require_number("acceptance", self.acceptance)
+        if not 0 <= self.acceptance <= 1:
+            raise RequestError(f"acceptance must be between 0 and 1, found {self.acceptance}")
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """Names of the fields that are not at their defaults."""
+        named = (field.name for field in fields(self))
+        return tuple(n for n in named if getattr(self, n) != getattr(DEFAULT_OPTIONS, n))
 
 
 DEFAULT_OPTIONS = DecodeOptions()

@@ -8,23 +8,26 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Unpack
+from types import TracebackType
+from typing import Any, Self, Unpack
+from weakref import WeakSet
 
 from .approximate_text import ApproximateText
 from .backends import Backend, load_backend
 from .batch import BatchScheduler, ContinuousBatching
 from .batch_request import BatchListener, prepare_texts
 from .certificate import device_class, device_option
-from .choose import Chosen, choose, join_label
+from .choose import ChoiceOptions, Chosen, choose, join_label, listed_labels
 from .conversation import Conversation
 from .decode_costs import DecodeCosts, decode_costs
 from .decode_plan import DecodeForecast, best_drafting, forecast_decode
 from .engine_folder import load_manifest, verify_files
 from .errors import DeadlineError, ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
-from .generation_options import GenerationKeywords, GenerationOptions
+from .generation_options import CancelToken, GenerationKeywords, GenerationOptions
+from .lifetime import Lifetime, closed
 from .manifest import Manifest
-from .mode_policies import Mode, PolicyFactory, Strictness
+from .mode_policies import Mode, PolicyFactory, Strictness, known_modes
 from .planning import (
     Machine,
     ModeForecast,
@@ -38,7 +41,7 @@ from .planning import (
 from .planning.choose import exit_shares
 from .profile import ProfiledBackend, StageClock, measuring
 from .results import ChoiceResult, GenerationResult, StreamEvent
-from .session import ExitProbe, Session
+from .session import ExitProbe, Session, check_tokens
 from .shadow import ShadowEntry, ShadowMonitor
 from .statistics import EngineStatistics, StatisticsRecorder
 from .text_request import finish, prepare
@@ -52,6 +55,9 @@ _IDLE_SESSIONS = 4
 
 class Engine:
     """An engine folder, loaded. Immutable; may be shared by threads.
+
+    `close` gives its memory up before Python would; `with Engine.load(…) as engine:` does so at the
+    end of the block.
 
     Example:
         >>> engine = Engine.load("engines/")  # doctest: +SKIP
@@ -67,7 +73,10 @@ class Engine:
         clock: StageClock | None = None,
         device: str = "cpu",
         here: Machine | None = None,
+        folder: Path | None = None,
     ) -> None:
+        self._folder = folder
+        self.lifetime = Lifetime()
         self._here = here
         self._warned = False
         self._costs: dict[ExitProbe, DecodeCosts] = {}
@@ -82,6 +91,7 @@ class Engine:
         self._tokenizer = tokenizer
         self._policies = PolicyFactory(self._backend, manifest)
         self._idle: list[Session] = []
+        self._own: WeakSet[Session] = WeakSet()  # of callers
         self._lock = threading.Lock()
 
     @classmethod
@@ -100,7 +110,9 @@ class Engine:
 
         Args:
             device: `cpu`, which runs every target, or `cuda`.
-            threads: of the process's one ONNX Runtime pool; default: the cores it may use.
+            threads: of the process's one ONNX Runtime pool; default: the cores it may use. The
+                first engine of a process makes the pool. Another number for a later one has no
+                effect, and a warning is logged: that takes another process.
             low_memory: whether int4 engines hold their weights once, or a second time, laid out for
                 passes of many positions, in which some processors read prompts up to 1.4 times as
                 fast. Default: twice where that takes at most a quarter of the memory that this
@@ -146,7 +158,53 @@ class Engine:
         shadow = None if shadow_every is None else ShadowMonitor(shadow_every)
         clock = StageClock() if profile else None
         tokenizer, here = load_tokenizer(folder, manifest), machine(threads, device)
-        return cls(manifest, backend, tokenizer, shadow, clock, device, here)
+        return cls(manifest, backend, tokenizer, shadow, clock, device, here, folder)
+
+    def __repr__(self) -> str:
+        """Folder, model, and what it can do, on one line."""
+        manifest = self._manifest
+        exits = ", ".join(map(str, manifest.exit_layers)) or "none"
+        state = ", closed" if self.lifetime.closed else ""
+        return (
+            f"<Engine {self._folder or 'without folder'}: {manifest.source.id}, "
+            f"{manifest.model.num_layers} layers, {manifest.target} {manifest.precision} on "
+            f"{self._device}, exits after layers: {exits}, modes: "
+            f"{', '.join(known_modes(manifest))}{state}>"
+        )
+
+    def __enter__(self) -> Self:
+        """The engine itself."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """See `close`."""
+        self.close()
+
+    def close(self) -> None:
+        """Gives up stages, KV caches and device memory; again it does nothing.
+
+        Later requests raise RequestError. One that runs, in another thread or as a stream between
+        two tokens, is finished: memory is given up by the last of them, and this does not wait for
+        it. (Close a stream that you leave.) Sessions of one's own and conversations end then too.
+        Manifest, tokenizer and statistics stay readable.
+        """
+        self.lifetime.close(self._release)
+
+    def _release(self) -> None:
+        with self._lock:
+            sessions = [*self._idle, *self._own]
+            self._idle.clear()
+            self._own.clear()
+        for session in sessions:
+            session.close("engine")
+        backend, self._backend = self._backend, closed("engine")
+        self._policies = PolicyFactory(self._backend, self._manifest)
+        backend.close()
 
     @property
     def manifest(self) -> Manifest:
@@ -187,8 +245,17 @@ class Engine:
         return self.recorder.snapshot()
 
     def session(self) -> Session:
-        """A sequence of one's own."""
-        return Session(self._backend, self._manifest)
+        """A sequence of one's own, for as long as the engine is open.
+
+        Raises:
+            RequestError: the engine is closed.
+        """
+        self.lifetime.check()
+        with self.lifetime.work():
+            session = Session(self._backend, self._manifest)
+            with self._lock:
+                self._own.add(session)
+        return session
 
     def policy(
         self,
@@ -378,9 +445,13 @@ class Engine:
             RequestError, DeadlineError: of the first text that fails, unless `on_error` is told;
                 the others are given up.
         """
+        if isinstance(prompts, str):
+            raise RequestError("prompts is one text: give a list, or the text to generate")
+        self.lifetime.check()
         listener = BatchListener(on_result, on_error)
         texts = prepare_texts(self, prompts, GenerationOptions.of(options), listener)
-        results = scheduler.run(texts, self)
+        with self.lifetime.work():
+            results = scheduler.run(texts, self)
         return [result for result in results if result is not None]
 
     def chat(
@@ -419,25 +490,48 @@ class Engine:
         mode: Mode = "off",
         threshold: float | None = None,
         level: float | None = None,
+        timeout: float | None = None,
+        cancel: CancelToken | None = None,
     ) -> ChoiceResult:
         """The label that most likely follows the prompt (labels of several tokens too).
 
         A label that would touch the prompt's last word is joined with a space (`join_label`).
 
+        Args:
+            threshold, level: see `policy`; a threshold is for modes `adaptive`, `context`, `auto`.
+            timeout: seconds after which `DeadlineError` is raised, within the prompt too.
+            cancel: raises `RequestCancelledError` when it is cancelled: of a choice there is no
+                part that could be returned.
+
         Raises:
-            RequestError: fewer than two labels, empty or equal ones.
+            RequestError: fewer than two labels, empty or equal ones; the engine stays usable.
+            DeadlineError: the timeout passed.
+            RequestCancelledError: it was cancelled.
         """
+        check = ChoiceOptions(mode, threshold, level, timeout, cancel).interruption()
+        self.lifetime.check()
+        names = listed_labels(labels)
         shape = RequestShape(len(self._tokens(prompt)), candidates=True)
         policy = self.choice_policy(mode, threshold=threshold, level=level, shape=shape)
+        with self.lifetime.work():
+            return self._choose(prompt, names, policy, check)
+
+    def _choose(
+        self,
+        prompt: str | Sequence[int],
+        names: Sequence[str],
+        policy: ExitPolicy,
+        check: Callable[[], None],
+    ) -> ChoiceResult:
         stage_seconds: dict[str, float] = {}
         with measuring(self.clock, stage_seconds):
-            done = self.choose_with(prompt, labels, policy)
+            done = self.choose_with(prompt, names, policy, check)
         if self._compares(policy):
-            full = self.choose_with(prompt, labels, NoExit())
+            full = self.choose_with(prompt, names, NoExit())
             self._record(policy, agrees=done.index == full.index)
         self.recorder.choice(done.exit_layer, done.seconds, done.count, stage_seconds)
         return ChoiceResult(
-            labels[done.index],
+            names[done.index],
             done.index,
             done.scores,
             done.exit_layer,
@@ -448,11 +542,19 @@ class Engine:
         )
 
     def choose_with(
-        self, prompt: str | Sequence[int], labels: Sequence[str], policy: ExitPolicy
+        self,
+        prompt: str | Sequence[int],
+        labels: Sequence[str],
+        policy: ExitPolicy,
+        check: Callable[[], None] = lambda: None,
     ) -> Chosen:
-        """`choose` under any exit policy, with the position-layers that were counted."""
+        """`choose` under any exit policy, with the position-layers that were counted.
+
+        Args:
+            check: called before every pass of a stage; what it raises ends the choice.
+        """
         tokens = self.label_tokens(prompt, labels)
-        with self.borrow() as session:
+        with self.borrow() as session, session.interruptible(check):
             limit = self._manifest.max_seq_len
             done = choose(session, self._tokens(prompt), tokens, policy, limit)
         self.recent.record(policy, done.exit_layer)
@@ -463,7 +565,7 @@ class Engine:
     ) -> list[Sequence[int]]:
         """The labels' tokens as they continue the prompt (see `join_label`)."""
         text = prompt if isinstance(prompt, str) else ""
-        joined = [join_label(text, label) for label in labels]
+        joined = [join_label(text, label) for label in listed_labels(labels)]
         return [self._tokenizer.encode_continuation(label) for label in joined]
 
     def compare(self, policy: ExitPolicy, prompt: Sequence[int], first: int) -> None:
@@ -485,17 +587,20 @@ class Engine:
             self._shadow.record(policy.promised, agrees=agrees)
 
     def _tokens(self, prompt: str | Sequence[int]) -> Sequence[int]:
-        return self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        """Raises RequestError for what is neither text nor a list of token ids, or is empty."""
+        ids = self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return check_tokens(ids, self._manifest.model.vocab_size).tolist()  # type: ignore[no-any-return]
 
     @contextmanager
     def borrow(self) -> Iterator[Session]:
         """An empty session; bindings and KV memory are reused from request to request."""
-        with self._lock:
-            session = self._idle.pop() if self._idle else None
-        session = session or self.session()
-        session.truncate(0)
-        yield session
-        # Not reached when the request failed: a session in an unknown state is dropped.
-        with self._lock:
-            if len(self._idle) < _IDLE_SESSIONS:
-                self._idle.append(session)
+        with self.lifetime.work():
+            with self._lock:
+                session = self._idle.pop() if self._idle else None
+            session = session or Session(self._backend, self._manifest)
+            session.truncate(0)
+            yield session
+            # Not reached when the request failed: a session in an unknown state is dropped.
+            with self._lock:
+                if len(self._idle) < _IDLE_SESSIONS:
+                    self._idle.append(session)

@@ -15,6 +15,7 @@
     │   ├── ChatTemplateError
     │   └── ExitUnavailableError
     ├── DeadlineError            the request's time is over
+    ├── RequestCancelledError    the request was cancelled, and there is no part of it to return
     ├── TaskFileError            a JSON-lines task file cannot be read, used or written
     └── DatasetUnavailableError  a dataset cannot be loaded from the hub or its cache
 
@@ -35,6 +36,7 @@ __all__ = [
     "ManifestError",
     "PlanError",
     "PromptTooLongError",
+    "RequestCancelledError",
     "RequestError",
     "SchemaVersionError",
     "StageError",
@@ -102,6 +104,10 @@ class ExitUnavailableError(RequestError):
 
 class DeadlineError(AdaInferError):
     """The request's deadline passed before it was finished."""
+
+
+class RequestCancelledError(AdaInferError):
+    """The request was cancelled before there was anything to return (of a text there always is)."""
 
 
 class TaskFileError(AdaInferError):

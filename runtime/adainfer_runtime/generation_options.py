@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .approximate_text import ApproximateText
 from .decode_options import DEFAULT_OPTIONS, DecodeOptions
 from .errors import RequestError
+from .mode_options import check_mode_options
 from .mode_policies import Mode
 from .sampling import MinimumLength
 from .sampling_options import SamplingKeywords, SamplingOptions
 from .stop_strings import StopStrings
+from .values import require_number, require_whole, suggestion
 
-__all__ = ["CancelToken", "GenerationKeywords", "GenerationOptions"]
+__all__ = [
+    "CancelToken",
+    "GenerationKeywords",
+    "GenerationOptions",
+    "require_cancel",
+    "require_timeout",
+]
 
 _MAX_LOGPROBS = 100
 _GREEDY = SamplingOptions()
@@ -41,6 +49,19 @@ class CancelToken:
         return self._event.is_set()
 
 
+def require_timeout(value: float) -> None:
+    """Raises RequestError for what is no time to wait."""
+    require_number("timeout", value)
+    if not value >= 0:
+        raise RequestError(f"timeout must be 0 or more seconds, found {value}")
+
+
+def require_cancel(value: object) -> None:
+    """Raises RequestError for what cannot say whether it was cancelled."""
+    if not callable(value):
+        raise RequestError(f"cancel must be a CancelToken, found {value!r}")
+
+
 class GenerationKeywords(SamplingKeywords, total=False):
     """Keyword arguments of `Engine.generate`, `stream`, `chat` and `Conversation`: the fields of
     `GenerationOptions`, and those of `SamplingOptions` in place of `sampling`.
@@ -52,8 +73,8 @@ class GenerationKeywords(SamplingKeywords, total=False):
     threshold: float | None
     level: float | None
     ignore_eos: bool
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
     logprobs: int | None
     timeout: float | None
     cancel: CancelToken | None
@@ -72,11 +93,12 @@ class GenerationOptions:
             looks for the one and the other; `auto` takes what is expected to be fastest here, for
             a prompt of this length and so many new tokens; `verified` drafts tokens at an exit
             point and confirms them: `off`'s own text, or distribution.
-        threshold, level: see `Engine.policy`. A level is certified for greedy decoding alone; of
-            texts over approximate K and V (`approximate_text`) it is the share of differing tokens.
+        threshold, level: see `Engine.policy`. A threshold is for modes `adaptive`, `context` and
+            `auto`. A level is certified for greedy decoding alone; of texts over approximate K and
+            V (`approximate_text`) it is the share of differing tokens.
         ignore_eos: go on after an end-of-text token (for benchmarks).
         stop: strings that end the text, which is returned without them. They are looked for in
-            the new text, not in the prompt.
+            the new text, not in the prompt. None: no such strings.
         stop_token_ids: tokens that end the text beside the model's own.
         logprobs: this many alternatives per token, with log-probabilities; 0 gives the token's
             own alone, None none.
@@ -85,7 +107,8 @@ class GenerationOptions:
         decoding: how the mode decodes, where its defaults are not wanted.
 
     Raises:
-        RequestError: a value outside its range, or a level with anything but greedy decoding.
+        RequestError: a value of the wrong kind or outside its range, an option that the mode does
+            not take, or a level with anything but greedy decoding.
     """
 
     max_new_tokens: int = 64
@@ -94,8 +117,8 @@ class GenerationOptions:
     threshold: float | None = None
     level: float | None = None
     ignore_eos: bool = False
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    stop: str | Sequence[str] | None = ()
+    stop_token_ids: Sequence[int] | None = ()
     logprobs: int | None = None
     timeout: float | None = None
     cancel: CancelToken | None = None
@@ -107,14 +130,47 @@ class GenerationOptions:
         """From keyword arguments.
 
         Raises:
-            TypeError: an unknown one.
+            RequestError: an unknown one, or see the class.
         """
         given: dict[str, Any] = dict(keywords)
+        known = GenerationKeywords.__annotations__.keys()
+        for name in sorted(given.keys() - known):
+            raise RequestError(f"{name} is no option of a request: {suggestion(name, known)}")
         sampling = {name: given.pop(name) for name in _SAMPLING & given.keys()}
         return cls(**given, sampling=SamplingOptions(**sampling))
 
     def __post_init__(self) -> None:
+        self._check_kinds()
+        self._check_ranges()
+        self._check_certified()
+        threshold = () if self.threshold is None else ("threshold",)
+        check_mode_options(self.mode, (*threshold, *self.decoding.changed))
+
+    def _check_kinds(self) -> None:
+        for name in ("max_new_tokens", "min_new_tokens", "logprobs"):
+            value = getattr(self, name)
+            if value is not None or name != "logprobs":
+                require_whole(name, value)
+        if self.timeout is not None:
+            require_timeout(self.timeout)
+        if self.cancel is not None:
+            require_cancel(self.cancel)
+        if not isinstance(self.decoding, DecodeOptions):
+            raise RequestError(f"decoding must be DecodeOptions, found {self.decoding!r}")
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Iterable):
+                raise RequestError(f"{name} must be a list, found {value!r}")
+        for text in self.stop_strings:
+            if not isinstance(text, str):
+                raise RequestError(f"stop must be text, or a list of texts, found {text!r} in it")
+        for token in self.stop_ids:
+            require_whole("a token id of stop_token_ids", token)
+
+    def _check_ranges(self) -> None:
         StopStrings(self.stop_strings)  # refuses what cannot be one
+        if self.max_new_tokens < 1:
+            raise RequestError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise RequestError(
                 f"min_new_tokens must be between 0 and max_new_tokens ({self.max_new_tokens}), "
@@ -125,8 +181,8 @@ class GenerationOptions:
                 f"logprobs must be between 0 and {_MAX_LOGPROBS} alternatives, "
                 f"found {self.logprobs}"
             )
-        if self.timeout is not None and not self.timeout >= 0:
-            raise RequestError(f"timeout must be 0 or more seconds, found {self.timeout}")
+
+    def _check_certified(self) -> None:
         if self.level is not None and not self.greedy:
             raise RequestError(
                 f"level {self.level}: certificates speak of greedy decoding of the model's own "
@@ -151,7 +207,7 @@ class GenerationOptions:
         policy = self.decoding.kv_policy
         if policy == "deferred" or self.max_new_tokens == 1:
             return None
-        own_end = not (self.ignore_eos or self.stop_strings or self.stop_token_ids)
+        own_end = not (self.ignore_eos or self.stop_strings or self.stop_ids)
         return ApproximateText(self.max_new_tokens, policy, own_end)
 
     @property
@@ -162,12 +218,19 @@ class GenerationOptions:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """`stop` as a tuple."""
+        if self.stop is None:
+            return ()
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """`stop_token_ids` as a tuple."""
+        return () if self.stop_token_ids is None else tuple(self.stop_token_ids)
 
     def ends(self, eos_token_ids: Sequence[int]) -> tuple[frozenset[int], frozenset[int]]:
         """Tokens that end the text: the model's, unless they are ignored, and the request's."""
         eos = frozenset() if self.ignore_eos else frozenset(eos_token_ids)
-        return eos, frozenset(self.stop_token_ids)
+        return eos, frozenset(self.stop_ids)
 
     def minimum(self, eos_token_ids: Sequence[int]) -> MinimumLength:
         """What the sampler must forbid, and for how long."""

@@ -256,6 +256,7 @@ class _SeatBackend:
         self.max_rows = inner.max_rows
         self.open_batch = inner.open_batch
         self.wait = inner.wait
+        self.close = inner.close
         self.probe_candidates = inner.probe_candidates
         self.shortlist = inner.shortlist
         self.probe_logits = inner.probe_logits

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,8 +12,9 @@ from .certificate import certified_text_threshold, certified_threshold, device_c
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, CombinedExit, ExitPolicy, NoExit, SomeChecks
 from .manifest import CombinedExitSpec, ExitSpec, Manifest
+from .values import require_number
 
-__all__ = ["MODES", "Mode", "PolicyFactory", "Strictness"]
+__all__ = ["MODES", "Mode", "PolicyFactory", "Strictness", "known_modes"]
 
 Mode = Literal["off", "adaptive", "context", "combined", "auto", "verified"]
 MODES: tuple[Mode, ...] = ("off", "adaptive", "context", "combined", "auto", "verified")
@@ -30,7 +32,7 @@ class Strictness:
             texts (the share of a text's tokens that differ), else of answers.
 
     Raises:
-        RequestError: both are given.
+        RequestError: both are given, or one is no number.
     """
 
     threshold: float | None = None
@@ -41,6 +43,12 @@ class Strictness:
     def __post_init__(self) -> None:
         if self.threshold is not None and self.level is not None:
             raise RequestError("give a threshold or a certified level, not both")
+        for name, value in (("threshold", self.threshold), ("level", self.level)):
+            if value is None:
+                continue
+            require_number(name, value)
+            if math.isnan(value):  # no score reaches it, and none is below it
+                raise RequestError(f"{name} must be a number, found {value}")
 
     def of(self, spec: ExitSpec | CombinedExitSpec) -> tuple[float, float | None]:
         """The threshold for an exit graph, and the share of disagreement that it promises.
@@ -62,6 +70,18 @@ class Strictness:
             return self.threshold, None
         assert spec.threshold is not None  # the manifest's check: points come with a threshold
         return spec.threshold, round(1.0 - spec.target_agreement, 6)
+
+
+def known_modes(manifest: Manifest) -> tuple[Mode, ...]:
+    """The modes that a folder serves as it is, in the order of `MODES`."""
+    needs = {
+        "adaptive": manifest.exit,
+        "context": manifest.context_exit,
+        "combined": manifest.combined_exit,
+        "auto": manifest.plan,
+        "verified": manifest.exit or manifest.exit_points,  # without: only at a layer that is named
+    }
+    return tuple(mode for mode in MODES if mode == "off" or needs[mode])
 
 
 @dataclass(frozen=True)

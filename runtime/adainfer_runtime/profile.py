@@ -79,6 +79,10 @@ class ProfiledBackend:
         """For the inner one."""
         self._inner.wait()
 
+    def close(self) -> None:
+        """The inner one."""
+        self._inner.close()
+
     def probe(self, hidden: Float32) -> ProbeResult:
         """Measured as `probe`."""
         with self._clock.measure("probe"):

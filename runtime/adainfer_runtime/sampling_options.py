@@ -9,9 +9,18 @@ from types import MappingProxyType
 from typing import TypedDict
 
 from .errors import RequestError
+from .values import require_number, require_whole
 
 __all__ = ["SamplingKeywords", "SamplingOptions"]
 
+_NUMBERS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "frequency_penalty",
+    "presence_penalty",
+)
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
@@ -63,8 +72,11 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "seed"):
-            _require_whole(name, getattr(self, name))
+        require_whole("top_k", self.top_k)
+        if self.seed is not None:
+            require_whole("seed", self.seed)
+        for name in _NUMBERS:
+            require_number(name, getattr(self, name))
         _require("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more")
         _require("top_k", self.top_k, self.top_k >= 0, "0 (all) or more")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
@@ -75,8 +87,13 @@ class SamplingOptions:
             value = getattr(self, name)
             _require(name, value, -2 <= value <= 2, "between -2 and 2")
         _require("seed", self.seed, self.seed is None or self.seed >= 0, "0 or more")
+        if not isinstance(self.logit_bias, Mapping):
+            raise RequestError(
+                f"logit_bias must map token ids to numbers, found {self.logit_bias!r}"
+            )
         for token, bias in self.logit_bias.items():
-            _require_whole("logit_bias token", token)
+            require_whole("logit_bias token", token)
+            require_number(f"logit_bias of token {token}", bias)
             in_range = bias < math.inf  # also refuses NaN
             _require(f"logit_bias of token {token}", bias, in_range, "finite, or minus infinity")
 
@@ -99,8 +116,3 @@ def _require(name: str, value: object, holds: bool, expected: str) -> None:
     finite = not isinstance(value, float) or math.isfinite(value) or name.startswith("logit_bias")
     if not (holds and finite):
         raise RequestError(f"{name} must be {expected}, found {value}")
-
-
-def _require_whole(name: str, value: object) -> None:
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise RequestError(f"{name} must be a whole number, found {value!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ from .errors import PromptTooLongError, RequestError
 from .exit_policy import ExitCheck, ExitPolicy
 from .kv_fill import KvFiller, KvPolicy, find_filler
 from .ledger import KvState, WorkCount
+from .lifetime import closed
 from .manifest import Manifest
 
 __all__ = [
@@ -53,15 +54,48 @@ def check_tokens(tokens: Sequence[int], vocabulary: int) -> npt.NDArray[np.int64
     """Token ids `[n]`, at least one.
 
     Raises:
-        RequestError: no tokens, or ids outside the vocabulary.
+        RequestError: no list of token ids, an empty one, or ids outside the vocabulary.
     """
-    ids = np.asarray(tokens)
-    if ids.size == 0 or ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+    ids = _as_ids(tokens)
+    if ids.size == 0:
         raise RequestError("the prompt holds no tokens: give text or a list of token ids")
     if ids.min() < 0 or ids.max() >= vocabulary:
         bad = ids[(ids < 0) | (ids >= vocabulary)][0]
         raise RequestError(f"token id {bad} is outside the vocabulary of {vocabulary}")
     return ids.astype(np.int64)
+
+
+def _as_ids(tokens: Sequence[int]) -> npt.NDArray[Any]:
+    """Integers `[n]`. NumPy would take True for 1, and a list of texts for an array too."""
+    if tokens is None or isinstance(tokens, Mapping):
+        raise RequestError(
+            f"the prompt must be text or a list of token ids, found {type(tokens).__name__}"
+        )
+    if isinstance(tokens, list | tuple):
+        for token in tokens:
+            _require_token(token)
+    ids = np.asarray(tokens)
+    if ids.ndim != 1:
+        raise RequestError(
+            f"the prompt must be text or one list of token ids, found values of shape {ids.shape}"
+        )
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise RequestError(f"token ids must be whole numbers, found values of {ids.dtype}")
+    return ids
+
+
+def _require_token(token: object) -> None:
+    if isinstance(token, str):
+        raise RequestError(
+            "the prompt is a list of texts: give one text, or the list to generate_batch"
+        )
+    if isinstance(token, Sequence):
+        raise RequestError(
+            "the prompt is a list of lists: give one list of token ids, or several to "
+            "generate_batch"
+        )
+    if token is None or isinstance(token, bool | float | np.bool_):  # others NumPy tells apart
+        raise RequestError(f"token ids must be whole numbers, found {token!r}")
 
 
 class Session:
@@ -377,6 +411,10 @@ class Session:
         self.complete()
         logits = self._backend.probe_logits(self.hidden(start))
         return log_softmax(logits)
+
+    def close(self, what: str = "session") -> None:
+        """Gives its memory up; every later call is refused: `what` is closed."""
+        self._chain = self._backend = closed(what)
 
     def truncate(self, length: int) -> None:
         """Forgets everything from position `length` on."""

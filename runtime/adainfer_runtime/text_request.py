@@ -22,6 +22,7 @@ from .results import GenerationResult, RequestStatistics, StreamEvent
 from .sampling import make_sampler
 from .session import Session, check_tokens
 from .text_stream import TextStream
+from .verified import check_draft_layer
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -63,7 +64,8 @@ class TextRequest:
         """
         recorder = self.engine.recorder
         try:
-            done, statistics = yield from self._run(session)
+            with self.engine.lifetime.work():
+                done, statistics = yield from self._run(session)
         except GeneratorExit:
             recorder.abandoned("closed")
             raise
@@ -143,15 +145,18 @@ def prepare(
         session: that it will run on, where that is known: what it holds need not be read.
 
     Raises:
-        RequestError: it cannot be served.
+        RequestError: it cannot be served, or the engine is closed.
     """
     arrived = time.perf_counter()
+    engine.lifetime.check()
     if options.stop_strings:
         engine.tokenizer.require()
     vocabulary = engine.manifest.model.vocab_size
     tokens = check_tokens(prompt, vocabulary).tolist()
-    _check_ids("stop_token_ids", options.stop_token_ids, vocabulary)
+    _check_ids("stop_token_ids", options.stop_ids, vocabulary)
     _check_ids("logit_bias", options.sampling.logit_bias, vocabulary)
+    if options.decoding.draft_layer is not None:
+        check_draft_layer(engine.manifest, options.decoding.draft_layer)
     reused = 0 if session is None else session.common(tokens)
     eos, stop = options.ends(engine.manifest.model.eos_token_ids)
     request = GenerateRequest(

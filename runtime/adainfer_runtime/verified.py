@@ -38,6 +38,7 @@ __all__ = [
     "Drafter",
     "ExitDrafter",
     "VerifiedDecoder",
+    "check_draft_layer",
     "verified_decoder",
 ]
 
@@ -228,6 +229,16 @@ def _accept_or_replace(draft: Draft, full: Float64, sampler: Sampler) -> int | N
     return sampler.draw(rest / total if total > 0.0 else full)
 
 
+def check_draft_layer(manifest: Manifest, draft_layer: int) -> None:
+    """Raises ExitUnavailableError where no engine ends at it, or the last one does."""
+    inner = manifest.boundaries[:-1]
+    if draft_layer not in inner:
+        raise ExitUnavailableError(
+            f"draft_layer {draft_layer} is no boundary between engines: "
+            f"{', '.join(map(str, inner)) or 'none'}"
+        )
+
+
 def verified_decoder(
     session: Session,
     manifest: Manifest,
@@ -260,11 +271,8 @@ def verified_decoder(
                 "this engine has no exit point to draft at: run `adainfer calibrate DIR`, or give "
                 "draft_layer"
             )
-    elif draft_layer not in manifest.boundaries[:-1]:
-        inner = ", ".join(map(str, manifest.boundaries[:-1])) or "none"
-        raise ExitUnavailableError(
-            f"draft_layer {draft_layer} is no boundary between engines: {inner}"
-        )
+    else:
+        check_draft_layer(manifest, draft_layer)
     if draft_layer is None:
         draft_layer, schedule = manifest.depth, Fixed(0)
     return VerifiedDecoder(

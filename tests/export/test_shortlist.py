@@ -419,4 +419,5 @@ def test_exits_are_confirmed_by_the_full_probe(folder, threshold):
 
 def test_a_folder_without_one_says_so(tiny):
     with pytest.raises(ExitUnavailableError, match="no shortlist: run `adainfer calibrate DIR"):
-        tiny("llama").engine.generate([5], decoding=DecodeOptions(probe="shortlist"))
+        decoding = DecodeOptions(draft_layer=3, probe="shortlist")
+        tiny("llama").engine.generate([5], mode="verified", decoding=decoding)

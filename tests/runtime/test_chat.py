@@ -216,6 +216,38 @@ def test_conversations_answer_as_if_nothing_had_been_kept(tiny, turns, seed):
         assert result.finish_reason == expected.finish_reason
 
 
+def test_turns_of_an_engine_that_is_closed(tiny):
+    """The running one is finished, or fails by its own error; there is none after it."""
+
+    class Breaking(CancelToken):
+        def __call__(self):
+            if super().__call__():
+                raise ZeroDivisionError
+            return False
+
+    made = tiny("llama")
+    options = {"max_new_tokens": 5, "ignore_eos": True}
+    for breaks in (False, True):
+        cancel = Breaking()
+        loaded = Engine.load(made.folder)
+        tokenizer = Tokenizer(loaded.tokenizer._inner, ChatTemplate(CHATML, {}))
+        engine = Engine(loaded.manifest, loaded.backend, tokenizer)
+        talk = engine.conversation()
+        events = talk.stream("x", **options, cancel=cancel)
+        next(events)
+        engine.close()
+        if not breaks:
+            *_, last = events
+            assert len(last.result.tokens) == 5
+            assert talk.messages[-1]["content"] == last.result.text
+        else:
+            cancel.cancel()
+            with pytest.raises(ZeroDivisionError):
+                list(events)
+        with pytest.raises(RequestError, match="this engine is closed"):
+            talk.say("y", **options)
+
+
 def test_what_goes_wrong_in_a_turn_leaves_the_history(engine):
     talk = engine.conversation()
     talk.say("x", max_new_tokens=3, ignore_eos=True)

@@ -35,8 +35,9 @@ def live(driver):
 def test_everything_is_given_back_with_the_engine(folder):
     pair = on_both(folder)
     engine, driver = pair.device, pair.driver
-    decoding = DecodeOptions(exit_looks="always")
+    always = DecodeOptions(exit_looks="always")
     for mode in ("adaptive", "context", "off"):
+        decoding = DecodeOptions() if mode == "off" else always
         engine.generate(PROMPT, mode=mode, max_new_tokens=4, ignore_eos=True, decoding=decoding)
     engine.choose(PROMPT, ["a", "b"], mode="adaptive")
     result = engine.backend.probe(np.zeros(64, np.float32))

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from adainfer_export import ExportRequest, export
-from adainfer_runtime import Engine, FixedExit
+from adainfer_runtime import CancelToken, Engine, FixedExit
 from adainfer_runtime.choose import join_label
 from adainfer_runtime.errors import (
     DeadlineError,
     ExitUnavailableError,
     PromptTooLongError,
+    RequestCancelledError,
     RequestError,
     TokenizerMissingError,
 )
@@ -55,13 +56,28 @@ def test_over_long_prompt(made):
         ([], "holds no tokens"),
         ([5, 320], "token id 320 is outside the vocabulary of 320"),
         ([-1], "token id -1 is outside"),
-        ([1.5, 2.0], "holds no tokens"),
+        ([1.5, 2.0], "token ids must be whole numbers, found 1.5"),
+        (np.array([1.5, 2.0]), "token ids must be whole numbers, found values of float64"),
+        ([True, 5], "token ids must be whole numbers, found True"),
+        (np.array([True]), "token ids must be whole numbers, found values of bool"),
+        (["a", "b"], "is a list of texts: give one text, or the list to generate_batch"),
+        ([[5, 6], [7]], "is a list of lists"),
+        (np.array([[5, 6]]), r"one list of token ids, found values of shape \(1, 2\)"),
+        (None, "must be text or a list of token ids, found NoneType"),
+        ({"input_ids": [5]}, "must be text or a list of token ids, found dict"),
     ],
 )
 def test_bad_prompts(made, prompt, match):
     with pytest.raises(RequestError, match=match):
         made.engine.generate(prompt, max_new_tokens=2)
     assert made.engine.generate([5, 6], max_new_tokens=2, ignore_eos=True).tokens
+
+
+def test_one_text_is_no_batch(made):
+    with pytest.raises(RequestError, match="prompts is one text: give a list"):
+        made.engine.generate_batch("hello")
+    with pytest.raises(RequestError, match="prompt 0: the prompt must be text or one list"):
+        made.engine.generate_batch([5, 6])
 
 
 def test_bad_settings(made):
@@ -71,6 +87,11 @@ def test_bad_settings(made):
         made.engine.generate([5], mode="fast")
     with pytest.raises(ExitUnavailableError, match="no exit graph: run `adainfer calibrate"):
         made.engine.generate([5], mode="adaptive")
+    for threshold in (float("nan"), "0.5"):
+        with pytest.raises(RequestError, match=f"threshold must be a number, found .*{threshold}"):
+            made.engine.generate([5], mode="adaptive", threshold=threshold)
+    with pytest.raises(RequestError, match="level must be a number, found nan"):
+        made.engine.generate([5], level=float("nan"))
     with pytest.raises(RequestError, match="the session is empty"):
         made.engine.session().complete() or made.engine.session().predict(FixedExit(2))
     with pytest.raises(RequestError, match="layer 9 is no boundary"):
@@ -149,11 +170,57 @@ def test_candidate_rows_are_those_of_the_head(tiny, variant, precision):
 
 @pytest.mark.parametrize(
     ("labels", "match"),
-    [(["a"], "at least two labels"), (["a", "a"], "same tokens"), (["a", ""], "holds no tokens")],
+    [
+        (["a"], "at least two labels"),
+        (["a", "a"], "same tokens"),
+        (["a", ""], "holds no tokens"),
+        ("ab", "labels must be a list of texts, found 'ab'"),
+        (None, "labels must be a list of texts, found None"),
+        (["a", 5], "labels must be a list of texts, found 5 in it"),
+    ],
 )
 def test_bad_labels(made, labels, match):
     with pytest.raises(RequestError, match=match):
         made.engine.choose("x:", labels)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"threshold": 0.5}, "threshold has no effect in mode off"),
+        ({"threshold": float("nan"), "mode": "adaptive"}, "threshold must be a number, found nan"),
+        ({"timeout": -1}, "timeout must be 0 or more seconds, found -1"),
+        ({"timeout": "1"}, "timeout must be a number, found '1'"),
+        ({"cancel": True}, "cancel must be a CancelToken, found True"),
+        ({"mode": "fast"}, "mode 'fast' is unknown"),
+    ],
+)
+def test_bad_choices(made, options, match):
+    with pytest.raises(RequestError, match=match):
+        made.engine.choose("x:", ["a", "b"], **options)
+    with pytest.raises(RequestError, match="found NoneType"):
+        made.engine.choose(None, ["a", "b"])
+
+
+def test_choices_end_in_time_or_when_they_are_cancelled(made):
+    engine = made.engine
+    asked = []
+
+    class Late(CancelToken):
+        """Cancelled while the prompt is read."""
+
+        def __call__(self):
+            asked.append(1)
+            return len(asked) > 2
+
+    with pytest.raises(DeadlineError, match=r"deadline of 0\.0 s passed before a label was found"):
+        engine.choose("x:", ["a", "b"], timeout=0.0)
+    with pytest.raises(RequestCancelledError, match="cancelled before a label was found"):
+        engine.choose("x:", ["a", "b"], cancel=Late())
+    assert len(asked) == 3
+    free = engine.choose("x:", ["a", "b"])
+    timed = engine.choose("x:", iter(["a", "b"]), timeout=60, cancel=CancelToken())
+    assert (timed.label, timed.scores) == (free.label, free.scores)
 
 
 def test_labels_join_the_prompt_as_words():
@@ -220,6 +287,8 @@ def test_runtime_needs_no_torch():
 
 def test_public_names():
     import adainfer_runtime
+    from adainfer_runtime import errors
 
     assert set(adainfer_runtime.__all__) <= set(dir(adainfer_runtime))
-    assert {"Engine", "Session", "AdaInferError"} <= set(adainfer_runtime.__all__)
+    assert {"Engine", "Session"} <= set(adainfer_runtime.__all__)
+    assert set(errors.__all__) <= set(adainfer_runtime.__all__)

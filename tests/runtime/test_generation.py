@@ -249,7 +249,7 @@ def test_requests_are_checked_before_the_first_event(engine):
         engine.stream([])
     with pytest.raises(ExitUnavailableError):
         engine.stream([5], mode="adaptive")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'temprature'"):
+    with pytest.raises(RequestError, match=r"did you mean temperature\?"):
         engine.stream([5], temprature=1.0)
 
 

@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adainfer_runtime import FixedExit, NoExit, Session
-from adainfer_runtime.decode_options import DecodeOptions
 from adainfer_runtime.decoding import PolicyDecoder
 from adainfer_runtime.errors import ExitUnavailableError, RequestError
 from adainfer_runtime.generate import GenerateRequest, generate
@@ -218,7 +217,7 @@ def test_bad_policies(tiny):
     with pytest.raises(
         ExitUnavailableError, match="translated needs a context exit: run `adainfer"
     ):
-        engine.generate([5], decoding=DecodeOptions(kv_policy="translated"))
+        session.predict(NoExit(), kv_policy="translated")
     stages = tuple(stage for stage in engine.manifest.stages if stage.kind != "kv_fill")
     bare = Session(engine.backend, engine.manifest.model_copy(update={"stages": stages}))
     bare.extend(PROMPT)

@@ -23,9 +23,12 @@ from transformers.generation.logits_process import (
 )
 
 from adainfer_runtime.confidence import ConfidenceDecay
+from adainfer_runtime.decode_costs import DecodeCosts
 from adainfer_runtime.decode_options import DecodeOptions
+from adainfer_runtime.draft_schedule import Fixed
 from adainfer_runtime.errors import RequestError
 from adainfer_runtime.generation_options import CancelToken, GenerationKeywords, GenerationOptions
+from adainfer_runtime.mode_policies import MODES
 from adainfer_runtime.sampling import Drawn, Greedy, MinimumLength, make_sampler
 from adainfer_runtime.sampling_options import SamplingKeywords, SamplingOptions
 
@@ -172,6 +175,22 @@ def test_everything_forbidden():
         ({"stop": ["a", ""]}, "a stop string is empty"),
         ({"level": 0.02, "temperature": 0.5}, "certificates speak of greedy decoding"),
         ({"level": 0.02, "repetition_penalty": 1.1}, "certificates speak of greedy decoding"),
+        ({"max_new_tokens": "2"}, "max_new_tokens must be a whole number, found '2'"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number, found 2.5"),
+        ({"max_new_tokens": None}, "max_new_tokens must be a whole number, found None"),
+        ({"min_new_tokens": True}, "min_new_tokens must be a whole number, found True"),
+        ({"logprobs": 1.0}, "logprobs must be a whole number, found 1.0"),
+        ({"timeout": "1"}, "timeout must be a number, found '1'"),
+        ({"temperature": "1"}, "temperature must be a number, found '1'"),
+        ({"top_k": None}, "top_k must be a whole number, found None"),
+        ({"logit_bias": None}, "logit_bias must map token ids to numbers, found None"),
+        ({"logit_bias": {4: "a"}}, "logit_bias of token 4 must be a number, found 'a'"),
+        ({"stop": 5}, "stop must be a list, found 5"),
+        ({"stop": [5]}, "stop must be text, or a list of texts, found 5 in it"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list, found 5"),
+        ({"stop_token_ids": ["a"]}, "a token id of stop_token_ids must be a whole number, found"),
+        ({"decoding": {"draft_layer": 3}}, "decoding must be DecodeOptions, found {'draft"),
+        ({"cancel": True}, "cancel must be a CancelToken, found True"),
         (
             {"level": 0.02, "decoding": DecodeOptions(probe="shortlist")},
             "certificates speak of exits as they were calibrated; leave confidence decay and the",
@@ -189,9 +208,66 @@ def test_bad_options_are_one_line(options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_none_stops_nothing():
+    options = GenerationOptions(stop=None, stop_token_ids=None)
+    assert (options.stop_strings, options.stop_ids) == ((), ())
+    assert options.ends((7,)) == (frozenset({7}), frozenset())
+
+
+@pytest.mark.parametrize(
+    ("options", "takers"),
+    [
+        ({"threshold": 0.5}, "adaptive, context or auto"),
+        ({"kv_policy": "propagate"}, "adaptive, context, combined or auto"),
+        ({"confidence": ConfidenceDecay(4.0, 8)}, "adaptive or auto"),
+        ({"probe": "shortlist"}, "adaptive, combined, verified or auto"),
+        ({"exit_looks": "always"}, "adaptive, context, combined or auto"),
+        ({"draft_layer": 3}, "verified or auto"),
+        ({"draft_schedule": Fixed(2)}, "verified or auto"),
+        ({"acceptance": 0.5}, "verified or auto"),
+        ({"costs": DecodeCosts(4, probe=1.0)}, "adaptive, verified or auto"),
+    ],
+)
+def test_modes_refuse_what_they_would_ignore(options, takers):
+    """And `takers` is all of them: nobody else takes the option, each of them does."""
+    (name,) = options
+    given = options if name == "threshold" else {"decoding": DecodeOptions(**options)}
+    for mode in MODES:
+        if mode in takers.replace(",", " ").split():
+            assert GenerationOptions(mode=mode, **given).mode == mode
+        else:
+            with pytest.raises(RequestError) as caught:
+                GenerationOptions(mode=mode, **given)
+            assert str(caught.value).startswith(name)
+            assert f"has no effect in mode {mode}: leave it out, or use mode {takers}" in str(
+                caught.value
+            )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"acceptance": 7}, "acceptance must be between 0 and 1, found 7"),
+        ({"acceptance": float("nan")}, "acceptance must be between 0 and 1, found nan"),
+        ({"draft_layer": 2.0}, "draft_layer must be a whole number, found 2.0"),
+        ({"kv_policy": "copy"}, "kv_policy 'copy' is unknown: deferred, propagate, translated"),
+        ({"probe": None}, "probe None is unknown: full, shortlist"),
+        ({"exit_looks": "never"}, "exit_looks 'never' is unknown: paying, always"),
+    ],
+)
+def test_bad_decode_options(options, message):
+    with pytest.raises(RequestError) as caught:
+        DecodeOptions(**options)
+    assert str(caught.value) == message
+
+
 def test_unknown_option():
-    with pytest.raises(TypeError, match="tempature"):
+    with pytest.raises(RequestError, match=r"^tempature is no option of a request: did you mean "):
         GenerationOptions.of({"tempature": 1.0})
+    with pytest.raises(RequestError, match=r"did you mean max_new_tokens\?$"):
+        GenerationOptions.of({"max_tokens": 4})
+    with pytest.raises(RequestError, match="zzz is no option of a request: there are cancel, deco"):
+        GenerationOptions.of({"zzz": 4})
 
 
 def test_keywords_are_the_options():

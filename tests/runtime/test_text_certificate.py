@@ -109,7 +109,7 @@ def test_shorter_texts_are_certified_too():
     ],
 )
 def test_which_requests_are_approximate_texts(options, expected):
-    assert GenerationOptions(**options).approximate_text == expected
+    assert GenerationOptions(mode="context", **options).approximate_text == expected
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +134,13 @@ def folder(tiny, tmp_path_factory):
 
 def test_requests_use_the_certificate_that_speaks_of_them(folder):
     engine = Engine.load(folder)
-    text = GenerationOptions(max_new_tokens=8, decoding=DecodeOptions(kv_policy="translated"))
+    translated = DecodeOptions(kv_policy="translated")
+    text = GenerationOptions(max_new_tokens=8, mode="context", decoding=translated)
     policy = engine.policy("context", level=0.1, text=text.approximate_text)
     assert (policy.threshold, policy.promised) == (0.7, 0.1)
     # One token, or exact K and V behind it: answers.
     for exact in (
-        GenerationOptions(max_new_tokens=1, decoding=text.decoding),
+        GenerationOptions(max_new_tokens=1, mode="context", decoding=translated),
         GenerationOptions(max_new_tokens=8),
     ):
         policy = engine.policy("context", level=0.1, text=exact.approximate_text)
@@ -176,5 +177,5 @@ def test_what_no_certificate_covers_is_refused(folder):
         engine.generate(
             "x y", mode="context", level=0.1, max_new_tokens=4, decoding=translated, temperature=1.0
         )
-    # Mode off has no exits, whatever the KV policy is.
-    assert engine.generate("x y", level=0.1, max_new_tokens=4, decoding=translated).tokens
+    # Mode off keeps any level.
+    assert engine.generate("x y", level=0.1, max_new_tokens=4).tokens

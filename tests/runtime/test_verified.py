@@ -212,7 +212,7 @@ def test_what_cannot_draft(tiny):
     with pytest.raises(
         ExitUnavailableError, match="draft_layer 4 is no boundary between engines: 1, 2, 3"
     ):
-        engine.generate([5], mode="verified", decoding=DecodeOptions(draft_layer=4))
+        engine.stream([5], mode="verified", decoding=DecodeOptions(draft_layer=4))
     assert engine.generate([5, 6], max_new_tokens=2, ignore_eos=True).tokens
 
 

@@ -116,6 +116,9 @@ class Backend(Protocol):
     def wait(self) -> None:
         """Returns once everything that was asked for is done: what a clock has to wait for."""
 
+    def close(self) -> None:
+        """Gives up what sequences share; nothing can be run afterwards."""
+
     def probe(self, hidden: Float32) -> ProbeResult:
         """Final norm, LM head and features of one position's hidden state `[hidden_size]`."""
 

@@ -205,6 +205,15 @@ class OrtCpuBackend:
     def wait(self) -> None:
         """Runs are done when they return."""
 
+    def close(self) -> None:
+        """Drops the sessions: ONNX Runtime gives their memory back once no sequence has them."""
+        self.embed = self.positions = None
+        self._probe = self._candidates = self._proposals = None
+        self._stages.clear()
+        self.__dict__.pop("_kv_fills", None)
+        for held in (self._wide, self._adapters, self._classifiers, self._translators):
+            held.clear()
+
     def probe(self, hidden: Float32) -> ProbeResult:
         """One position `[hidden_size]`."""
         return self.probe_rows(hidden[None])[0]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from ..generation_options import GenerationKeywords
+from ..generation_options import GenerationKeywords, GenerationOptions
 from .decode_arguments import (
     ConfidenceDecayOption,
     DraftLayerOption,
@@ -25,10 +25,11 @@ from .decode_arguments import (
 )
 from .options import LevelOption, ThresholdOption
 
-__all__ = ["ModeChoice", "takes_generation_options"]
+__all__ = ["ModeChoice", "changed_flags", "takes_generation_options"]
 
 _LENGTHS = "Length and end"
 _SAMPLING = "Sampling"
+_DECODING_FLAGS = {"confidence": "--confidence-decay", "draft_schedule": "--drafts"}
 
 
 class ModeChoice(str, Enum):
@@ -121,8 +122,29 @@ def _collect(
     }
 
 
+def changed_flags(options: GenerationKeywords, max_new_tokens: int) -> tuple[str, ...]:
+    """The options above that are not at their defaults, as the command line spells them.
+
+    Args:
+        max_new_tokens: the command's default.
+    """
+    defaults = _collect(max_new_tokens)
+    given = [
+        _flag(name)
+        for name, value in options.items()
+        if name != "decoding" and value != defaults.get(name)
+    ]
+    decoding = (_DECODING_FLAGS.get(name, _flag(name)) for name in options["decoding"].changed)
+    return (*given, *decoding)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def takes_generation_options(max_new_tokens: int) -> Callable[[Callable[..., None]], Any]:
-    """Gives a command the options above. Its parameter `options` receives them together.
+    """Gives a command the options above. Its parameter `options` receives them together, after
+    they were checked: what no engine would serve is refused before one is loaded.
 
     Args:
         max_new_tokens: the command's default.
@@ -137,6 +159,7 @@ def takes_generation_options(max_new_tokens: int) -> Callable[[Callable[..., Non
         @wraps(command)
         def call(**given: Any) -> None:
             options = _collect(**{name: given.pop(name) for name in shared})
+            GenerationOptions.of(options)
             command(**given, options=options)
 
         parameters = [

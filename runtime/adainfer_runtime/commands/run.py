@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ..engine import Engine
-from ..errors import RequestError
+from ..errors import RequestCancelledError, RequestError
 from ..generation_options import GenerationKeywords
 from ..results import ChoiceResult
 from ..text_request import finish
@@ -25,11 +25,13 @@ from .answers import (
     describe_stages,
     describe_text,
 )
-from .generation_arguments import takes_generation_options
+from .generation_arguments import changed_flags, takes_generation_options
 from .options import DeviceOption, ProfileOption, ThreadsOption
 
 __all__ = ["register"]
 
+_NEW_TOKENS = 64
+_CHOICE_TAKES = frozenset({"--mode", "--threshold", "--level", "--timeout"})
 _INTERRUPTED = 130  # what shells expect after Ctrl-C
 _EXAMPLES = """
 Examples:
@@ -57,7 +59,7 @@ def register(app: typer.Typer) -> None:
     app.command(name="run", epilog=_EXAMPLES)(run)
 
 
-@takes_generation_options(max_new_tokens=64)
+@takes_generation_options(_NEW_TOKENS)
 def run(
     folder: Annotated[Path, typer.Argument(help="Engine folder.", metavar="DIR")],
     prompt: Annotated[str, typer.Option(help="Text; `-` reads standard input.")],
@@ -84,6 +86,13 @@ def run(
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Generate text, or choose a label, from one prompt."""
+    if labels is not None:
+        shown = {
+            "--logprobs": logprobs is not None,
+            "--show-exits": show_exits,
+            "--stream": bool(stream),
+        }
+        _check_choice(options, [flag for flag, given in shown.items() if given])
     engine = Engine.load(folder, device, threads, profile=profile)
     text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
     if not text:
@@ -113,6 +122,16 @@ def run(
         raise typer.Exit(_INTERRUPTED)
 
 
+def _check_choice(options: GenerationKeywords, shown: Sequence[str]) -> None:
+    """Raises RequestError for options that speak of a text."""
+    changed = changed_flags(options, _NEW_TOKENS)
+    unused = [*shown, *(flag for flag in changed if flag not in _CHOICE_TAKES)]
+    if unused:
+        raise RequestError(
+            f"--labels chooses one of them and generates no text: leave {', '.join(unused)} out"
+        )
+
+
 def _choose(
     engine: Engine,
     prompt: str | Sequence[int],
@@ -121,13 +140,19 @@ def _choose(
     json_output: bool,
 ) -> None:
     names = [label for label in labels.split(",") if label]
-    choice = engine.choose(
-        prompt,
-        names,
-        mode=options["mode"],
-        threshold=options["threshold"],
-        level=options["level"],
-    )
+    try:
+        with cancel_on_interrupt() as cancel:
+            choice = engine.choose(
+                prompt,
+                names,
+                mode=options["mode"],
+                threshold=options["threshold"],
+                level=options["level"],
+                timeout=options["timeout"],
+                cancel=cancel,
+            )
+    except RequestCancelledError:
+        raise typer.Exit(_INTERRUPTED) from None
     if json_output:
         print(json.dumps(asdict(choice) | {"text": choice.label}))
         return
