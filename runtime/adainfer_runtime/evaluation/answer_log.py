@@ -50,11 +50,18 @@ class AnswerLog:
         return self._answers.get((method, prompt))
 
     def add(self, answer: Answer) -> None:
-        """Keeps an answer."""
+        """Keeps an answer.
+
+        Raises:
+            RequestError: the file cannot be written.
+        """
         self._answers[answer.method, answer.prompt] = answer
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as stream:
-                stream.write(answer.model_dump_json() + "\n")
+            try:
+                with self._path.open("a", encoding="utf-8") as stream:
+                    stream.write(answer.model_dump_json() + "\n")
+            except OSError as error:
+                raise RequestError(f"{self._path} cannot be written: {error}") from error
 
     def _read(self, path: Path, header: Mapping[str, object]) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
