@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
@@ -41,7 +42,7 @@ def load_manifest(folder: Path) -> Manifest:
             f"{folder} is no engine folder: {MANIFEST_NAME} is missing; "
             "write one with `adainfer-export MODEL --out DIR`"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} cannot be read: {error}; export the model again") from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
@@ -71,10 +72,9 @@ def verify_files(folder: Path, manifest: Manifest, *, sha256: bool = False) -> N
         if record is None:
             raise IntegrityError(f"{name} is used by the manifest but not listed in its files")
         path = folder / name
-        try:
-            size = path.stat().st_size
-        except OSError:
-            raise IntegrityError(f"{path} is missing; export the model again") from None
+        if not path.is_file():
+            raise IntegrityError(f"{path} is missing; export the model again")
+        size = path.stat().st_size
         if size != record.bytes:
             raise IntegrityError(
                 f"{path} has {size} bytes, expected {record.bytes}; export the model again"
@@ -87,10 +87,21 @@ def verify_files(folder: Path, manifest: Manifest, *, sha256: bool = False) -> N
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replaces the folder's manifest atomically."""
-    temporary = folder / f".{MANIFEST_NAME}.partial"
-    temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST_NAME)
+    """Replaces the folder's manifest atomically.
+
+    Raises:
+        ManifestError: the disk is full, or the folder cannot be written to.
+    """
+    path, temporary = folder / MANIFEST_NAME, folder / f".{MANIFEST_NAME}.partial"
+    try:
+        temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise ManifestError(
+            f"{path} cannot be written: {error.strerror}; what was there before stays"
+        ) from error
 
 
 def record_file(path: Path) -> FileRecord:
@@ -107,8 +118,15 @@ def file_sha256(path: Path) -> str:
 def _check_inside(folder: Path, name: str) -> None:
     pure = PurePosixPath(name)
     root = folder.resolve()
-    if pure.is_absolute() or "\\" in name or not (root / name).resolve().is_relative_to(root):
+    if pure.is_absolute() or "\\" in name or not _resolves_inside(root, name):
         raise UnsafePathError(
             f"{folder / MANIFEST_NAME}: path {name!r} leaves the engine folder; "
             "do not use this folder, export the model again"
         )
+
+
+def _resolves_inside(root: Path, name: str) -> bool:
+    try:
+        return (root / name).resolve().is_relative_to(root)
+    except (OSError, RuntimeError, ValueError):  # too long, links in a circle, NUL bytes
+        return False

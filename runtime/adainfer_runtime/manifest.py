@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -40,6 +40,13 @@ ClassifierInput = Literal["token", "top_prob", "gap", "depth", "trust", "state"]
 CLASSIFIER_INPUTS: tuple[ClassifierInput, ...] = get_args(ClassifierInput)
 _EXIT_FILES = ("adapters/", "exit/", "reports/calibration.")
 
+# Bounds that no model comes near: beyond them buffers cannot even be asked for.
+_Layers = Annotated[int, Field(gt=0, le=1 << 16)]
+_Width = Annotated[int, Field(gt=0, le=1 << 24)]
+_Length = Annotated[int, Field(gt=0, le=1 << 24)]
+_Count = Annotated[int, Field(ge=0, le=1 << 62)]
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
 
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,7 +56,7 @@ class SourceFile(_Record):
     """One file of the checkpoint that was exported."""
 
     name: str
-    bytes: int
+    bytes: _Count
     sha256: str
 
 
@@ -69,11 +76,11 @@ class ModelSpec(_Record):
     """
 
     architecture: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    num_attention_heads: int
-    layer_attention_heads: tuple[int, ...] = ()
+    num_layers: _Layers
+    hidden_size: _Width
+    vocab_size: _Width
+    num_attention_heads: _Width
+    layer_attention_heads: tuple[_Width, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
 
     def attention_heads(self, layer: int) -> int:
@@ -96,11 +103,11 @@ class KvGeometry(_Record):
 
     layout: Literal["bnsh", "prefix"] = "bnsh"
     dtype: ElementType = "float32"
-    num_heads: int
-    layer_heads: tuple[int, ...] = ()
-    head_dim: int
-    max_length: int
-    row_elements: int | None = None
+    num_heads: _Width
+    layer_heads: tuple[_Width, ...] = ()
+    head_dim: _Width
+    max_length: _Length
+    row_elements: _Width | None = None
 
     @model_validator(mode="after")
     def _padded(self) -> KvGeometry:
@@ -109,6 +116,8 @@ class KvGeometry(_Record):
             raise ValueError("row_elements belongs to the layout prefix, and to no other")
         if self.row_elements is not None and self.row_elements < width:
             raise ValueError(f"row_elements {self.row_elements} is less than {width}")
+        if max(self.layer_heads, default=0) > self.num_heads:
+            raise ValueError(f"layer_heads has more than the {self.num_heads} of num_heads")
         return self
 
     def heads(self, layer: int) -> int:
@@ -125,7 +134,7 @@ class TensorSpec(_Record):
 
     name: str
     dtype: ElementType | Literal["bool"]
-    shape: tuple[int | Literal["rows", "keys"], ...]
+    shape: tuple[_Width | Literal["rows", "keys"], ...]
 
 
 class Quantisation(_Record):
@@ -136,17 +145,17 @@ class Quantisation(_Record):
     """
 
     bits: Literal[4, 8]
-    block_size: int
+    block_size: _Width
     accuracy_level: int | None = None  # of MatMulNBits alone
-    wide_rows: int | None = None
-    int8_layers: tuple[int, ...] = ()
+    wide_rows: _Length | None = None
+    int8_layers: tuple[_Layers, ...] = ()
     int8_head: bool = False
 
 
 class FileRecord(_Record):
     """Size in bytes and sha256 of one file of the folder."""
 
-    bytes: int
+    bytes: _Count
     sha256: str
 
 
@@ -166,11 +175,17 @@ class StageSpec(_Record):
     kind: Literal["embed", "positions", "layers", "probe", "candidates", "kv_fill"]
     file: str
     wide_file: str | None = None
-    first_layer: int = 0
-    last_layer: int = 0
+    first_layer: _Count = 0
+    last_layer: _Count = 0
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    multiply_adds: int
+    multiply_adds: _Count
+
+    @model_validator(mode="after")
+    def _weighs(self) -> StageSpec:
+        if self.kind in ("layers", "probe") and self.multiply_adds == 0:
+            raise ValueError(f"stage {self.name} without multiply-adds")  # costs are shares of them
+        return self
 
 
 class ExitPoint(_Record):
@@ -181,11 +196,11 @@ class ExitPoint(_Record):
     not rotated. `multiply_adds` are of the one or the other, for one position.
     """
 
-    exit_layer: int
+    exit_layer: _Layers
     adapter: str | None = None
     translate: str | None = None
     translate_inputs: tuple[Literal["hidden", "start"], ...] = ("hidden", "start")
-    multiply_adds: int = 0
+    multiply_adds: _Count = 0
 
 
 class ClassifierSpec(_Record):
@@ -199,7 +214,7 @@ class ClassifierSpec(_Record):
     kind: str
     graph: str
     reference: str | None = None
-    state_size: int
+    state_size: Annotated[int, Field(ge=0, le=1 << 16)]
     features: tuple[str, ...]
     inputs: tuple[ClassifierInput, ...] = CLASSIFIER_INPUTS
 
@@ -207,8 +222,8 @@ class ClassifierSpec(_Record):
 class CertificateGroup(_Record):
     """One task at the pooled threshold: its share of disagreement is at most `upper_bound`."""
 
-    prompts: int
-    disagreements: int
+    prompts: _Count
+    disagreements: _Count
     upper_bound: float
 
 
@@ -221,11 +236,11 @@ class CertificateLevel(_Record):
 
     level: float
     confidence: float
-    prompts: int
+    prompts: _Count
     threshold: float | None = None
-    disagreements: int | None = None
+    disagreements: _Count | None = None
     layers_saved: float | None = None
-    prompts_needed: int | None = None
+    prompts_needed: _Count | None = None
     groups: dict[str, CertificateGroup] = {}
 
 
@@ -259,11 +274,11 @@ class ExitSpec(_Record):
     threshold: float | None = None
     target_agreement: float
     thresholds: tuple[float, ...] = ()
-    exit_shares: tuple[tuple[float, ...], ...] = ()
+    exit_shares: tuple[tuple[_Share, ...], ...] = ()
     certificate: Certificate | None = None
     text_certificate: TextCertificate | None = None
     kv_policy: Literal["deferred"] = "deferred"
-    answer_rows: int = Field(default=1, ge=1)
+    answer_rows: _Length = 1
     calibration: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -273,6 +288,9 @@ class ExitSpec(_Record):
             raise ValueError(f"exit points must be ascending, found {layers}")
         if layers and (self.classifier is None or self.threshold is None):
             raise ValueError("exit points without a classifier or a threshold")
+        if self.classifier is not None and self.threshold is None:
+            raise ValueError("a classifier without a threshold")
+        _check_shares(self.exit_shares, len(self.thresholds), len(layers))
         return self
 
 
@@ -291,7 +309,7 @@ class CombinedExitSpec(_Record):
     path: tuple[tuple[float, float], ...]
     threshold: float
     target_agreement: float
-    exit_shares: tuple[tuple[float, ...], ...] = ()
+    exit_shares: tuple[tuple[_Share, ...], ...] = ()
     certificate: Certificate | None = None
     calibration: dict[str, Any] = {}
 
@@ -320,10 +338,10 @@ class ShortlistSpec(_Record):
     """
 
     file: str
-    rank: int | None = None
-    tokens: int | None = None
-    rows: int
-    multiply_adds: int
+    rank: _Width | None = None
+    tokens: _Width | None = None
+    rows: _Width
+    multiply_adds: _Count
     recall: dict[str, float]
     agreement: dict[str, float] = {}
 
@@ -360,9 +378,9 @@ class Manifest(_Record):
     target: str
     precision: Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "keep"]
     quantisation: Quantisation | None = None
-    max_seq_len: int
-    layers_per_engine: int | None = None
-    most_layers_per_engine: int | None = None
+    max_seq_len: _Length
+    layers_per_engine: _Layers | None = None
+    most_layers_per_engine: _Layers | None = None
     kv: KvGeometry
     stages: tuple[StageSpec, ...]
     pass_tensors: tuple[TensorSpec, ...] = ()
@@ -513,6 +531,12 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
+        self._check_stages()
+        self._check_sizes()
+        self._check_exits()
+        return self
+
+    def _check_stages(self) -> None:
         kinds: list[str] = [stage.kind for stage in self.stages]
         singles = ("embed", "probe", "candidates")
         if any(kinds.count(kind) != 1 for kind in singles) or "layers" not in kinds:
@@ -521,20 +545,34 @@ class Manifest(_Record):
             raise ValueError("pass_tensors and the stage `positions` go together")
         _check_layers(self.cut, self.model.num_layers)
         _check_layers(self.layer_stages, self.model.num_layers)
-        if len(self.kv_fills) not in (0, self.model.num_layers):
-            raise ValueError(
-                f"kv_fill stages for {len(self.kv_fills)} of {self.model.num_layers} layers"
-            )
+        fills = self.kv_fills
+        if fills and fills.keys() != {*range(1, self.model.num_layers + 1)}:
+            raise ValueError(f"kv_fill stages for {len(fills)} of {self.model.num_layers} layers")
+
+    def _check_sizes(self) -> None:
         for heads in (self.kv.layer_heads, self.model.layer_attention_heads):
             if heads and len(heads) != self.model.num_layers:
                 raise ValueError(f"heads of {len(heads)} layers, expected {self.model.num_layers}")
+        if self.max_seq_len > self.kv.max_length:
+            raise ValueError(
+                f"max_seq_len {self.max_seq_len} does not fit caches of {self.kv.max_length}"
+            )
+
+    def _check_exits(self) -> None:
         for layer in self.exit_layers:
             if layer not in self.boundaries[:-1]:
                 raise ValueError(f"exit point {layer} is no boundary between engines")
-        combined = self.combined_exit
-        if combined and (combined.answer not in self.exit_graphs or self.context_exit is None):
+        for layer, point in self.context_points.items():
+            if point.translate is None:
+                raise ValueError(f"context exit point {layer} without translation")
+        combined, context = self.combined_exit, self.context_exit
+        if combined is None:
+            return
+        answer = self.exit_graphs.get(combined.answer)
+        if answer is None or context is None or context.classifier is None:
             raise ValueError("combined exits without the answer or the context exits they combine")
-        return self
+        checks = len(answer.points) + len(context.points)
+        _check_shares(combined.exit_shares, len(combined.path), checks)
 
     @property
     def tokenizer_files(self) -> tuple[str, ...]:
@@ -556,6 +594,11 @@ class Manifest(_Record):
         if self.tokenizer:
             paths += [self.tokenizer.file, *self.tokenizer.files]
         return tuple(dict.fromkeys(paths))
+
+
+def _check_shares(shares: tuple[tuple[float, ...], ...], thresholds: int, checks: int) -> None:
+    if shares and (len(shares) != thresholds or any(len(row) != checks for row in shares)):
+        raise ValueError("exit_shares must have a row for each threshold, a share for each check")
 
 
 def _check_layers(stages: tuple[StageSpec, ...], num_layers: int) -> None:

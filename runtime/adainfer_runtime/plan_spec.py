@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 __all__ = ["Machine", "PlanSpec", "StageTimes"]
+
+
+_Positive = Annotated[int, Field(gt=0, le=1 << 24)]
+_Seconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class _Record(BaseModel):
@@ -34,27 +40,31 @@ class StageTimes(_Record):
         context: by exit layer: translation, and the last positions through the layers above.
     """
 
-    rows: tuple[int, ...]
-    layer: tuple[float, ...]
-    embed: tuple[float, ...]
-    pair_one: float
-    pair_many: float
-    step: float
-    step_past: int
-    probe: float
-    candidates: float
-    adapter: float
-    classifier: float
-    shortlist: float | None = None
-    context_rows: tuple[int, ...] = ()
-    context: dict[int, tuple[float, ...]] = {}
+    rows: tuple[_Positive, ...]
+    layer: tuple[_Seconds, ...]
+    embed: tuple[_Seconds, ...]
+    pair_one: _Seconds
+    pair_many: _Seconds
+    step: _Seconds
+    step_past: Annotated[int, Field(ge=0, le=1 << 24)]
+    probe: _Seconds
+    candidates: _Seconds
+    adapter: _Seconds
+    classifier: _Seconds
+    shortlist: _Seconds | None = None
+    context_rows: tuple[_Positive, ...] = ()
+    context: dict[int, tuple[_Seconds, ...]] = {}
 
     @model_validator(mode="after")
     def _parallel(self) -> StageTimes:
         if not len(self.rows) == len(self.layer) == len(self.embed) > 0:
             raise ValueError("rows, layer and embed must be parallel")
+        if 0.0 in self.layer:
+            raise ValueError("a layer that takes no time")  # other times are shares of it
         if any(len(times) != len(self.context_rows) for times in self.context.values()):
             raise ValueError("context_rows and context must be parallel")
+        if self.context and not self.context_rows:
+            raise ValueError("context without context_rows")
         return self
 
 

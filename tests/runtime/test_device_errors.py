@@ -151,7 +151,7 @@ class CountingSession:
 
 def test_runs_in_the_same_places_are_bound_once():
     session = CountingSession()
-    stage = _SessionStage(ScriptedRuntime(None), session)
+    stage = _SessionStage("stages/x.onnx", ScriptedRuntime(None), session)
 
     def run(address):
         x, y = Tensor(address, "float32", (1, 2)), Tensor(64, "bfloat16", (1,))
@@ -168,6 +168,20 @@ def test_runs_in_the_same_places_are_bound_once():
         run(address)
     run(256)  # forgotten by now
     assert session.ran[-1] == len(session.bound) - 1 == 11
+
+
+class FailingSession(CountingSession):
+    """Takes every binding, and fails."""
+
+    def run_with_iobinding(self, binding, options):
+        raise RuntimeError("CUDA failure 700:\nan illegal address")
+
+
+def test_a_run_that_fails_on_a_gpu_names_its_stage():
+    stage = _SessionStage("stages/x.onnx", ScriptedRuntime(None), FailingSession())
+    run = stage.bind(BoundRun({}, {}))
+    with pytest.raises(StageError, match=r"x\.onnx cannot be run .*: CUDA failure 700: an illegal"):
+        run()
 
 
 def needs_gpu_and(module):

@@ -11,6 +11,7 @@ import pytest
 from adainfer_runtime import Engine
 from adainfer_runtime.backends import host_memory, ort_cpu
 from adainfer_runtime.backends.layout import BufferSpec
+from adainfer_runtime.errors import DeviceMemoryError
 
 MB = 1 << 20
 MAPS = Path("/proc/self/smaps_rollup")
@@ -84,3 +85,8 @@ def test_a_cache_takes_memory_as_it_fills():
 def anonymous_bytes():
     lines = MAPS.read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("Anonymous:"))
+
+
+def test_more_memory_than_there_is():
+    with pytest.raises(DeviceMemoryError, match=r"no 4194304\.0 GiB for a buffer"):
+        host_memory.lazy_zeros(BufferSpec("float32", (1 << 50,)))

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from adainfer_runtime import AdaInferError, Engine
-from adainfer_runtime.engine_folder import load_manifest, verify_files
+from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
 from adainfer_runtime.errors import (
     DeviceError,
     IntegrityError,
@@ -149,3 +149,22 @@ def test_layers_have_heads_of_their_own(tiny):
 def test_heads_of_too_few_layers(folder):
     edit(folder, lambda data: data["kv"].update(layer_heads=[2, 2]))
     fails(ManifestError, folder, "heads of 2 layers, expected 4")
+
+
+def test_a_manifest_that_cannot_be_written(folder, monkeypatch):
+    manifest, before = load_manifest(folder), (folder / "manifest.json").read_bytes()
+
+    def full_disk(self, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.replace", full_disk)
+    with pytest.raises(ManifestError, match=r"manifest\.json cannot be written: No space left"):
+        write_manifest(folder, manifest)
+    assert (folder / "manifest.json").read_bytes() == before
+    assert not list(folder.glob(".*"))
+
+
+def test_a_folder_in_a_files_place(folder):
+    (folder / "stages" / "layer_002.data").unlink()
+    (folder / "stages" / "layer_002.data").mkdir()
+    fails(IntegrityError, folder, r"layer_002\.data is missing")

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import DeviceMemoryError
 from .layout import BufferSpec
 
 __all__ = ["lazy_zeros", "memory_limit"]
@@ -61,9 +62,18 @@ def lazy_zeros(spec: BufferSpec) -> npt.NDArray[Any]:
 
     numpy asks for pages of 2 MB, and a cache has its heads far apart: the first positions of
     Llama-2-7B would take all of the 2.1 GB that 2048 positions need.
+
+    Raises:
+        DeviceMemoryError: the system does not have so much.
     """
     private = {"flags": mmap.MAP_PRIVATE} if hasattr(mmap, "MAP_PRIVATE") else {}
-    pages = mmap.mmap(-1, spec.bytes, **private)
+    try:
+        pages = mmap.mmap(-1, spec.bytes, **private)
+    except (OSError, OverflowError) as error:
+        raise DeviceMemoryError(
+            f"the system has no {spec.bytes / (1 << 30):.1f} GiB for a buffer of a sequence "
+            f"({error}); export with a smaller --max-seq-len"
+        ) from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     return np.frombuffer(pages, spec.dtype).reshape(spec.shape)

@@ -165,7 +165,7 @@ class SequenceLayout:
         if spec is None:
             return None
         values = self._host_inputs(rows, past)
-        inputs = {name: _whole(name, values[name]) for name in spec.inputs}
+        inputs = {name: _whole(name, values[name]) for name in spec.inputs if name in values}
         keys = self._keys(past + rows)
         outputs = {
             tensor.name: Region(tensor.name, tensor.dtype, _resolve(tensor, rows, keys))

@@ -16,9 +16,11 @@ import numpy.typing as npt
 from ..errors import DeviceError, ExitUnavailableError, RequestError, StageError
 from ..manifest import Manifest
 from .base import ExitEvidence, Float32, ProbeResult
+from .graph_forms import graph_forms, require_form
 from .host_memory import memory_limit
 from .ort_batch import OrtBatch
 from .ort_sequence import OrtSequence
+from .ort_stage import OrtStage
 from .rescore import rescored
 
 __all__ = ["OrtCpuBackend", "fits_twice", "load", "open_session"]
@@ -41,7 +43,7 @@ def load(
 
     Raises:
         DeviceError: onnxruntime is not installed.
-        StageError: ONNX Runtime refuses a file.
+        StageError: ONNX Runtime refuses a file, or its graph is not what the manifest says.
     """
     if low_memory is None:
         low_memory = not fits_twice(manifest, memory_limit())
@@ -149,8 +151,13 @@ class OrtCpuBackend:
     def __init__(
         self, folder: Path, manifest: Manifest, sessions: _Sessions, *, low_memory: bool
     ) -> None:
-        def open_stage(file: str) -> Any:
-            return sessions.open(folder / file)
+        forms = graph_forms(manifest, self.max_rows)
+
+        def open_stage(file: str) -> OrtStage:
+            session = sessions.open(folder / file)
+            for form in forms.get(file, ()):
+                require_form(file, session, form)
+            return OrtStage(file, session)
 
         self._open_stage = open_stage
         self.manifest = manifest
@@ -159,16 +166,16 @@ class OrtCpuBackend:
                 "ONNX Runtime has no bfloat16 arithmetic on CPUs: export with --precision fp16 or "
                 "fp32 to run on this device"
             )
-        self.embed = open_stage(manifest.embed.file)
-        self.positions = open_stage(manifest.positions.file) if manifest.positions else None
+        self.embed: Any = open_stage(manifest.embed.file)
+        self.positions: Any = open_stage(manifest.positions.file) if manifest.positions else None
         self._stages = [open_stage(stage.file) for stage in manifest.layer_stages]
         wide = {i: stage.wide_file for i, stage in enumerate(manifest.layer_stages)}
         self._wide = {i: open_stage(file) for i, file in wide.items() if file and not low_memory}
         quantisation = manifest.quantisation
         self._wide_rows = (quantisation.wide_rows if quantisation else None) or 0
-        self._probe = open_stage(manifest.probe.file)
-        self._candidates = open_stage(manifest.candidates.file)
-        self._proposals = open_stage(manifest.shortlist.file) if manifest.shortlist else None
+        self._probe: Any = open_stage(manifest.probe.file)
+        self._candidates: Any = open_stage(manifest.candidates.file)
+        self._proposals: Any = open_stage(manifest.shortlist.file) if manifest.shortlist else None
         self._adapters = {
             layer: open_stage(point.adapter)
             for layer, point in manifest.exit_points.items()
@@ -184,13 +191,13 @@ class OrtCpuBackend:
         }
 
     @cached_property
-    def _kv_fills(self) -> dict[int, Any]:
+    def _kv_fills(self) -> dict[int, OrtStage]:
         """Opened when the policy is first asked for: most engines never are."""
         fills = self.manifest.kv_fills.items()
         return {layer: self._open_stage(spec.file) for layer, spec in fills}
 
-    def stage(self, index: int, rows: int) -> Any:
-        """The session that runs layer stage `index` over so many positions."""
+    def stage(self, index: int, rows: int) -> OrtStage:
+        """What runs layer stage `index` over so many positions."""
         wide = self._wide.get(index) if rows >= self._wide_rows else None
         return wide or self._stages[index]
 
@@ -297,7 +304,7 @@ class OrtCpuBackend:
             "state": state[None],
         }
         classifier, inputs = self._classifiers[graph]
-        feed = {name: given[name] for name in inputs}
+        feed: dict[str, object] = {name: given[name] for name in inputs}
         score, next_state = classifier.run(["score", "next_state"], feed)
         return float(score[0]), next_state[0]
 

@@ -19,6 +19,7 @@ from ..plans import engine_files
 from .cuda_driver import CudaDriver
 from .device_backend import DeviceBackend
 from .device_sequence import BoundRun
+from .ort_stage import run_error
 
 __all__ = [
     "SessionStages",
@@ -107,7 +108,8 @@ class SessionStages:
     def load(self, file: str) -> _SessionStage:
         """The session of an ONNX file."""
         if file not in self._loaded:
-            self._loaded[file] = _SessionStage(self._ort, self._open(self._folder / file))
+            session = self._open(self._folder / file)
+            self._loaded[file] = _SessionStage(file, self._ort, session)
         return self._loaded[file]
 
     def _open(self, path: Path) -> Any:
@@ -138,7 +140,8 @@ class _SessionStage:
     and present are bound to one address.
     """
 
-    def __init__(self, onnxruntime: Any, session: Any) -> None:
+    def __init__(self, file: str, onnxruntime: Any, session: Any) -> None:
+        self._file = file
         self._session = session
         self._kept: dict[Hashable, Any] = {}
         self._options = onnxruntime.RunOptions()
@@ -156,15 +159,25 @@ class _SessionStage:
             if len(self._kept) == _KEPT_BINDINGS:
                 del self._kept[next(iter(self._kept))]
             binding = self._kept[places] = self._bind(run)
-        session, options = self._session, self._options
+        session, options, file = self._session, self._options, self._file
 
         def call() -> None:
-            session.run_with_iobinding(binding, options)
+            try:
+                session.run_with_iobinding(binding, options)
+            except Exception as error:  # onnxruntime's exception types share no public base
+                raise run_error(file, error) from error
 
         return call
 
     def _bind(self, run: BoundRun) -> Any:
         binding = self._session.io_binding()
+        try:
+            self._bind_tensors(binding, run)
+        except Exception as error:  # as above
+            raise run_error(self._file, error) from error
+        return binding
+
+    def _bind_tensors(self, binding: Any, run: BoundRun) -> None:
         for name, tensor in run.inputs.items():
             dtype = _element_type(tensor.dtype)
             binding.bind_input(name, "cuda", 0, dtype, tensor.shape, tensor.address)
@@ -173,7 +186,6 @@ class _SessionStage:
         for name, tensor in run.outputs.items():
             dtype = _element_type(tensor.dtype)
             binding.bind_output(name, "cuda", 0, dtype, tensor.shape, tensor.address)
-        return binding
 
 
 def _element_type(dtype: str) -> Any:

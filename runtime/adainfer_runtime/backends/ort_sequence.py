@@ -11,7 +11,8 @@ import numpy.typing as npt
 from ..manifest import Manifest
 from .base import Float32, ProbeResult
 from .host_memory import lazy_zeros
-from .layout import Region, SequenceLayout, StageRun, hidden_buffer
+from .layout import BufferSpec, Region, SequenceLayout, StageRun, hidden_buffer
+from .ort_stage import OrtStage, Place
 
 __all__ = ["LoadedStages", "Memory", "OrtSequence", "bind", "keep"]
 
@@ -21,7 +22,7 @@ _KEPT_ROW_COUNTS = 8
 
 
 class LoadedStages(Protocol):
-    """What sequences need of their back end: sessions (`onnxruntime.InferenceSession`)."""
+    """What sequences need of their back end: stages (`OrtStage`)."""
 
     manifest: Manifest
     embed: Any
@@ -31,8 +32,8 @@ class LoadedStages(Protocol):
     def max_rows(self) -> int:
         """Positions that one pass may carry."""
 
-    def stage(self, index: int, rows: int) -> Any:
-        """The session that runs layer stage `index` over so many positions."""
+    def stage(self, index: int, rows: int) -> OrtStage:
+        """What runs layer stage `index` over so many positions."""
 
     def probe_rows(self, hidden: Float32) -> list[ProbeResult]:
         """The probe of every row `[rows, hidden_size]`."""
@@ -54,7 +55,8 @@ class OrtSequence:
             for name, spec in self._layout.buffers().items()
             if name not in caches
         }
-        self.pending = np.zeros((manifest.max_seq_len, manifest.model.hidden_size), np.float32)
+        waiting = BufferSpec("float32", (manifest.max_seq_len, manifest.model.hidden_size))
+        self.pending: Float32 = lazy_zeros(waiting)
         self.use_caches(caches)
 
     def use_caches(self, caches: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -121,36 +123,24 @@ class OrtSequence:
         self._prepared = (rows, past)
 
     def _bind_stage(self, index: int, rows: int, past: int) -> Callable[[], None]:
-        session = self._stages.stage(index, rows)
-        return bind(session, self._layout.stage(index, rows, past), self._memory)
+        stage = self._stages.stage(index, rows)
+        return bind(stage, self._layout.stage(index, rows, past), self._memory)
 
 
-def bind(session: Any, run: StageRun, memory: Mapping[str, npt.NDArray[Any]]) -> Callable[[], None]:
-    """A run of a session, bound to the buffers that its regions lie in."""
-    binding = session.io_binding()
-    for name, region in run.inputs.items():
-        binding.bind_input(name, "cpu", 0, *_place(region, memory))
-    for name, region in run.outputs.items():
-        binding.bind_output(name, "cpu", 0, *_place(region, memory))
-    return _runner(session, binding)
+def bind(
+    stage: OrtStage, run: StageRun, memory: Mapping[str, npt.NDArray[Any]]
+) -> Callable[[], None]:
+    """A run of a stage, bound to the buffers that its regions lie in."""
+
+    def places(regions: Mapping[str, Region]) -> dict[str, Place]:
+        return {name: _place(region, memory) for name, region in regions.items()}
+
+    return stage.bind(places(run.inputs), places(run.outputs))
 
 
-def _place(
-    region: Region, memory: Mapping[str, npt.NDArray[Any]]
-) -> tuple[Any, tuple[int, ...], int]:
+def _place(region: Region, memory: Mapping[str, npt.NDArray[Any]]) -> Place:
     array = memory[region.buffer]
     return array.dtype.type, region.shape, array.ctypes.data + region.offset
-
-
-def _runner(session: Any, binding: Any) -> Callable[[], None]:
-    run = session.run_with_iobinding
-
-    def call() -> None:
-        # Without RunOptions: ONNX Runtime 1.32 looks an entry up in them by a C++ exception, which
-        # costs 50 µs a run (SmolLM2: 35% of a decoded token's layers).
-        run(binding)
-
-    return call
 
 
 def keep(cache: dict[Any, Any], key: Any, value: Any, most: int = _KEPT_ROW_COUNTS) -> None:

@@ -71,6 +71,7 @@ def measure_times(
     context = {
         point: tuple(bench.context(point, count) for count in context_rows)
         for point in manifest.context_points
+        if context_rows
     }
     on_step("probes and exits")
     adapted = next((n for n, p in manifest.exit_points.items() if p.adapter), None)

@@ -68,7 +68,7 @@ def forecast_modes(
             )
         except ExitUnavailableError:  # not certified at the level that is asked for
             continue
-        if policy.checks and spec.exit_shares:
+        if policy.checks and spec.exit_shares and predictor.knows(policy.checks):
             known = exit_shares(spec, strictness)
             found.append(_cheapest(mode, policy, known, predictor, shape, recent))
     return tuple(found)

@@ -81,6 +81,10 @@ class TimePredictor:
         rest = self._prompt(self.num_layers - reached, shape) + self._probe(shape)
         return total + max(left, 0.0) * rest + self._decode(shape)
 
+    def knows(self, checks: Sequence[ExitCheck]) -> bool:
+        """Whether all of them were measured: context exits may be newer than the times."""
+        return all(check.kind == "answer" or check.layer in self.times.context for check in checks)
+
     def check(
         self, check: ExitCheck, shape: RequestShape, *, over_candidates: bool = False
     ) -> float:
