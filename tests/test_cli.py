@@ -87,15 +87,6 @@ def test_eval(folder, tmp_path):
     assert (off["method"], adaptive["method"]) == ("off", "adaptive")
     assert adaptive["mean"]["layers_saved"] >= 0.0
     assert adaptive["tasks"][0]["examples"] == 10
-    row, mean = json.loads(report.read_text())["summary"]
-    assert set(row) == {
-        "task", "examples", "accuracy_off", "accuracy_adaptive", "agreement", "mean_layers",
-        "layers_saved", "seconds_off", "seconds_adaptive",
-    }  # fmt: skip
-    assert mean["task"] == "mean"
-    assert (mean["seconds_off"], mean["seconds_adaptive"]) == (
-        off["mean"]["seconds"], adaptive["mean"]["seconds"],
-    )  # fmt: skip
     done = command(
         "adainfer", "eval", folder / "engines", "--tasks", folder / "prompts.jsonl",
         "--limit", 5, "--methods", "adaptive,fixed:3,shortgpt:1", "--plots", tmp_path / "plots",
@@ -105,54 +96,6 @@ def test_eval(folder, tmp_path):
     assert (tmp_path / "plots" / "agreement.png").stat().st_size > 1000
     assert isinstance(json.loads((tmp_path / "plots" / "curves.json").read_text()), list)
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1 + 4 * 5
-
-
-@pytest.mark.parametrize(
-    ("flags", "named"),
-    [
-        (("--json", "/proc/x/out.json"), "/proc/x/out.json cannot be written"),
-        (("--plots", "/proc/x"), "/proc/x cannot be written"),
-        (("--log", "/proc/x/log"), "/proc/x/log cannot be used as a log"),
-    ],
-)
-def test_eval_tries_its_files_before_the_work(folder, flags, named):
-    done = command(
-        "adainfer", "eval", folder / "engines", "--tasks", folder / "prompts.jsonl", *flags, code=2
-    )
-    assert done.stderr.startswith("error: ")
-    assert named in done.stderr
-    assert done.stderr.count("\n") == 1
-
-
-def test_eval_leaves_a_report_of_before_alone(folder, tmp_path):
-    report = tmp_path / "report.json"
-    report.write_text("kept")
-    arguments = ("--tasks", tmp_path / "none.jsonl", "--json", report)
-    command("adainfer", "eval", folder / "engines", *arguments, code=2)
-    assert report.read_text() == "kept"
-    command(
-        "adainfer", "eval", folder / "engines", "--tasks", folder / "prompts.jsonl",
-        "--limit", "-1", code=2,
-    )  # fmt: skip
-
-
-def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
-    from adainfer_runtime.commands.app import run_guarded
-
-    def full():
-        raise OSError(28, "No space left on device", "/x/y")
-
-    monkeypatch.setattr(sys, "argv", ["adainfer"])
-    with pytest.raises(SystemExit) as stopped:
-        run_guarded(full)
-    assert stopped.value.code == 2
-    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: '/x/y'\n"
-
-
-def test_debug_is_known_to_every_command(folder):
-    assert "--debug" in command("adainfer", "--help").stdout
-    done = command("adainfer", "inspect", folder / "none", "--debug", code=2)
-    assert "Traceback" in done.stderr
 
 
 def test_inspect(folder):
@@ -268,19 +211,7 @@ def test_runtime_works_without_the_compiler(tmp_path):
         text=True,
     )
     assert done.returncode == 2
-    assert done.stderr.startswith(
-        "error: the compiler is not installed: export needs the package onnx_ir; pip install"
-    )
-    for arguments in (["calibrate", "DIR"], ["certify", "--help"]):
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(entry="main").replace("['x', '--help']", "sys.argv"),
-             *arguments],
-            check=False,
-            capture_output=True,
-            text=True,
-        )  # fmt: skip
-        assert done.returncode == 2
-        assert f"not installed: {arguments[0]} needs the package onnx_ir" in done.stderr
+    assert done.stderr.startswith("error: the compiler is not installed: pip install")
 
 
 def test_certify(folder, tmp_path):

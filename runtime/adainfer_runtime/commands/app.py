@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Annotated, Any
 
@@ -22,8 +23,6 @@ __all__ = ["build_app", "main", "main_export", "run_guarded"]
 
 _DEBUG = "--debug"
 _GROUP = "adainfer.commands"
-# What an entry point of the compiler's adds.
-_COMPILER = {"export": ("export", "calibrate", "certify", "validate", "list")}
 
 
 def build_app() -> typer.Typer:
@@ -48,35 +47,16 @@ def build_app() -> typer.Typer:
                 callback=_print_version,
             ),
         ] = False,
-        debug: Annotated[
-            bool,
-            typer.Option(_DEBUG, help="Show the traceback of an error. Taken by every command."),
-        ] = False,  # `run_guarded` takes it off the command line, wherever it stands
     ) -> None:
         pass
 
     for module in (run, batch, chat, evaluate, inspect_folder, plan, doctor, build_tasks):
         module.register(app)
     for entry in entry_points(group=_GROUP):
-        try:
+        # A runtime without the compiler's libraries has fewer commands, and works.
+        with suppress(ModuleNotFoundError):
             entry.load()(app)
-        except ModuleNotFoundError as error:
-            for name in _COMPILER.get(entry.name, (entry.name,)):
-                _stand_in(app, name, error)
     return app
-
-
-def _stand_in(app: typer.Typer, name: str, error: ModuleNotFoundError) -> None:
-    """A command that says what is missing: a runtime without the compiler's libraries works."""
-
-    def refuse() -> None:
-        raise AdaInferError(
-            f"the compiler is not installed: {name} needs the package {error.name}; "
-            "pip install 'adainfer-export[cpu,export,gguf]'"
-        ) from error
-
-    settings = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-    app.command(name, context_settings=settings, hidden=True)(refuse)
 
 
 def main() -> None:
@@ -89,6 +69,10 @@ def main_export() -> None:
 
     def call() -> None:
         app = build_app()
+        if "export" not in {command.name for command in app.registered_commands}:
+            raise AdaInferError(
+                "the compiler is not installed: pip install 'adainfer-export[cpu,export,gguf]'"
+            )
         app(args=["export", *sys.argv[1:]], prog_name="adainfer")
 
     run_guarded(call)
@@ -104,14 +88,14 @@ def run_guarded(call: Callable[[], Any]) -> None:
         sys.argv = [argument for argument in sys.argv if argument != _DEBUG]
     try:
         call()
-    except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
-    except (AdaInferError, OSError) as error:  # the latter: a full disk, a lack of permission
+    except AdaInferError as error:
         if debug:
             traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        sys.stderr.close()
+        sys.exit(1)
 
 
 def _print_version(value: bool) -> None:

@@ -52,7 +52,7 @@ def batch(
     ],
     options: GenerationKeywords,
     at_once: Annotated[
-        int, typer.Option(help="Texts that advance together, each with a KV cache.", min=1)
+        int, typer.Option(help="Texts that advance together, each with a KV cache.")
     ] = 8,
     chat: Annotated[
         bool, typer.Option("--chat", help="Put each prompt into the model's chat template.")

@@ -2,7 +2,7 @@
 
 from .answer_log import AnswerLog
 from .methods import Method, make_methods
-from .results import Evaluation, MethodResult, TaskResult, flat_rows
+from .results import Evaluation, MethodResult, TaskResult
 from .runner import evaluate
 
 __all__ = [
@@ -12,6 +12,5 @@ __all__ = [
     "MethodResult",
     "TaskResult",
     "evaluate",
-    "flat_rows",
     "make_methods",
 ]

@@ -50,18 +50,11 @@ class AnswerLog:
         return self._answers.get((method, prompt))
 
     def add(self, answer: Answer) -> None:
-        """Keeps an answer.
-
-        Raises:
-            RequestError: the file cannot be written.
-        """
+        """Keeps an answer."""
         self._answers[answer.method, answer.prompt] = answer
         if self._path is not None:
-            try:
-                with self._path.open("a", encoding="utf-8") as stream:
-                    stream.write(answer.model_dump_json() + "\n")
-            except OSError as error:
-                raise RequestError(f"{self._path} cannot be written: {error}") from error
+            with self._path.open("a", encoding="utf-8") as stream:
+                stream.write(answer.model_dump_json() + "\n")
 
     def _read(self, path: Path, header: Mapping[str, object]) -> None:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)

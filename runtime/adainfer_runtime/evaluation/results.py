@@ -101,31 +101,6 @@ def summarise(
     return Evaluation(tuple(results), num_layers, labels_only)
 
 
-def flat_rows(evaluation: Evaluation, method: str = "adaptive") -> list[dict[str, object]]:
-    """A row per task, and one of their mean: both accuracies and times of a method beside `off`.
-
-    Nothing where the method was not asked.
-    """
-    if method not in {result.method for result in evaluation.methods}:
-        return []
-    off, other = evaluation[BASELINE], evaluation[method]
-    pairs = zip((*off.tasks, off.mean), (*other.tasks, other.mean), strict=True)
-    return [
-        {
-            "task": found.task,
-            "examples": found.examples,
-            "accuracy_off": full.accuracy,
-            f"accuracy_{method}": found.accuracy,
-            "agreement": found.agreement,
-            "mean_layers": found.mean_layers,
-            "layers_saved": found.layers_saved,
-            "seconds_off": full.seconds,
-            f"seconds_{method}": found.seconds,
-        }
-        for full, found in pairs
-    ]
-
-
 def _result(name: str, tasks: Sequence[Sequence[_Pair]]) -> TaskResult:
     pairs = [pair for task in tasks for pair in task]
     minority = [pair.same for task in tasks for pair in _minority(task)]
