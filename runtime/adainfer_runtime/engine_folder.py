@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
 from .errors import IntegrityError, ManifestError, SchemaVersionError, UnsafePathError
 from .manifest import SCHEMA_VERSION, FileRecord, Manifest
+from .output_files import writing
 
 __all__ = [
     "MANIFEST_NAME",
@@ -87,10 +89,19 @@ def verify_files(folder: Path, manifest: Manifest, *, sha256: bool = False) -> N
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replaces the folder's manifest atomically."""
+    """Replaces the folder's manifest atomically.
+
+    Raises:
+        OutputError: the folder cannot be written; the old manifest stays in force.
+    """
     temporary = folder / f".{MANIFEST_NAME}.partial"
-    temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST_NAME)
+    try:
+        with writing(folder, "; it was left as it is"):
+            temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            temporary.replace(folder / MANIFEST_NAME)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def record_file(path: Path) -> FileRecord:
