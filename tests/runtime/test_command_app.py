@@ -90,3 +90,9 @@ def test_errors_of_the_system_are_one_line(capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     assert fails(call, capsys, monkeypatch) == "error: [Errno 28] No space left on device\n"
+
+
+def test_eval_names_every_method():
+    shown = CliRunner().invoke(build_app(), ["eval", "--help"], env={"COLUMNS": "200"}).output
+    for method in ("adaptive", "context", "combined", "auto", "fixed:L", "shortgpt:N"):
+        assert method in shown

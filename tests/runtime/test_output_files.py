@@ -15,7 +15,7 @@ from adainfer_runtime.commands import evaluate as eval_command
 from adainfer_runtime.commands import plan as plan_command
 from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.engine_folder import load_manifest, write_manifest
-from adainfer_runtime.errors import OutputError
+from adainfer_runtime.errors import OutputError, RequestError
 from adainfer_runtime.evaluation import AnswerLog
 from adainfer_runtime.evaluation.answers import Answer, ask
 from adainfer_runtime.evaluation.methods import Method
@@ -144,3 +144,18 @@ def test_a_log_that_cannot_be_added_to(tmp_path, tiny, answer, monkeypatch):
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(OutputError, match="No space left"):
         log.add(answer)
+
+
+def test_a_log_is_tried_when_it_is_opened(tmp_path, tiny, monkeypatch):
+    path, manifest = tmp_path / "log.jsonl", tiny("llama").engine.manifest
+    AnswerLog.open(path, manifest, {})
+    opened = Path.open
+
+    def refuse(self, mode="r", *arguments, **settings):
+        if "a" in mode:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return opened(self, mode, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(RequestError, match="cannot be used as a log"):
+        AnswerLog.open(path, manifest, {})
