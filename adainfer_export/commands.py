@@ -214,7 +214,7 @@ def run_export(
         ),
     ] = None,
     max_seq_len: Annotated[
-        int | None, typer.Option(help="Positions of the KV cache; default 2048 at most.")
+        int | None, typer.Option(help="Positions of the KV cache; default 2048 at most.", min=1)
     ] = None,
     calibration: CalibrationOption = ["builtin"],  # noqa: B006 - typer copies defaults
     calibration_limit: LimitOption = None,
@@ -241,6 +241,7 @@ def run_export(
             help="Weights that share a scale in int4 and int8; the widths of all matrices must be "
             f"multiples of it. Default 32. {_block_sizes()}.",
             show_default=False,
+            min=1,
         ),
     ] = None,
     int8_layers: Annotated[
@@ -259,6 +260,7 @@ def run_export(
         int | None,
         typer.Option(
             help="Weight files written at a time; default: as many as cores, at most 8.",
+            min=1,
             show_default=False,
         ),
     ] = None,
@@ -269,7 +271,6 @@ def run_export(
     force: Annotated[bool, typer.Option("--force", help="Replace an engine folder.")] = False,
     quiet: QuietOption = False,
     json_output: JsonOption = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Tracebacks of errors.")] = False,
 ) -> None:
     """Split an LLM into engines with an exit graph between them."""
     logged = _log_warnings()

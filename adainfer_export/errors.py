@@ -9,7 +9,7 @@ AdaInferError
 │   └── NonFiniteWeightError
 ├── UnsupportedError          architecture, target or precision that is not built
 ├── LoweringError             the graph did not become what the target needs
-├── OutputError               the engine folder cannot be written
+├── OutputError               the engine folder cannot be written (the runtime's)
 ├── BuildError                TensorRT cannot build a stage
 ├── CalibrationError          the calibration data cannot give an exit graph
 └── ValidationFailedError     an engine folder differs from its reference
@@ -17,7 +17,7 @@ AdaInferError
 
 from __future__ import annotations
 
-from adainfer_runtime.errors import AdaInferError
+from adainfer_runtime.errors import AdaInferError, OutputError
 
 __all__ = [
     "BuildError",
@@ -66,10 +66,6 @@ class UnsupportedError(AdaInferError):
 
 class LoweringError(AdaInferError):
     """After lowering, an operator that the target needs is not there."""
-
-
-class OutputError(AdaInferError):
-    """The engine folder cannot be written."""
 
 
 class BuildError(AdaInferError):

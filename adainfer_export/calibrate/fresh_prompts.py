@@ -1,4 +1,4 @@
-"""Prompts that a certificate may be made from, and where it is put."""
+"""Prompts that a certificate may be made from."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from adainfer_runtime.engine_folder import write_manifest
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.tasks import TaskExample, read_tasks
 
-from ..errors import CalibrationError, OutputError
+from ..errors import CalibrationError
 from .data import prompt_hash
 
-__all__ = ["FreshPrompts", "fresh_prompts", "replace_manifest"]
+__all__ = ["FreshPrompts", "fresh_prompts"]
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,6 @@ def fresh_prompts(
             "no prompt is left that the exits were not fitted on and the engine takes"
         )
     return FreshPrompts(usable, len(examples) - len(unseen), len(unseen) - len(usable))
-
-
-def replace_manifest(folder: Path, manifest: Manifest) -> None:
-    """Writes the manifest with its new certificate.
-
-    Raises:
-        OutputError: the folder cannot be written.
-    """
-    try:
-        write_manifest(folder, manifest)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"{folder} cannot be written: {reason}; it was left as it is") from error
 
 
 def _unseen(folder: Path, manifest: Manifest, examples: Sequence[TaskExample]) -> list[TaskExample]:

@@ -16,10 +16,10 @@ from adainfer_runtime.certificate import device_class
 from adainfer_runtime.engine_folder import write_manifest
 from adainfer_runtime.errors import AdaInferError
 from adainfer_runtime.manifest import CombinedExitSpec, ExitSpec, Manifest
+from adainfer_runtime.output_files import require_writable_folder, writing
 from adainfer_runtime.plan_spec import PlanSpec
 from adainfer_runtime.planning import machine, measure_times
 
-from ..errors import OutputError
 from ..folder import remove_unnamed
 from ..progress import Reporter
 from .certify import make_certificate, threshold_grid
@@ -104,15 +104,13 @@ def recalibrate(
         OutputError: the folder cannot be written; the old exit graph stays in force.
         TaskFileError, CalibrationError: see `calibrate`.
     """
-    try:
+    require_writable_folder(folder)
+    with writing(folder, "; it was left as it is"):
         remove_unnamed(folder, manifest.files)  # what a calibration that was killed left
         renewed = calibrate(folder, manifest, request, reporter)
         write_manifest(folder, renewed)
         for name in manifest.files.keys() - renewed.files.keys():
             (folder / name).unlink(missing_ok=True)
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OutputError(f"{folder} cannot be written: {reason}; it was left as it is") from error
     return renewed
 
 

@@ -11,14 +11,15 @@ import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine
-from adainfer_runtime.engine_folder import load_manifest, verify_files
+from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
 from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.output_files import require_writable_folder
 
 from ..errors import CalibrationError
 from ..progress import Reporter
 from .certify import make_certificate
 from .combined import combine, path_grid
-from .fresh_prompts import fresh_prompts, replace_manifest
+from .fresh_prompts import fresh_prompts
 from .scored import CONTEXT, Scored, observe
 from .traces import fits
 
@@ -61,6 +62,7 @@ def recertify(
     """
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
+    require_writable_folder(folder)
     if not manifest.classifiers:
         raise CalibrationError(f"{folder} has no exits to certify: run `adainfer calibrate` first")
     engine = Engine.of_manifest(folder, manifest, device=device)
@@ -92,5 +94,5 @@ def recertify(
         both = combine(scored[combined.answer], scored[CONTEXT], combined.path)
         spec = combined.model_copy(update=certificate(both, path_grid(combined.path)))
         renewed = renewed.model_copy(update={"combined_exit": spec})
-    replace_manifest(folder, renewed)
+    write_manifest(folder, renewed)
     return Renewal(renewed, fresh.fitted_on, fresh.not_taken)

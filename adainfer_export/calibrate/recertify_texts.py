@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from adainfer_runtime import Engine
-from adainfer_runtime.engine_folder import load_manifest, verify_files
+from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
 from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.output_files import require_writable_folder
 from adainfer_runtime.text_certificate_spec import TextCertificate
 
 from ..errors import CalibrationError
 from ..progress import Reporter
 from .certify_texts import make_text_certificate
-from .fresh_prompts import fresh_prompts, replace_manifest
+from .fresh_prompts import fresh_prompts
 from .scored import CONTEXT
 from .text_scored import observe_texts, takes_text
 
@@ -67,6 +68,7 @@ def recertify_texts(
         )
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
+    require_writable_folder(folder)
     spec = manifest.named_exits.get(CONTEXT)
     if spec is None:
         raise CalibrationError(
@@ -88,5 +90,5 @@ def recertify_texts(
     renewed = manifest.with_exits(
         {CONTEXT: spec.model_copy(update={"text_certificate": certificate})}
     )
-    replace_manifest(folder, renewed)
+    write_manifest(folder, renewed)
     return TextRenewal(renewed, certificate, fresh.fitted_on, fresh.not_taken)

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from .errors import IntegrityError, ManifestError, SchemaVersionError, UnsafePathError
 from .manifest import SCHEMA_VERSION, FileRecord, Manifest
+from .output_files import writing
 
 __all__ = [
     "MANIFEST_NAME",
@@ -90,18 +91,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replaces the folder's manifest atomically.
 
     Raises:
-        ManifestError: the disk is full, or the folder cannot be written to.
+        OutputError: the folder cannot be written; the old manifest stays in force.
     """
-    path, temporary = folder / MANIFEST_NAME, folder / f".{MANIFEST_NAME}.partial"
+    temporary = folder / f".{MANIFEST_NAME}.partial"
     try:
-        temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
+        with writing(folder, "; it was left as it is"):
+            temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            temporary.replace(folder / MANIFEST_NAME)
+    finally:
         with suppress(OSError):
-            temporary.unlink()
-        raise ManifestError(
-            f"{path} cannot be written: {error.strerror}; what was there before stays"
-        ) from error
+            temporary.unlink(missing_ok=True)
 
 
 def record_file(path: Path) -> FileRecord:

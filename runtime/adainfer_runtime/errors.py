@@ -16,6 +16,7 @@
     │   └── ExitUnavailableError
     ├── DeadlineError            the request's time is over
     ├── RequestCancelledError    the request was cancelled, and there is no part of it to return
+    ├── OutputError              a file or folder that a command writes cannot be written
     ├── TaskFileError            a JSON-lines task file cannot be read, used or written
     └── DatasetUnavailableError  a dataset cannot be loaded from the hub or its cache
 
@@ -34,6 +35,7 @@ __all__ = [
     "ExitUnavailableError",
     "IntegrityError",
     "ManifestError",
+    "OutputError",
     "PlanError",
     "PromptTooLongError",
     "RequestCancelledError",
@@ -108,6 +110,10 @@ class DeadlineError(AdaInferError):
 
 class RequestCancelledError(AdaInferError):
     """The request was cancelled before there was anything to return (of a text there always is)."""
+
+
+class OutputError(AdaInferError):
+    """A file or folder cannot be written."""
 
 
 class TaskFileError(AdaInferError):

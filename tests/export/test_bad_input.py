@@ -281,6 +281,19 @@ def test_full_disk_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     fails(OutputError, checkpoint, tmp_path, "No space left on device; nothing was kept")
 
 
+def test_full_disk_at_the_manifest_leaves_nothing(checkpoint, tmp_path, monkeypatch):
+    write = Path.write_text
+
+    def full(self, *arguments, **settings):
+        if self.name == ".manifest.json.partial":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    expected = "out cannot be written: No space left on device; nothing was kept"
+    fails(OutputError, checkpoint, tmp_path, expected)
+
+
 def test_interrupt_leaves_nothing(checkpoint, tmp_path, monkeypatch):
     from adainfer_export import writer
 

@@ -11,7 +11,7 @@ from adainfer_export.calibrate.certify import certify, prompts_needed, threshold
 from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.recertify import recertify
 from adainfer_export.calibrate.scored import Scored, observe, score_predictions
-from adainfer_export.errors import CalibrationError
+from adainfer_export.errors import CalibrationError, OutputError
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine
 from adainfer_runtime.engine_folder import load_manifest, write_manifest
@@ -126,6 +126,19 @@ def test_renewed_certificate_uses_new_prompts_alone(folder, tmp_path):
         if part == "certification"
     )  # fmt: skip
     assert recertify(folder, [tmp_path / "same.jsonl"], SilentReporter()).fitted_on == fitted
+
+
+def test_the_folder_is_checked_before_the_prompts_are_run(folder, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    missing = folder / "missing.jsonl"  # read after it
+    with pytest.raises(OutputError, match="engines cannot be written: Read-only file system"):
+        recertify(folder, [missing], SilentReporter())
+    request = CalibrationRequest(files=(missing,))
+    with pytest.raises(OutputError, match="engines cannot be written: Read-only file system"):
+        recalibrate(folder, load_manifest(folder), request, SilentReporter())
 
 
 def test_a_level_chooses_its_threshold(folder):

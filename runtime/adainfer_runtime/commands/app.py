@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import entry_points
 from typing import Annotated, Any
 
@@ -18,10 +17,11 @@ import typer
 from .. import __version__
 from ..errors import AdaInferError
 from . import batch, build_tasks, chat, doctor, evaluate, inspect_folder, plan, run
+from .compiler import EXTRA_MODULES, describe_missing, register_missing
+from .debug_option import DEBUG_FLAG, DebugOption, add_debug_option
 
 __all__ = ["build_app", "main", "main_export", "run_guarded"]
 
-_DEBUG = "--debug"
 _GROUP = "adainfer.commands"
 
 
@@ -47,15 +47,21 @@ def build_app() -> typer.Typer:
                 callback=_print_version,
             ),
         ] = False,
+        debug: DebugOption = False,
     ) -> None:
         pass
 
     for module in (run, batch, chat, evaluate, inspect_folder, plan, doctor, build_tasks):
         module.register(app)
+    failures: dict[str, ImportError] = {}
     for entry in entry_points(group=_GROUP):
-        # A runtime without the compiler's libraries has fewer commands, and works.
-        with suppress(ModuleNotFoundError):
+        # Without a package's libraries the runtime has fewer commands, and works.
+        try:
             entry.load()(app)
+        except ImportError as error:
+            failures[entry.name] = error
+    register_missing(app, failures)
+    add_debug_option(app)
     return app
 
 
@@ -67,15 +73,7 @@ def main() -> None:
 def main_export() -> None:
     """Entry point of `adainfer-export`, the same as `adainfer export`."""
 
-    def call() -> None:
-        app = build_app()
-        if "export" not in {command.name for command in app.registered_commands}:
-            raise AdaInferError(
-                "the compiler is not installed: pip install 'adainfer-export[cpu,export,gguf]'"
-            )
-        app(args=["export", *sys.argv[1:]], prog_name="adainfer")
-
-    run_guarded(call)
+    run_guarded(lambda: build_app()(args=["export", *sys.argv[1:]], prog_name="adainfer"))
 
 
 def run_guarded(call: Callable[[], Any]) -> None:
@@ -83,19 +81,30 @@ def run_guarded(call: Callable[[], Any]) -> None:
 
     `--debug` anywhere on the command line shows the traceback.
     """
-    debug = _DEBUG in sys.argv
+    debug = DEBUG_FLAG in sys.argv
     if debug:
-        sys.argv = [argument for argument in sys.argv if argument != _DEBUG]
+        sys.argv = [argument for argument in sys.argv if argument != DEBUG_FLAG]
     try:
         call()
-    except AdaInferError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except BrokenPipeError:
         sys.stderr.close()
         sys.exit(1)
+    except (AdaInferError, ModuleNotFoundError, OSError) as error:
+        message = _message(error)
+        if message is None:
+            raise
+        if debug:
+            traceback.print_exc()
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _message(error: Exception) -> str | None:
+    """What a user can do about an error; None: nothing, the program is at fault."""
+    if isinstance(error, ModuleNotFoundError):  # a library that a command imports as it runs
+        library = (error.name or "").partition(".")[0]
+        return describe_missing(error) if library in EXTRA_MODULES else None
+    return str(error)
 
 
 def _print_version(value: bool) -> None:

@@ -13,7 +13,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ..engine import Engine
-from ..evaluation import AnswerLog, Evaluation, TaskResult, evaluate, make_methods
+from ..evaluation import (
+    AnswerLog,
+    Evaluation,
+    TaskResult,
+    evaluate,
+    make_methods,
+    summary_rows,
+)
+from ..output_files import require_writable_file, writing
 from ..tasks import TaskExample, read_tasks
 from .options import DeviceOption, LevelOption, ThreadsOption, ThresholdOption
 from .progress_bar import progress_bar
@@ -42,12 +50,13 @@ def run_eval(
     methods: Annotated[
         str,
         typer.Option(
-            help="What is compared with `off`, by commas: adaptive, the kind of an exit graph "
-            "(svm, crf …), fixed:L (stop after layer L), shortgpt:N (leave N layers out)."
+            help="What is compared with `off`, by commas: adaptive, context, combined, auto (as "
+            "--mode of run), the kind of an exit graph (svm, crf …), fixed:L (stop after layer L), "
+            "shortgpt:N (leave N layers out)."
         ),
     ] = "adaptive",
     limit: Annotated[
-        int | None, typer.Option(help="Examples per task at most (a seeded sample).")
+        int | None, typer.Option(help="Examples per task at most (a seeded sample).", min=1)
     ] = None,
     labels_only: Annotated[
         bool, typer.Option("--labels-only", help="Choose among each example's labels.")
@@ -71,10 +80,18 @@ def run_eval(
         ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Also write the results here; `-` prints them.")
+        Path | None,
+        typer.Option(
+            "--json",
+            help="Also write the results here; `-` prints them. `methods` holds every figure of "
+            "each method; with adaptive among them, `summary` has a flat row per task, the mean "
+            "last: task, examples, accuracy_off, accuracy_adaptive, agreement, mean_layers, "
+            "layers_saved, seconds_off, seconds_adaptive (of the mean: sums).",
+        ),
     ] = None,
 ) -> None:
     """Accuracy, agreement, layers, multiply-adds and time, per task and in the mean."""
+    _check_outputs(json_file, plots)
     examples = _limited(read_tasks(tasks), limit)
     engine = Engine.load(folder, device, threads)
     names = [name.strip() for name in methods.split(",") if name.strip()]
@@ -99,9 +116,24 @@ def run_eval(
             log=log,
             on_example=lambda example: progress.update(bar, advance=1, detail=example.task),
         )
+    _show(result, json_file, console)
     if plots is not None:
         _draw(plots, result, engine, examples, console)
-    content = json.dumps(asdict(result), indent=1)
+
+
+def _check_outputs(json_file: Path | None, plots: Path | None) -> None:
+    """Raises before the work what would be raised after it."""
+    if json_file is not None and str(json_file) != "-":
+        require_writable_file(json_file)
+    if plots is not None:
+        from ..evaluation.plots import require_plots
+
+        require_plots(plots)
+
+
+def _show(result: Evaluation, json_file: Path | None, console: Console) -> None:
+    """Tables first: they are there even if the disk is full by now."""
+    content = json.dumps(_as_json(result), indent=1)
     if json_file is not None and str(json_file) == "-":
         print(content)
         return
@@ -109,7 +141,13 @@ def run_eval(
     for table in _tables(result):
         output.print(table)
     if json_file is not None:
-        json_file.write_text(content + "\n", encoding="utf-8")
+        with writing(json_file):
+            json_file.write_text(content + "\n", encoding="utf-8")
+
+
+def _as_json(result: Evaluation) -> dict[str, object]:
+    rows = [asdict(row) for row in summary_rows(result)]
+    return asdict(result) | ({"summary": rows} if rows else {})
 
 
 def _draw(

@@ -22,4 +22,4 @@ LevelOption = Annotated[
 ProfileOption = Annotated[
     bool, typer.Option("--profile", help="Measure time by kind of stage, and show it.")
 ]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads; default: all cores.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Threads; default: all cores.", min=1)]

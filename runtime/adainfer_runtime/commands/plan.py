@@ -18,6 +18,7 @@ from ..engine import Engine
 from ..engine_folder import load_manifest, verify_files, write_manifest
 from ..errors import RequestError
 from ..exit_policy import ExitCheck
+from ..output_files import require_writable_folder
 from ..plan_spec import PlanSpec
 from ..planning import ModeForecast, RequestShape, machine, measure_times, pick_mode
 from .options import DeviceOption, LevelOption, ThreadsOption
@@ -58,6 +59,7 @@ def bench(
     """Measure stage times on this machine and keep them in the folder: what mode auto plans by."""
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
+    require_writable_folder(folder)
     engine = Engine.of_manifest(folder, manifest, device=device, threads=threads)
     console = Console(stderr=True)
     with console.status("measuring") as status:

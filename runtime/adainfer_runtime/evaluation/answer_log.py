@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from ..errors import RequestError
 from ..manifest import Manifest
+from ..output_files import writing
 from .answers import Answer
 
 __all__ = ["AnswerLog"]
@@ -39,6 +40,7 @@ class AnswerLog:
         try:
             if path.exists():
                 log._read(path, header)
+                path.open("ab").close()  # what cannot be added to is found out now
             else:
                 path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -50,10 +52,14 @@ class AnswerLog:
         return self._answers.get((method, prompt))
 
     def add(self, answer: Answer) -> None:
-        """Keeps an answer."""
+        """Keeps an answer.
+
+        Raises:
+            OutputError: the file cannot be written any more.
+        """
         self._answers[answer.method, answer.prompt] = answer
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as stream:
+            with writing(self._path), self._path.open("a", encoding="utf-8") as stream:
                 stream.write(answer.model_dump_json() + "\n")
 
     def _read(self, path: Path, header: Mapping[str, object]) -> None:

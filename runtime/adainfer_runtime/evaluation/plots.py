@@ -9,13 +9,27 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RequestError
+from ..output_files import require_writable_folder, writing
 from .curves import Curve
 from .methods import BASELINE
 from .results import Evaluation, MethodResult
 
-__all__ = ["draw_plots"]
+__all__ = ["draw_plots", "require_plots"]
 
 _LEAST_AGREEMENT = 0.9
+
+
+def require_plots(folder: Path) -> None:
+    """Makes the folder, before the evaluation that is to be drawn there.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+        OutputError: the folder cannot be written.
+    """
+    _import_figure()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    require_writable_folder(folder)
 
 
 def draw_plots(folder: Path, result: Evaluation, curves: Sequence[Curve]) -> list[Path]:
@@ -23,10 +37,11 @@ def draw_plots(folder: Path, result: Evaluation, curves: Sequence[Curve]) -> lis
     method that exits; their paths.
 
     Raises:
-        RequestError: matplotlib is not installed, or the folder cannot be written.
+        RequestError: matplotlib is not installed.
+        OutputError: the folder cannot be written.
     """
     figure = _import_figure()
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         written = [_draw_agreement(figure(figsize=(7, 5)), folder, result, curves)]
         values = folder / "curves.json"
@@ -35,8 +50,6 @@ def draw_plots(folder: Path, result: Evaluation, curves: Sequence[Curve]) -> lis
         for method in result.methods:
             if len(method.mean.exits) > 1:
                 written.append(_draw_exits(figure, folder, method, result.num_layers))
-    except OSError as error:
-        raise RequestError(f"{folder} cannot be written: {error.strerror}") from error
     return written
 
 
