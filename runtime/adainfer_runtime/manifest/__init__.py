@@ -1,0 +1,39 @@
+"""The engine folder's manifest: the only contract between the compiler and the runtimes."""
+
+from .certificates import Certificate, CertificateGroup, CertificateLevel
+from .exits import (
+    CLASSIFIER_INPUTS,
+    ClassifierInput,
+    ClassifierSpec,
+    CombinedExitSpec,
+    ExitPoint,
+    ExitSpec,
+    ShortlistSpec,
+)
+from .model import KvGeometry, ModelSpec, Quantisation, SourceFile, SourceSpec
+from .stages import FileRecord, StageSpec, TensorSpec, TokenizerSpec
+from .whole import SCHEMA_VERSION, Manifest
+
+__all__ = [
+    "CLASSIFIER_INPUTS",
+    "SCHEMA_VERSION",
+    "Certificate",
+    "CertificateGroup",
+    "CertificateLevel",
+    "ClassifierInput",
+    "ClassifierSpec",
+    "CombinedExitSpec",
+    "ExitPoint",
+    "ExitSpec",
+    "FileRecord",
+    "KvGeometry",
+    "Manifest",
+    "ModelSpec",
+    "Quantisation",
+    "ShortlistSpec",
+    "SourceFile",
+    "SourceSpec",
+    "StageSpec",
+    "TensorSpec",
+    "TokenizerSpec",
+]
