@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ class Journal:
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self._path = folder / JOURNAL_NAME
         self._written: dict[str, Written] = {}
+        self._lock = threading.Lock()
         expected = json.loads(json.dumps(identity))
         lines = _lines(self._path)
         if lines:
@@ -64,16 +66,18 @@ class Journal:
         return written if file_sha256(path) == written.record.sha256 else None
 
     def note(self, file: str, written: Written) -> None:
-        """A file is finished and on disk; one that was found so needs no second line."""
+        """A file is finished and on disk; one that was found so needs no second line. For several
+        threads.
+        """
         if self._written.get(file) == written:
             return
         matrices = [asdict(matrix) for matrix in written.matrices]
         line = {"file": file, **written.record.model_dump(), "matrices": matrices}
-        with self._path.open("a", encoding="utf-8") as stream:
+        with self._lock, self._path.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(line) + "\n")
             stream.flush()
             os.fsync(stream.fileno())
-        self._written[file] = written
+            self._written[file] = written
 
     def finished(self) -> frozenset[str]:
         """Files that were noted."""

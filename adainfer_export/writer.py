@@ -7,7 +7,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,20 +65,22 @@ class DataWriter:
                 are given up, but for finished ones.
         """
         with ThreadPoolExecutor(workers, "adainfer-writer") as pool:
-            running = {pool.submit(self._find_or_write, plan): plan.file for plan in plans}
+            running = {pool.submit(self._finish, plan): plan.file for plan in plans}
             try:
                 for future in as_completed(running):
-                    self.journal.note(running[future], future.result())
+                    future.result()
                     on_file(running[future])
             except BaseException:
                 self.stopped.set()
                 pool.shutdown(cancel_futures=True)
-                with suppress(OSError):  # a full disk, which the first error tells of
-                    for future, file in running.items():
-                        if not future.cancelled() and future.exception() is None:
-                            self.journal.note(file, future.result())  # for whoever resumes
                 raise
         return {file: future.result() for future, file in running.items()}
+
+    def _finish(self, plan: DataPlan) -> Written:
+        """Noted by who wrote it, before it begins another one: a kill loses no finished file."""
+        written = self._find_or_write(plan)
+        self.journal.note(plan.file, written)
+        return written
 
     def _find_or_write(self, plan: DataPlan) -> Written:
         """The file as the plan says, on disk when this returns; kept where it is there already."""
