@@ -158,7 +158,9 @@ def test_a_manifest_that_cannot_be_written(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("pathlib.Path.replace", full_disk)
-    with pytest.raises(ManifestError, match=r"manifest\.json cannot be written: No space left"):
+    with pytest.raises(
+        OutputError, match="cannot be written: No space left on device; it was left"
+    ):
         write_manifest(folder, manifest)
     assert (folder / "manifest.json").read_bytes() == before
     assert not list(folder.glob(".*"))
