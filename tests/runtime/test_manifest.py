@@ -13,6 +13,7 @@ from adainfer_runtime.errors import (
     DeviceError,
     IntegrityError,
     ManifestError,
+    OutputError,
     SchemaVersionError,
     StageError,
     UnsafePathError,
