@@ -17,7 +17,7 @@ AdaInferError
 
 from __future__ import annotations
 
-from adainfer_runtime.errors import AdaInferError, OutputError
+from adainfer_runtime.errors import AdaInferError, OutputError, one_line
 
 __all__ = [
     "BuildError",
@@ -78,8 +78,3 @@ class CalibrationError(AdaInferError):
 
 class ValidationFailedError(AdaInferError):
     """A stage or the whole chain differs from its reference by more than the tolerance."""
-
-
-def one_line(error: object) -> str:
-    """What a library says, as part of a message of one line."""
-    return " ".join(str(error).split()) or type(error).__name__

@@ -78,12 +78,9 @@ def new_folder(out: Path, *, resume: bool = False) -> Iterator[Path]:
         _sync(temporary)
         _swap(temporary, out)
         finished = True
-    except (OSError, OutputError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if not isinstance(cause, OSError):
-            raise
-        reason = cause.strerror or str(cause)
-        raise OutputError(f"{out} cannot be written: {reason}; {kept}") from cause
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OutputError(f"{out} cannot be written: {reason}; {kept}") from error
     finally:
         if temporary is not None and temporary.is_dir():
             if resume and not finished and (temporary / JOURNAL_NAME).is_file():

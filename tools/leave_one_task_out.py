@@ -195,18 +195,23 @@ def sampled(examples: Sequence[TaskExample], limit: int | None) -> list[TaskExam
     return chosen
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="an engine folder; its exits do not matter")
+def add_fold_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every kind of fold is made from."""
+    parser.add_argument("folder", type=Path, help="an engine folder without calibrated exits")
     parser.add_argument("--calibration", type=Path, nargs="+", required=True)
     parser.add_argument("--test", type=Path, nargs="+", required=True)
     parser.add_argument("--limit", type=int, help="calibration prompts in all")
     parser.add_argument("--test-limit", type=int, help="test prompts of each task")
     parser.add_argument("--target-agreement", type=float, nargs="+", default=[0.985])
+    parser.add_argument("--quiet", action="store_true")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add_fold_arguments(parser)
     parser.add_argument("--classifier", nargs="+", default=["svm"])
     parser.add_argument("--adapters", default="distilled", choices=("distilled", "ridge", "none"))
     parser.add_argument("--json", type=Path, help="one line per setting is added to this file")
-    parser.add_argument("--quiet", action="store_true")
     return parser.parse_args()
 
 

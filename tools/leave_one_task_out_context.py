@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from leave_one_task_out import by_task, others, outcome_row, report, sampled
+from leave_one_task_out import add_fold_arguments, by_task, others, outcome_row, report, sampled
 
 from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.classifiers import CLASSIFIERS
@@ -48,6 +48,7 @@ from adainfer_runtime.backends.ort_cpu import load
 from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.tasks import TaskExample, read_tasks
+from adainfer_runtime.tokenizer import load_tokenizer
 
 # By part of the data, fold (its left-out task) and task.
 LookedThrough = dict[str, dict[str, dict[str, AnswerTraces]]]
@@ -81,8 +82,8 @@ class Folds:
             {task: load(folder, m, threads=None, low_memory=True) for task, m in manifests.items()}
         )
         self._layers = tuple(manifest.context_points)
-        base = Engine.of_manifest(folder, manifest)
-        self.engine = Engine(manifest, self._backend, base.tokenizer)  # type: ignore[arg-type]
+        tokenizer = load_tokenizer(folder, manifest)
+        self.engine = Engine(manifest, self._backend, tokenizer)  # type: ignore[arg-type]
         self.tasks = tuple(manifests)
 
     def trace(
@@ -235,20 +236,14 @@ class Fold:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("folder", type=Path, help="an engine folder without calibrated exits")
-    parser.add_argument("--calibration", type=Path, nargs="+", required=True)
-    parser.add_argument("--test", type=Path, nargs="+", required=True)
+    add_fold_arguments(parser)
     parser.add_argument("--exit-layers", type=int, nargs="+", required=True)
-    parser.add_argument("--limit", type=int, help="calibration prompts in all")
-    parser.add_argument("--test-limit", type=int, help="test prompts of each task")
-    parser.add_argument("--target-agreement", type=float, nargs="+", default=[0.985])
     parser.add_argument("--classifier", default="svm", choices=tuple(CLASSIFIERS))
     parser.add_argument(
         "--work",
         type=Path,
         help="where the copy of the folder goes (default: among temporary files)",
     )
-    parser.add_argument("--quiet", action="store_true")
     return parser.parse_args()
 
 

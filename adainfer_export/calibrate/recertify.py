@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine
-from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
+from adainfer_runtime.engine_folder import load_manifest, replace_manifest, verify_files
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.output_files import require_writable_folder
 
@@ -94,5 +94,5 @@ def recertify(
         both = combine(scored[combined.answer], scored[CONTEXT], combined.path)
         spec = combined.model_copy(update=certificate(both, path_grid(combined.path)))
         renewed = renewed.model_copy(update={"combined_exit": spec})
-    write_manifest(folder, renewed)
+    replace_manifest(folder, renewed)
     return Renewal(renewed, fresh.fitted_on, fresh.not_taken)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from adainfer_runtime import Engine
-from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
+from adainfer_runtime.engine_folder import load_manifest, replace_manifest, verify_files
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.output_files import require_writable_folder
 from adainfer_runtime.text_certificate_spec import TextCertificate
@@ -90,5 +90,5 @@ def recertify_texts(
     renewed = manifest.with_exits(
         {CONTEXT: spec.model_copy(update={"text_certificate": certificate})}
     )
-    write_manifest(folder, renewed)
+    replace_manifest(folder, renewed)
     return TextRenewal(renewed, certificate, fresh.fitted_on, fresh.not_taken)

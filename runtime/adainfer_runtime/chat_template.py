@@ -13,7 +13,7 @@ import jinja2
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from .errors import ChatTemplateError, ManifestError
+from .errors import ChatTemplateError, ManifestError, one_line
 from .manifest import Manifest
 
 __all__ = ["ChatTemplate", "load_chat_template"]
@@ -93,7 +93,7 @@ class ChatTemplate:
             )
         except Exception as error:  # whatever a foreign template does wrong
             raise ChatTemplateError(
-                f"the chat template refuses these messages: {_one_line(error)}"
+                f"the chat template refuses these messages: {one_line(error)}"
             ) from error
 
     @cached_property
@@ -115,7 +115,7 @@ class ChatTemplate:
             return environment.from_string(self._source)
         except jinja2.TemplateError as error:
             raise ChatTemplateError(
-                f"the chat template is malformed: {_one_line(error)}; export again from a "
+                f"the chat template is malformed: {one_line(error)}; export again from a "
                 "checkpoint with a valid one"
             ) from error
 
@@ -167,11 +167,7 @@ def _as_json(messages: Sequence[Mapping[str, Any]]) -> str:
     try:
         return json.dumps([dict(message) for message in messages])
     except (TypeError, ValueError) as error:
-        raise ChatTemplateError(f"messages must be plain data: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise ChatTemplateError(f"messages must be plain data: {one_line(error)}") from error
 
 
 def _tojson(

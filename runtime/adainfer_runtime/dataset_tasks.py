@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, cast
 
-from .errors import DatasetUnavailableError, RequestError
+from .errors import DatasetUnavailableError, RequestError, one_line
 from .few_shot import ShotPool, few_shot_prompts
 from .tasks import TaskExample
 
@@ -85,7 +85,7 @@ def load_from_hub(hub_id: str, config: str | None, split: str) -> Sequence[Row]:
     try:
         return cast(Sequence[Row], datasets.load_dataset(hub_id, config, split=split))
     except Exception as error:  # besides the library's own errors, those of its HTTP client
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = one_line(error)[:200]
         raise DatasetUnavailableError(
             f"{hub_id}, configuration {config or 'default'}, split {split}, cannot be downloaded "
             f"and is not in the local cache ({reason}); check the network, or set HF_HOME to a "

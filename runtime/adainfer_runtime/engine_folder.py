@@ -19,6 +19,7 @@ __all__ = [
     "file_sha256",
     "load_manifest",
     "record_file",
+    "replace_manifest",
     "verify_files",
     "write_manifest",
 ]
@@ -88,19 +89,28 @@ def verify_files(folder: Path, manifest: Manifest, *, sha256: bool = False) -> N
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Replaces the folder's manifest atomically.
+    """Puts the manifest into its place at once, for those that write a whole folder.
+
+    Raises:
+        OSError: the folder cannot be written; an old manifest stays in force.
+    """
+    temporary = folder / f".{MANIFEST_NAME}.partial"
+    try:
+        temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        temporary.replace(folder / MANIFEST_NAME)
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def replace_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes another manifest for a finished folder.
 
     Raises:
         OutputError: the folder cannot be written; the old manifest stays in force.
     """
-    temporary = folder / f".{MANIFEST_NAME}.partial"
-    try:
-        with writing(folder, "; it was left as it is"):
-            temporary.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-            temporary.replace(folder / MANIFEST_NAME)
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with writing(folder, "; it was left as it is"):
+        write_manifest(folder, manifest)
 
 
 def record_file(path: Path) -> FileRecord:

@@ -45,6 +45,7 @@ __all__ = [
     "TaskFileError",
     "TokenizerMissingError",
     "UnsafePathError",
+    "one_line",
 ]
 
 
@@ -122,3 +123,8 @@ class TaskFileError(AdaInferError):
 
 class DatasetUnavailableError(AdaInferError):
     """A dataset cannot be loaded, or is not what its entry in the registry says."""
+
+
+def one_line(error: object) -> str:
+    """What a library says, as part of a message of one line."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from adainfer_runtime import AdaInferError, Engine
-from adainfer_runtime.engine_folder import load_manifest, verify_files, write_manifest
+from adainfer_runtime.engine_folder import load_manifest, replace_manifest, verify_files
 from adainfer_runtime.errors import (
     DeviceError,
     IntegrityError,
@@ -162,7 +162,7 @@ def test_a_manifest_that_cannot_be_written(folder, monkeypatch):
     with pytest.raises(
         OutputError, match="cannot be written: No space left on device; it was left"
     ):
-        write_manifest(folder, manifest)
+        replace_manifest(folder, manifest)
     assert (folder / "manifest.json").read_bytes() == before
     assert not list(folder.glob(".*"))
 

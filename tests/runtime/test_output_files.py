@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from adainfer_runtime.commands import evaluate as eval_command
 from adainfer_runtime.commands import plan as plan_command
 from adainfer_runtime.commands.app import build_app
-from adainfer_runtime.engine_folder import load_manifest, write_manifest
+from adainfer_runtime.engine_folder import load_manifest, replace_manifest
 from adainfer_runtime.errors import OutputError, RequestError
 from adainfer_runtime.evaluation import AnswerLog
 from adainfer_runtime.evaluation.answers import Answer, ask
@@ -120,7 +120,7 @@ def test_a_full_disk_keeps_the_manifest(folder, monkeypatch):
     manifest = load_manifest(folder)
     full_disk(monkeypatch, ".manifest.json.partial")
     with pytest.raises(OutputError, match="No space left on device; it was left as it is"):
-        write_manifest(folder, manifest)
+        replace_manifest(folder, manifest)
     assert load_manifest(folder) == manifest
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DeviceError, ExitUnavailableError, RequestError, StageError
+from ..errors import DeviceError, ExitUnavailableError, RequestError, StageError, one_line
 from ..manifest import Manifest
 from .base import ExitEvidence, Float32, ProbeResult
 from .graph_forms import graph_forms, require_form
@@ -106,7 +106,7 @@ class _Sessions:
                 str(path), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's exception types share no public base
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise StageError(f"{path} cannot be loaded by ONNX Runtime: {reason}") from error
 
 

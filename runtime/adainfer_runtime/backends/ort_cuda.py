@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..cuda_libraries import provider_problem
-from ..errors import DeviceError, StageError
+from ..errors import DeviceError, StageError, one_line
 from ..manifest import Manifest
 from ..plans import engine_files
 from .cuda_driver import CudaDriver
@@ -127,7 +127,7 @@ class SessionStages:
                 str(path), options, providers=[(_PROVIDER, settings)]
             )
         except Exception as error:  # onnxruntime's exception types share no public base
-            reason = " ".join(str(error).split())
+            reason = one_line(error)
             raise StageError(
                 f"{path} cannot be run by ONNX Runtime's CUDA provider alone: {reason}"
             ) from error

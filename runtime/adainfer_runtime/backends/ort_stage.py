@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from ..errors import StageError
+from ..errors import StageError, one_line
 
 __all__ = ["OrtStage", "Place", "run_error"]
 
@@ -17,7 +17,7 @@ Place = tuple[Any, tuple[int, ...], int]
 
 def run_error(file: str, error: Exception) -> StageError:
     """What ONNX Runtime says of a run, on one line."""
-    return StageError(f"{file} cannot be run by ONNX Runtime: {' '.join(str(error).split())}")
+    return StageError(f"{file} cannot be run by ONNX Runtime: {one_line(error)}")
 
 
 class OrtStage:

@@ -7,7 +7,7 @@ from typing import Annotated, Never
 
 import typer
 
-from ..errors import AdaInferError
+from ..errors import AdaInferError, one_line
 
 __all__ = ["EXTRA_MODULES", "describe_missing", "register_missing"]
 
@@ -50,7 +50,7 @@ def describe_missing(error: ImportError | None) -> str:
         library = error.name.partition(".")[0]
         if library in EXTRA_MODULES:
             return f"the compiler is not installed ({library} is missing): {_INSTALL}"
-    reason = " ".join(str(error).split())
+    reason = one_line(error)
     return f"the compiler is installed but cannot be loaded: {reason}; --debug shows where"
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from ..certificate import device_option
 from ..decode_plan import DecodeForecast
 from ..engine import Engine
-from ..engine_folder import load_manifest, verify_files, write_manifest
+from ..engine_folder import load_manifest, replace_manifest, verify_files
 from ..errors import RequestError
 from ..exit_policy import ExitCheck
 from ..output_files import require_writable_folder
@@ -67,7 +67,7 @@ def bench(
             engine, repeats=repeats, on_step=lambda name: status.update(f"measured {name}")
         )
     spec = PlanSpec(machine=machine(threads, device), times=times)
-    write_manifest(folder, manifest.model_copy(update={"plan": spec}))
+    replace_manifest(folder, manifest.model_copy(update={"plan": spec}))
     if json_output:
         print(spec.model_dump_json(indent=1))
         return
