@@ -45,7 +45,6 @@ __all__ = [
     "TaskFileError",
     "TokenizerMissingError",
     "UnsafePathError",
-    "one_line",
 ]
 
 
