@@ -18,6 +18,7 @@ from .errors import CalibrationError
 from .progress import terminal_reporter
 
 if TYPE_CHECKING:
+    from .calibrate.fresh_prompts import FreshPrompts
     from .calibrate.recertify import Renewal
     from .calibrate.recertify_texts import TextRenewal
 
@@ -110,36 +111,34 @@ def _answers_json(renewal: Renewal | None) -> dict[str, Any]:
         name: certificate.model_dump(mode="json")
         for name, certificate in renewal.manifest.certificates.items()
     }
-    left_out = {"fitted_on": renewal.fitted_on, "too_long": renewal.too_long}
-    return {"certificates": certificates, **left_out}
+    left_out = renewal.prompts.left_out
+    return {"certificates": certificates, **left_out, "too_long": left_out["not_taken"]}
 
 
 def _texts_json(renewal: TextRenewal | None) -> dict[str, Any]:
     if renewal is None:
         return {}
     certificate = renewal.certificate.model_dump(mode="json")
-    left_out = {"fitted_on": renewal.fitted_on, "not_taken": renewal.not_taken}
-    return {"texts": {"certificate": certificate, **left_out}}
+    return {"texts": {"certificate": certificate, **renewal.prompts.left_out}}
 
 
 def _warn_of_answers(renewal: Renewal | None) -> None:
     if renewal is not None:
-        _warn(
-            (renewal.fitted_on, "the exits were fitted on them"),
-            (renewal.too_long, "the engine does not take such long ones"),
-        )
+        _warn(renewal.prompts, "the exits were", "the engine does not take such long ones")
 
 
 def _warn_of_texts(renewal: TextRenewal | None) -> None:
     if renewal is not None:
-        _warn(
-            (renewal.fitted_on, "the context exit was fitted on them"),
-            (renewal.not_taken, "of one token, or too long for the engine with the new tokens"),
-        )
+        not_taken = "of one token, or too long for the engine with the new tokens"
+        _warn(renewal.prompts, "the context exit was", not_taken)
 
 
-def _warn(*left_out: tuple[int, str]) -> None:
+def _warn(prompts: FreshPrompts, fitted: str, not_taken: str) -> None:
     console = Console(stderr=True)
-    for count, why in left_out:
+    for count, why in (
+        (prompts.fitted_on, f"{fitted} fitted on them, or on what they ask"),
+        (prompts.not_taken, not_taken),
+        (prompts.asked_twice, "another one asks the same, and one is certified with"),
+    ):
         if count:
             console.print(f"warning: {count} prompts left out: {why}", style="yellow")

@@ -4,7 +4,9 @@ Learn-then-Test (arXiv 2110.01052) with fixed-sequence testing: thresholds from 
 selection part fixed are tested from the safest down, H: risk(threshold) > ε, by the exact
 binomial p-value P(Bin(n, ε) ≤ disagreements), until the first that is not rejected. The last
 rejected one is certified: its risk exceeds ε with probability at most δ over the draw of the
-prompts. The prompt is the unit; prompts must be drawn like those that will be asked.
+prompts. The prompt is the unit; prompts must be drawn like those that will be asked, and ask
+different questions: copies of one say nothing new. Where the same prompts also decide which of k
+graphs becomes the default one, δ is divided by k.
 
 A few blind exits keep any level as well. So a level is given only where exits are right
 significantly more often than the same exit points are without being chosen, unless those alone
@@ -52,10 +54,16 @@ def certify(
     grid: npt.NDArray[np.float64],
     levels: Sequence[float] = LEVELS,
     confidence: float = CONFIDENCE,
+    tried: int = 1,
 ) -> tuple[CertificateLevel, ...]:
-    """One entry per level; without a threshold where nothing could be certified."""
+    """One entry per level; without a threshold where nothing could be certified.
+
+    Args:
+        confidence: that the levels hold for whichever of the graphs tried is taken.
+        tried: graphs among which these same prompts decide (Bonferroni).
+    """
     tested = [evaluate(scored, float(threshold)) for threshold in grid]
-    return tuple(_certify_level(scored, tested, level, confidence) for level in levels)
+    return tuple(_certify_level(scored, tested, level, confidence, tried) for level in levels)
 
 
 def make_certificate(
@@ -66,11 +74,13 @@ def make_certificate(
     against: Literal["model", "gold"] = "model",
     *,
     device_class: str,
+    tried: int = 1,
 ) -> Certificate:
     """The certificate of one frozen exit graph on prompts that were used for nothing else.
 
     Args:
         device_class: of the engine that was observed.
+        tried: see `certify`.
     """
     return Certificate(
         target=manifest.target,
@@ -78,7 +88,8 @@ def make_certificate(
         device_class=device_class,
         data=tuple(data),
         against=against,
-        levels=certify(scored, grid),
+        tried=tried,
+        levels=certify(scored, grid, tried=tried),
     )
 
 
@@ -88,16 +99,17 @@ def prompts_needed(level: float, confidence: float = CONFIDENCE) -> int:
 
 
 def _certify_level(
-    scored: Scored, tested: Sequence[Outcome], level: float, confidence: float
+    scored: Scored, tested: Sequence[Outcome], level: float, confidence: float, tried: int
 ) -> CertificateLevel:
     prompts = len(scored.scores)
     passed: Outcome | None = None
+    chance = (1.0 - confidence) / tried
     for candidate in tested:
-        if stats.binom.cdf(candidate.disagreements, prompts, level) > 1.0 - confidence:
+        if stats.binom.cdf(candidate.disagreements, prompts, level) > chance:
             break
         passed = candidate
     if passed is None or not _means_something(scored, passed.threshold, level, confidence):
-        needed = prompts_needed(level, confidence)
+        needed = prompts_needed(level, 1.0 - chance)
         return CertificateLevel(
             level=level,
             confidence=confidence,

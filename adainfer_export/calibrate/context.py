@@ -35,7 +35,7 @@ from .predictions import Predictions, predict_layers
 from .request import CalibrationRequest
 from .scored import CONTEXT
 from .select import select_classifiers
-from .traces import trace_contexts
+from .traces import AnswerTraces, trace_contexts
 from .translate import (
     Rotary,
     Translator,
@@ -117,8 +117,13 @@ def fit_context(
     points = {point.exit_layer: point for point in draft.points}
     looking = Engine.of_manifest(files.folder, bare.model_copy(update={"context_exit": draft}))
     check = _check_layers(looking, parts.selection, layers)
-    fit = _predict(looking, parts.classifier, layers, check, reporter, in_context=True)
-    selection = _predict(looking, parts.selection, layers, check, reporter, in_context=False)
+    reporter.begin("tracing context exits", len(parts.classifier) + len(parts.selection))
+    answers = trace_contexts(
+        looking, parts.classifier, layers, reporter, in_context=True, held_out=parts.held_out
+    )
+    fit = _predict(looking, answers, check)
+    own = trace_contexts(looking, parts.selection, layers, reporter, in_context=False)
+    selection = _predict(looking, own, check)
     target, seed = request.target_agreement, request.seed
     found = select_classifiers(fit, selection, target, seed, entries)
     for classifier in tuple(found.values())[:1]:
@@ -149,7 +154,9 @@ def _fit_translators(
     kept: KeptSteps,
 ) -> dict[int, Translator]:
     reporter.begin("fitting translators", len(parts.adapters))
-    translators, lessons = fit_translators(engine, rotary, parts.adapters, layers, reporter)
+    translators, lessons = fit_translators(
+        engine, rotary, parts.adapters, layers, reporter, parts.held_out
+    )
     head = read_head(folder, engine.manifest) if request.translators == "distilled" else None
     if head is None:
         return translators
@@ -211,18 +218,8 @@ def _draft(
     )
 
 
-def _predict(
-    engine: Engine,
-    examples: tuple[TaskExample, ...],
-    layers: tuple[int, ...],
-    check_layers: tuple[float, ...],
-    reporter: Reporter,
-    *,
-    in_context: bool,
-) -> Predictions:
-    """Every context exit of every prompt that has a context."""
-    reporter.begin("tracing context exits", len(examples))
-    traces = trace_contexts(engine, examples, layers, reporter, in_context=in_context)
+def _predict(engine: Engine, traces: AnswerTraces, check_layers: tuple[float, ...]) -> Predictions:
+    """What every context exit of every traced prompt answers."""
     predictions = predict_layers(engine, traces, {})
     return replace(predictions, check_layers=check_layers, exit_check_layers=check_layers)
 

@@ -1,12 +1,12 @@
-"""Calibration prompts: read, sampled, and cut into disjoint parts by task."""
+"""Calibration prompts: read, sampled, and cut into parts by task that share no question."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,9 +14,10 @@ from adainfer_runtime.tasks import TaskExample, read_tasks
 
 from ..errors import CalibrationError
 from .builtin import builtin_examples
+from .questions import Question, Questions, asked, first_of_each, questions_of
 from .request import CalibrationRequest
 
-__all__ = ["PARTS", "Parts", "check_examples", "load_examples", "prompt_hash", "split_parts"]
+__all__ = ["PARTS", "Parts", "check_examples", "load_examples", "split_parts"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,12 +28,20 @@ _LEAST = 60
 
 @dataclass(frozen=True)
 class Parts:
-    """Disjoint prompts: what one part was fitted on, no other part has seen."""
+    """Prompts of which those in different parts ask different questions; in `certification` all do.
+
+    The examples in few-shot prompts may answer questions of another part: see `held_out`.
+    """
 
     adapters: tuple[TaskExample, ...]
     classifier: tuple[TaskExample, ...]
     selection: tuple[TaskExample, ...]
     certification: tuple[TaskExample, ...]
+
+    @property
+    def held_out(self) -> Questions:
+        """What exits are judged on, and so must not be fitted on where it is an example."""
+        return questions_of((*self.selection, *self.certification))
 
 
 def load_examples(request: CalibrationRequest) -> list[TaskExample]:
@@ -49,6 +58,14 @@ def load_examples(request: CalibrationRequest) -> list[TaskExample]:
             "%d of %d prompts are there twice: each is used once, in one part of the data",
             twice,
             len(examples),
+        )
+    again = len(chosen) - len(questions_of(chosen))
+    if again and not request.with_builtin:  # nobody can mend the built-in ones
+        _LOG.warning(
+            "%d of %d prompts ask what another one asks: those stay in one part of the data, and "
+            "one of them at most certifies",
+            again,
+            len(chosen),
         )
     return chosen
 
@@ -71,17 +88,19 @@ def _choose(
     """The prompts to use, and how many were left out for being there twice."""
     unique = list({example.prompt: example for example in examples}.values())
     order = _sample([example.task for example in unique], request.limit, request.seed)
-    if len(order) < _LEAST:
+    chosen = [unique[index] for index in order]
+    if len(chosen) < _LEAST:
         raise CalibrationError(
-            f"{len(order)} different prompts are too few to calibrate: at least {_LEAST} are "
+            f"{len(chosen)} different prompts are too few to calibrate: at least {_LEAST} are "
             "needed, a few hundred are better"
         )
-    return [unique[index] for index in order], len(examples) - len(unique)
-
-
-def prompt_hash(prompt: str) -> str:
-    """What a report keeps of a prompt: enough to find it again, nothing to read."""
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+    questions = len(questions_of(chosen))
+    if questions < _LEAST:
+        raise CalibrationError(
+            f"{len(chosen)} prompts ask {questions} different questions, which are too few to "
+            f"calibrate: at least {_LEAST} are needed, a few hundred are better"
+        )
+    return chosen, len(examples) - len(unique)
 
 
 def _sample(tasks: list[str], limit: int | None, seed: int) -> list[int]:
@@ -100,14 +119,27 @@ def _sample(tasks: list[str], limit: int | None, seed: int) -> list[int]:
 
 
 def split_parts(examples: Iterable[TaskExample]) -> Parts:
-    """Cuts each task's prompts in the proportions of `PARTS`, in their (shuffled) order."""
+    """Cuts each task's prompts in the proportions of `PARTS`, in their (shuffled) order; those
+    that ask the same come into one part, and only one of them into the certifying one.
+    """
     by_task: dict[str, list[TaskExample]] = defaultdict(list)
     for example in examples:
         by_task[example.task].append(example)
     parts: dict[str, list[TaskExample]] = {name: [] for name in PARTS}
-    edges = np.cumsum([0.0, *PARTS.values()])
     for group in by_task.values():
-        cuts = np.rint(edges * len(group)).astype(int)
-        for name, first, last in zip(PARTS, cuts[:-1], cuts[1:], strict=True):
-            parts[name] += group[first:last]
+        for name, cut in zip(PARTS, _cut(group), strict=True):
+            parts[name] += cut
+    parts["certification"] = list(first_of_each(parts["certification"]))
     return Parts(**{name: tuple(group) for name, group in parts.items()})
+
+
+def _cut(group: Sequence[TaskExample]) -> list[list[TaskExample]]:
+    """One task's prompts, per part; no edge between parts lies within a question."""
+    by_question: dict[Question, list[TaskExample]] = defaultdict(list)
+    for example in group:
+        by_question[asked(example)].append(example)
+    ordered = [example for same in by_question.values() for example in same]
+    ends = np.cumsum([0, *(len(same) for same in by_question.values())])
+    edges = np.rint(np.cumsum([0.0, *PARTS.values()]) * len(ordered))
+    cuts = [int(ends[np.abs(ends - edge).argmin()]) for edge in edges]
+    return [ordered[first:last] for first, last in pairwise(cuts)]

@@ -49,7 +49,6 @@ Float32 = npt.NDArray[np.float32]
 _EPOCHS, _BATCH = 4, 8
 _MOST_STEPS = 1000
 _LEARNING_RATE = 2e-4
-_HELD_OUT = 10  # every tenth prompt
 _FEWEST_PROMPTS = 100
 # Maps below are hopeless, above there is nothing to gain: neither is worth the time.
 _WORTH_IT = (0.6, 0.98)
@@ -74,8 +73,8 @@ def distil_translators(
     Points are left as they are where the layers above hold an operator that torch is not taught, or
     too many weights to be held in float32, with a warning; all of them with too few prompts.
     """
-    train = [lesson for index, lesson in enumerate(lessons) if index % _HELD_OUT]
-    test = list(lessons[::_HELD_OUT])
+    train = [lesson for lesson in lessons if not lesson.held_out]
+    test = [lesson for lesson in lessons if lesson.held_out]
     result = dict(translators)
     if len(train) < _FEWEST_PROMPTS:
         return result

@@ -152,13 +152,17 @@ def fit_graphs(
     if request.self_texts:
         texts = write_texts(engine, request.self_texts, request.seed, reporter)
         parts = replace(parts, adapters=(*parts.adapters, *texts))
-    classifier = _trace(engine, parts.classifier, reporter, in_context=True)
-    selection = _trace(engine, parts.selection, reporter)
+    held_out = parts.held_out
+    reporter.begin("tracing answers", len(parts.classifier) + len(parts.selection))
+    classifier = trace_answers(
+        engine, parts.classifier, reporter, in_context=True, held_out=held_out
+    )
+    selection = trace_answers(engine, parts.selection, reporter, in_context=False)
     _check_answers(selection)
 
     def fit_maps() -> dict[str, npt.NDArray[Any]]:
         reporter.begin("tracing prompts", len(parts.adapters))
-        prompts = trace_prompts(engine, parts.adapters, reporter, request.seed)
+        prompts = trace_prompts(engine, parts.adapters, reporter, request.seed, held_out=held_out)
         keep = kept.layers("adapters")
         adapters = _fit_adapters(folder, engine, prompts, request, reporter, keep)
         return FittedMaps(adapters, prompts.block_influence).arrays()
@@ -270,17 +274,6 @@ def _fit_adapters(
             "a norm and a matrix, and is not distilled through"
         )
     return choose_ranks(engine, fitted, prompts, reporter)
-
-
-def _trace(
-    engine: Engine,
-    examples: tuple[TaskExample, ...],
-    reporter: Reporter,
-    *,
-    in_context: bool = False,
-) -> AnswerTraces:
-    reporter.begin("tracing answers", len(examples))
-    return trace_answers(engine, examples, reporter, in_context=in_context)
 
 
 def check_inputs(request: CalibrationRequest) -> None:

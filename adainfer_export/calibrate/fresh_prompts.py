@@ -1,7 +1,8 @@
-"""Prompts that a certificate may be made from."""
+"""Prompts that a certificate may be made from: what was fitted on is known by its hashes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,23 +12,35 @@ from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.tasks import TaskExample, read_tasks
 
 from ..errors import CalibrationError
-from .data import prompt_hash
+from .data import Parts
+from .questions import Question, asked, first_of_each, solved_by
 
-__all__ = ["FreshPrompts", "fresh_prompts"]
+__all__ = ["FreshPrompts", "fitted_on", "fresh_prompts"]
 
 
 @dataclass(frozen=True)
 class FreshPrompts:
-    """Different prompts that the exits were not fitted on.
+    """Prompts of different questions that the exits were not fitted on.
 
     Attributes:
-        fitted_on: prompts left out because the exits were fitted on them.
+        fitted_on: prompts left out because the exits were fitted on them, or on what they ask.
         not_taken: prompts left out because the engine does not take them.
+        asked_twice: prompts left out because another one asks the same.
     """
 
     usable: tuple[TaskExample, ...]
     fitted_on: int
     not_taken: int
+    asked_twice: int
+
+    @property
+    def left_out(self) -> dict[str, int]:
+        """How many were left out, by why."""
+        return {
+            "fitted_on": self.fitted_on,
+            "not_taken": self.not_taken,
+            "asked_twice": self.asked_twice,
+        }
 
 
 def fresh_prompts(
@@ -47,12 +60,32 @@ def fresh_prompts(
     """
     examples = list({example.prompt: example for example in read_tasks(files)}.values())
     unseen = _unseen(folder, manifest, examples)
-    usable = tuple(example for example in unseen if takes(example))
+    taken = tuple(example for example in unseen if takes(example))
+    usable = first_of_each(taken)
     if not usable:
         raise CalibrationError(
             "no prompt is left that the exits were not fitted on and the engine takes"
         )
-    return FreshPrompts(usable, len(examples) - len(unseen), len(unseen) - len(usable))
+    return FreshPrompts(
+        usable,
+        fitted_on=len(examples) - len(unseen),
+        not_taken=len(unseen) - len(taken),
+        asked_twice=len(taken) - len(usable),
+    )
+
+
+def fitted_on(parts: Parts) -> list[str]:
+    """Hashes of the prompts that exits are fitted on, of what those ask, and of what the examples
+    in them answer: enough to find a prompt or a question again, nothing to read.
+    """
+    prompts = (*parts.adapters, *parts.classifier, *parts.selection)
+    # Examples' answers are fitted on in the first two parts, but for those held out.
+    solved = {
+        question for part in (parts.adapters, parts.classifier) for question in solved_by(part)
+    }
+    questions = {asked(example) for example in prompts} | (solved - parts.held_out)
+    hashes = {_prompt_hash(example.prompt) for example in prompts}
+    return sorted(hashes | {_question_hash(question) for question in questions})
 
 
 def _unseen(folder: Path, manifest: Manifest, examples: Sequence[TaskExample]) -> list[TaskExample]:
@@ -62,4 +95,16 @@ def _unseen(folder: Path, manifest: Manifest, examples: Sequence[TaskExample]) -
     if report is None:
         return list(examples)
     seen = set(json.loads((folder / report).read_text(encoding="utf-8")).get("fitted_on", ()))
-    return [example for example in examples if prompt_hash(example.prompt) not in seen]
+    return [
+        example
+        for example in examples
+        if seen.isdisjoint({_prompt_hash(example.prompt), _question_hash(asked(example))})
+    ]
+
+
+def _prompt_hash(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def _question_hash(question: Question) -> str:
+    return _prompt_hash("\n".join(("question", *question)))

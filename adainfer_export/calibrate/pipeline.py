@@ -25,9 +25,10 @@ from ..progress import Reporter
 from .certify import make_certificate, threshold_grid
 from .combined import COMBINED, combine, fit_path, path_grid
 from .context import FittedContext, fit_context
-from .data import Parts, prompt_hash
+from .data import Parts
 from .exit_files import Files, write_exits, write_report
 from .fitting import Fitted, classifier_entries, fit_graphs
+from .fresh_prompts import fitted_on
 from .kept import KeptSteps, identity_of
 from .request import CalibrationRequest
 from .scored import CHOICE, CONTEXT, Scored, observe, score_predictions
@@ -83,7 +84,7 @@ def _calibrate(
     judged = _judge(_observe(folder, written, fitted, context, reporter), fitted, context, request)
     paying = tuple(graph for graph in fitted.graphs if graph.name in judged)
     final = write(paying, context=context.spec if context and CONTEXT in judged else None)
-    final = _finish(final, judged)
+    final = _finish(final, judged, tried=sum(graph.name != CHOICE for graph in fitted.graphs))
     if request.shortlist is not None:
         final = with_shortlist(files, final, fitted.parts, request.shortlist, reporter)
     if final.named_exits:
@@ -171,8 +172,13 @@ def _judge(
     return judged
 
 
-def _finish(manifest: Manifest, judged: Mapping[str, _Judged]) -> Manifest:
-    """The manifest with every graph's threshold, certificate and held-out figures."""
+def _finish(manifest: Manifest, judged: Mapping[str, _Judged], tried: int) -> Manifest:
+    """The manifest with every graph's threshold, certificate and held-out figures.
+
+    Args:
+        tried: graphs of answers: which of them pays, and so is the default, these prompts decided.
+            The others have names of their own, and dropping one certifies none wrongly.
+    """
 
     def update_of(name: str, calibration: dict[str, Any], data: list[str]) -> dict[str, Any]:
         found = judged[name]
@@ -180,7 +186,12 @@ def _finish(manifest: Manifest, judged: Mapping[str, _Judged]) -> Manifest:
             "threshold": found.outcome.threshold,
             "exit_shares": found.scored.exit_shares(found.grid),
             "certificate": make_certificate(
-                manifest, found.scored, found.grid, data, device_class=device_class()
+                manifest,
+                found.scored,
+                found.grid,
+                data,
+                device_class=device_class(),
+                tried=1 if name in (CHOICE, CONTEXT) else tried,
             ),
             "calibration": {**calibration, "held_out": outcome_figures(found.outcome)},
         }
@@ -213,15 +224,14 @@ def _with_plan(folder: Path, manifest: Manifest, reporter: Reporter) -> Manifest
 
 
 def _report(folder: Path, manifest: Manifest, parts: Parts) -> Manifest:
-    """Writes figures, and which prompts were fitted on: those can certify nothing later."""
-    fitted_on = (*parts.adapters, *parts.classifier, *parts.selection)
+    """Writes figures, and what was fitted on: that can certify nothing later."""
     exits = manifest.model_dump(
         mode="json",
         include={"exit", "other_exits", "choice_exit", "context_exit", "combined_exit"},
     )
     report = {
         **exits,
-        "fitted_on": sorted(prompt_hash(example.prompt) for example in fitted_on),
+        "fitted_on": fitted_on(parts),
     }
     return write_report(folder, manifest, report)
 

@@ -19,7 +19,7 @@ from ..errors import CalibrationError
 from ..progress import Reporter
 from .certify import make_certificate
 from .combined import combine, path_grid
-from .fresh_prompts import fresh_prompts
+from .fresh_prompts import FreshPrompts, fresh_prompts
 from .scored import CONTEXT, Scored, observe
 from .traces import fits
 
@@ -31,13 +31,11 @@ class Renewal:
     """The manifest with its new certificate.
 
     Attributes:
-        fitted_on: prompts left out because the exit graph was fitted on them.
-        too_long: prompts left out because the engine does not take them.
+        prompts: what it was made from, and how many were left out.
     """
 
     manifest: Manifest
-    fitted_on: int
-    too_long: int
+    prompts: FreshPrompts
 
 
 def recertify(
@@ -95,4 +93,4 @@ def recertify(
         spec = combined.model_copy(update=certificate(both, path_grid(combined.path)))
         renewed = renewed.model_copy(update={"combined_exit": spec})
     replace_manifest(folder, renewed)
-    return Renewal(renewed, fresh.fitted_on, fresh.not_taken)
+    return Renewal(renewed, fresh)

@@ -17,7 +17,7 @@ from adainfer_runtime.text_certificate_spec import TextCertificate
 from ..errors import CalibrationError
 from ..progress import Reporter
 from .certify_texts import make_text_certificate
-from .fresh_prompts import fresh_prompts
+from .fresh_prompts import FreshPrompts, fresh_prompts
 from .scored import CONTEXT
 from .text_scored import observe_texts, takes_text
 
@@ -29,15 +29,13 @@ class TextRenewal:
     """The manifest with its new certificate.
 
     Attributes:
-        fitted_on: prompts left out because the exit was fitted on them.
-        not_taken: prompts left out because they are of one token, or because the engine does not
-            take them with so many new tokens.
+        prompts: what it was made from, and how many were left out; those of one token, and those
+            that the engine does not take with so many new tokens, are `not_taken`.
     """
 
     manifest: Manifest
     certificate: TextCertificate
-    fitted_on: int
-    not_taken: int
+    prompts: FreshPrompts
 
 
 def recertify_texts(
@@ -91,4 +89,4 @@ def recertify_texts(
         {CONTEXT: spec.model_copy(update={"text_certificate": certificate})}
     )
     replace_manifest(folder, renewed)
-    return TextRenewal(renewed, certificate, fresh.fitted_on, fresh.not_taken)
+    return TextRenewal(renewed, certificate, fresh)

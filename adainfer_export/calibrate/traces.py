@@ -14,6 +14,7 @@ from adainfer_runtime.choose import first_tokens
 from adainfer_runtime.tasks import TaskExample
 
 from ..progress import Reporter
+from .questions import Questions, positions_to_fit
 from .ridge import Moments
 
 __all__ = [
@@ -165,14 +166,17 @@ def trace_prompts(
     reporter: Reporter,
     seed: int,
     layers: tuple[int, ...] | None = None,
+    held_out: Questions = frozenset(),
 ) -> PromptTraces:
     """Runs prompts through all layers and keeps second moments, and answers.
 
     Answer positions count ten times as much as a prompt's other positions, of which a sample is
-    taken. The answers kept are a sample too, where they would not fit into memory.
+    taken. The answers kept are a sample too, where they would not fit into memory. Every tenth
+    prompt (`AnswerTraces.held_out`) is in the answers only: by it forms of adapters are compared.
 
     Args:
         layers: default: all candidate layers.
+        held_out: questions whose answers in a prompt's examples are left out.
     """
     width = engine.manifest.model.hidden_size
     layers = layers or candidate_layers(engine)
@@ -184,17 +188,19 @@ def trace_prompts(
     share = min(1.0, _MOST_ANSWER_BYTES / max(expected, 1))
     similarity: dict[int, list[float]] = {layer: [] for layer in engine.manifest.boundaries}
     for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
+        every_answer = answer_positions(ids)
+        answers = positions_to_fit(engine, example, ids, every_answer, held_out)
         start = time.perf_counter()
-        answers = answer_positions(ids)
-        others = np.setdiff1d(np.arange(len(ids)), answers)
+        others = np.setdiff1d(np.arange(len(ids)), every_answer)
         others = random.choice(others, min(len(others), _OTHER_POSITIONS), replace=False)
         rows = np.concatenate([others, answers])
         weight = np.ones(len(rows), np.float32)
         weight[len(others) :] = _ANSWER_WEIGHT
         per_layer, final = _run(engine, ids, layers, rows, similarity)
         kept.seconds += time.perf_counter() - start
-        for layer, hidden in per_layer.items():
-            moments[layer].add(hidden, final, weight)
+        if not kept.next_is_held_out:
+            for layer, hidden in per_layer.items():
+                moments[layer].add(hidden, final, weight)
         chosen = len(others) + np.flatnonzero(random.random(len(answers)) < share)
         kept.add(example, {n: hidden[chosen] for n, hidden in per_layer.items()}, final[chosen])
     influence = {layer: 1.0 - float(np.mean(values)) for layer, values in similarity.items()}
@@ -208,6 +214,7 @@ def trace_answers(
     *,
     in_context: bool,
     layers: tuple[int, ...] | None = None,
+    held_out: Questions = frozenset(),
 ) -> AnswerTraces:
     """Hidden states of the answer positions at every candidate layer.
 
@@ -215,11 +222,14 @@ def trace_answers(
         in_context: also the answers of a prompt's own examples (to fit on; what is measured or
             chosen on has the prompt as its unit).
         layers: default: all candidate layers.
+        held_out: questions whose answers in a prompt's examples are left out.
     """
     examples = list(examples)
     kept = AnswerCollector(engine, layers or candidate_layers(engine))
     for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
-        rows = answer_positions(ids) if in_context else np.array([len(ids) - 1], np.int64)
+        rows = np.array([len(ids) - 1], np.int64)
+        if in_context:
+            rows = positions_to_fit(engine, example, ids, answer_positions(ids), held_out)
         start = time.perf_counter()
         per_layer, final = _run(engine, ids, kept.layers, rows)
         kept.seconds += time.perf_counter() - start
@@ -234,18 +244,20 @@ def trace_contexts(
     reporter: Reporter,
     *,
     in_context: bool,
+    held_out: Questions = frozenset(),
 ) -> AnswerTraces:
     """The same of context exits: `hidden` is what the answer positions come to after all layers,
     over a context that stopped at each of `layers`. Prompts without a context are left out.
 
     Args:
         engine: with a context exit that has these points.
-        in_context: see `trace_answers`; the first position is no answer over a context.
+        in_context, held_out: see `trace_answers`; the first position is no answer over a context.
     """
     examples = list(examples)
     kept = AnswerCollector(engine, layers)
     for example, ids in zip(examples, _encode(engine, examples, reporter), strict=True):
-        rows = answer_positions(ids)[0 if in_context else -1 :]
+        rows = answer_positions(ids)
+        rows = positions_to_fit(engine, example, ids, rows, held_out) if in_context else rows[-1:]
         rows = rows[rows > 0]
         if not rows.size:
             kept.skip()
@@ -288,6 +300,11 @@ class AnswerCollector:
     def skip(self) -> None:
         """A prompt without answers: the numbers of the others go on."""
         self._runs += 1
+
+    @property
+    def next_is_held_out(self) -> bool:
+        """Whether the next prompt's answers will be in `AnswerTraces.held_out`."""
+        return (self._runs + 1) % _HELD_OUT == 0
 
     def traces(self) -> AnswerTraces:
         """All of them, with the full model's tokens."""

@@ -27,6 +27,7 @@ from ..graph_builder import GraphBuilder, graph_input
 from ..lower.graph import remove_dead_inputs
 from ..progress import Reporter
 from .affine import AffineMap, reduce_rank
+from .questions import Questions, positions_to_fit
 from .ridge import Moments
 from .traces import answer_positions
 
@@ -50,6 +51,7 @@ __all__ = [
 Float32 = npt.NDArray[np.float32]
 
 _RIDGE = 0.01
+_HELD_OUT = 10  # every tenth lesson
 _LESSON_SHARE = 8  # of the memory: an eighth
 _LEAST_LESSON_BYTES = 800_000_000
 
@@ -134,12 +136,14 @@ class ContextLesson:
         final: `[answers, hidden_size]`, there after all layers.
         first: per layer above the lowest exit layer, K and V `[2, kv_heads, head_dim]` of the first
             position.
+        held_out: nothing is fitted to it: forms of translators are compared on it.
     """
 
     hidden: Mapping[int, npt.NDArray[np.float16]]
     answers: npt.NDArray[np.int64]
     final: Float32
     first: Mapping[int, Float32]
+    held_out: bool
 
 
 @dataclass(frozen=True)
@@ -226,13 +230,19 @@ def fit_translators(
     examples: Sequence[TaskExample],
     layers: Sequence[int],
     reporter: Reporter,
+    held_out: Questions = frozenset(),
 ) -> tuple[dict[int, Translator], tuple[ContextLesson, ...]]:
     """Runs prompts through all layers and fits one translator per exit layer.
 
     The lessons are of as many prompts as memory is set aside for.
+
+    Args:
+        held_out: see `trace_contexts_above`.
     """
     budget = max(_LEAST_LESSON_BYTES, (memory_limit() or 0) // _LESSON_SHARE)
-    traced = trace_contexts_above(engine, rotary, examples, layers, reporter, lesson_bytes=budget)
+    traced = trace_contexts_above(
+        engine, rotary, examples, layers, reporter, lesson_bytes=budget, held_out=held_out
+    )
     return solve_translators(engine.manifest, traced.moments), traced.lessons
 
 
@@ -244,9 +254,13 @@ def trace_contexts_above(
     reporter: Reporter,
     *,
     lesson_bytes: int = 0,
+    held_out: Questions = frozenset(),
 ) -> TracedContexts:
     """Runs prompts through all layers; lessons are kept until their hidden states, in float16,
     take `lesson_bytes`.
+
+    Args:
+        held_out: questions whose answers in a prompt's examples are fitted to in no way.
     """
     manifest = engine.manifest
     total, per_layer = manifest.model.num_layers, 2 * manifest.kv.num_heads * manifest.kv.head_dim
@@ -256,6 +270,9 @@ def trace_contexts_above(
     lessons: list[ContextLesson] = []
     for example in examples:
         ids = engine.tokenizer.encode(example.prompt)
+        every_answer = answer_positions(ids)
+        answers = positions_to_fit(engine, example, ids, every_answer, held_out)
+        fitted = np.setdiff1d(np.arange(1, len(ids)), np.setdiff1d(every_answer, answers))
         with engine.borrow() as session:
             session.extend(ids)
             hidden = {}
@@ -268,12 +285,16 @@ def trace_contexts_above(
                 number: _flatten(rotary.undo(key), value) for number, (key, value) in kv.items()
             }
             lesson_bytes -= sum(states.nbytes // 2 for states in hidden.values())
+            held_out_lesson = False
             if lesson_bytes > 0 and len(ids) > 1:
-                lessons.append(_lesson(session, ids, hidden, kv))
+                held_out_lesson = len(lessons) % _HELD_OUT == 0
+                lessons.append(_lesson(session, answers, hidden, kv, held_out=held_out_lesson))
+        if held_out_lesson:
+            fitted = fitted[:0]
         for layer in layers:
             target = np.concatenate([flat[n] for n in range(layer + 1, total + 1)], axis=1)
-            rows = hidden[layer][1:]
-            moments[layer].add(rows, target[1:], np.ones(len(rows), np.float32))
+            rows = hidden[layer][fitted]
+            moments[layer].add(rows, target[fitted], np.ones(len(rows), np.float32))
         reporter.step(example.task)
     return TracedContexts(moments, tuple(lessons))
 
@@ -307,16 +328,18 @@ def _fit(moments: Moments, weights: int) -> AffineMap:
 
 def _lesson(
     session: Session,
-    ids: list[int],
+    answers: npt.NDArray[np.int64],
     hidden: Mapping[int, Float32],
     kv: Mapping[int, tuple[Float32, Float32]],
+    *,
+    held_out: bool,
 ) -> ContextLesson:
-    answers = answer_positions(ids)
     return ContextLesson(
         {layer: states.astype(np.float16) for layer, states in hidden.items()},
         answers,
         session.hidden()[answers].copy(),
         {n: np.stack([key[:, 0], value[:, 0]]) for n, (key, value) in kv.items()},
+        held_out,
     )
 
 

@@ -3,9 +3,9 @@
 A few-shot prompt is a row of blocks with blank lines between them: solved examples (shots), then
 the query, which ends with a cue such as `A:` and has no answer yet.
 
-Prompts that share a query or shots are not independent. A certificate made from several copies of
-the same query says less than its count of prompts suggests: copies are for fitting; for certifying
-use `copies=1`. Shots are shared even then, by all prompts that draw from the same small pool.
+Prompts that share a query or shots are not independent. Calibration keeps copies of a query in one
+part of the data, and certifies with one of them; more queries make a certificate stronger, more
+copies do not. Shots are shared even then, by all prompts that draw from the same small pool.
 """
 
 from __future__ import annotations
@@ -20,11 +20,20 @@ from random import Random
 from .errors import RequestError, TaskFileError
 from .tasks import TaskExample
 
-__all__ = ["FewShotPrompt", "ShotPool", "few_shot_prompts", "parse_prompt", "recombine"]
+__all__ = [
+    "FewShotPrompt",
+    "ShotPool",
+    "few_shot_prompts",
+    "parse_prompt",
+    "question_of",
+    "recombine",
+    "solved_questions",
+]
 
 _BETWEEN = "\n\n"
 _BLANK_LINES = re.compile(r"\r?\n\s*\n")
 _SHOWN = 40
+_MOST_LINES = 3  # of a block, where no blank lines part blocks
 
 
 @dataclass(frozen=True)
@@ -163,17 +172,79 @@ def parse_prompt(example: TaskExample) -> FewShotPrompt:
     *shots, query = _BLANK_LINES.split(example.prompt)
     if not shots:
         raise _unusable(example, "has no blank line, so it holds no solved examples")
-    cue = query.split()[-1] if query.strip() else ""
+    cue = _cue(query)
     if not cue.endswith(":"):
         raise _unusable(example, "does not end with an open question, such as one with `A:`")
     # A blank line within a question would cut it in two: each block must have the query's form.
-    solved = re.compile(rf"(?:^|\s){re.escape(cue)}\s*\S")
+    solved = _solved(cue)
     for number, shot in enumerate(shots, start=1):
         if not solved.search(shot):
             raise _unusable(example, f"has no answer after `{cue}` in its block {number}")
     if example.answer is not None and _BLANK_LINES.search(example.answer):
         raise _unusable(example, "has an answer with a blank line in it")
     return FewShotPrompt(tuple(shots), query)
+
+
+def question_of(prompt: str) -> str:
+    """What a prompt asks: the open block at its end, where solved blocks stand before it; else all
+    of it. Prompts with equal questions ask the same, whatever their examples are.
+
+    Blocks need not have blank lines between them, nor be all that there is: instructions may come
+    first.
+    """
+    found = _take_apart(prompt)
+    return _plain(prompt if found is None else found.query)
+
+
+def solved_questions(prompt: str) -> tuple[str, ...]:
+    """What a prompt's own examples answer, each as `question_of` has it."""
+    found = _take_apart(prompt)
+    if found is None:
+        return ()
+    cue = _solved(_cue(found.query))
+    ends = [[match.end("cue") for match in cue.finditer(shot)][-1] for shot in found.shots]
+    return tuple(_plain(shot[:end]) for shot, end in zip(found.shots, ends, strict=True))
+
+
+def _take_apart(prompt: str) -> FewShotPrompt | None:
+    """The open block at the end and the solved ones before it; None where there are none."""
+    blocks = _BLANK_LINES.split(prompt)
+    found = _solved_before(blocks)
+    if found.shots:
+        return found
+    lines = blocks[-1].splitlines()
+    for height in range(1, _MOST_LINES + 1):
+        first = len(lines) % height
+        groups = ["\n".join(lines[n : n + height]) for n in range(first, len(lines), height)]
+        found = _solved_before(groups)
+        if len(found.shots) > 1:  # one line alone may look solved by chance
+            return found
+    return None
+
+
+def _solved_before(blocks: Sequence[str]) -> FewShotPrompt:
+    *before, query = blocks or [""]
+    cue = _cue(query)
+    shots: list[str] = []
+    if cue and not cue[-1].isalnum():
+        solved = _solved(cue)
+        while before and solved.search(before[-1]):
+            shots.append(before.pop())
+    return FewShotPrompt(tuple(reversed(shots)), query)
+
+
+def _cue(query: str) -> str:
+    """The last word of an open block, such as `A:`; empty where it has none."""
+    return query.rsplit(maxsplit=1)[-1] if query.strip() else ""
+
+
+def _solved(cue: str) -> re.Pattern[str]:
+    """Finds the cue with an answer behind it."""
+    return re.compile(rf"(?:^|\s)(?P<cue>{re.escape(cue)})\s*\S")
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _unusable(example: TaskExample, why: str) -> TaskFileError:

@@ -112,11 +112,11 @@ def test_renewed_certificate_uses_new_prompts_alone(folder, tmp_path):
     before = load_manifest(folder)
     write_prompts(tmp_path / "traffic.jsonl", 200, 420)
     renewal = recertify(folder, [tmp_path / "traffic.jsonl"], SilentReporter())
-    assert renewal.fitted_on > 0
+    assert renewal.prompts.fitted_on > 0
     after = load_manifest(folder)
     certificate = after.exit.certificate
     assert certificate.data == ("traffic.jsonl",)
-    assert certificate.levels[0].prompts == 220 - renewal.fitted_on
+    assert certificate.levels[0].prompts == 220 - renewal.prompts.fitted_on
     renewed = {"certificate": None, "exit_shares": ()}  # nothing else: the graph is frozen
     assert after.exit.model_copy(update=renewed) == before.exit.model_copy(update=renewed)
     assert len(after.exit.exit_shares) == len(after.exit.thresholds)
@@ -125,7 +125,9 @@ def test_renewed_certificate_uses_new_prompts_alone(folder, tmp_path):
         count for part, count in before.exit.calibration["prompts"].items()
         if part == "certification"
     )  # fmt: skip
-    assert recertify(folder, [tmp_path / "same.jsonl"], SilentReporter()).fitted_on == fitted
+    assert (
+        recertify(folder, [tmp_path / "same.jsonl"], SilentReporter()).prompts.fitted_on == fitted
+    )
 
 
 def test_the_folder_is_checked_before_the_prompts_are_run(folder, monkeypatch):

@@ -223,7 +223,7 @@ def test_prompts_that_do_not_serve(folder, tmp_path):
     lines = [json.dumps({"prompt": "x" * length}) for length in (1, limit - 10, limit - 11)]
     traffic.write_text(traffic.read_text() + "\n" + "\n".join([*lines, lines[2]]))
     renewal = recertify_texts(copy, [traffic], TOKENS, SilentReporter())
-    assert renewal.not_taken == 2  # one token; one too many with eleven more to come
+    assert renewal.prompts.not_taken == 2  # one token; one too many with eleven more to come
     assert renewal.certificate.levels[0].texts == 16
     traffic.write_text(json.dumps({"prompt": "x"}))
     with pytest.raises(

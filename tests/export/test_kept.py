@@ -150,7 +150,9 @@ def test_another_calibration_begins_anew(engines, request_of, monkeypatch):
         calibrated(engines, request_of())
     traced = []
     trace = fitting.trace_prompts
-    monkeypatch.setattr(fitting, "trace_prompts", lambda *a: traced.append(1) or trace(*a))
+    monkeypatch.setattr(
+        fitting, "trace_prompts", lambda *a, **k: traced.append(1) or trace(*a, **k)
+    )
     calibrated(engines, request_of(seed=1))
     assert traced == [1]
     assert not (engines / REST).exists()

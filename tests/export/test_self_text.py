@@ -33,7 +33,7 @@ def test_adapters_alone_are_fitted_on_them(tiny, tmp_path, monkeypatch):
         seen["others"] += examples
         return trace_answers(engine, examples, *args, **settings)
 
-    def spy_on_prompts(engine, examples, reporter, seed):
+    def spy_on_prompts(engine, examples, reporter, seed, **settings):
         seen["adapters"] += examples
         raise CalibrationError("seen enough")
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adainfer_runtime.errors import RequestError, TaskFileError
-from adainfer_runtime.few_shot import parse_prompt, recombine
+from adainfer_runtime.few_shot import parse_prompt, question_of, recombine, solved_questions
 from adainfer_runtime.tasks import TaskExample, read_tasks, write_tasks
 
 # Text as it stands in prompts: no blank line, and no cue of its own.
@@ -232,3 +232,36 @@ def test_shared_task_files_give_as_many_shots_as_they_have(shared_tasks):
             (item.answer, item.labels, item.task) for item in group
         ]
         assert {item.prompt for item in made}.isdisjoint(item.prompt for item in group)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question", "solved"),
+    [
+        ("Q: hot\nA: cold\n\nQ: big\nA:", "Q: big A:", ("Q: hot A:",)),
+        ("Opposites.\n\nQ: hot\nA: cold\n\nQ: big\nA:", "Q: big A:", ("Q: hot A:",)),
+        ("hot -> cold\nwet -> dry\nbig ->", "big ->", ("hot ->", "wet ->")),
+        ("Say it:\nhot = cold\nwet = dry\nbig =", "big =", ("hot =", "wet =")),
+        (
+            "In: a: b\nOut: c\nIn: d\nOut: e\nIn: f\nOut:",
+            "In: f Out:",
+            ("In: a: b Out:", "In: d Out:"),
+        ),
+        ("Q: Is A: right?\nA: no\n\nQ: x\nA:", "Q: x A:", ("Q: Is A: right? A:",)),
+        # Nothing is solved before it: all of it is asked.
+        ("Read this:\n\nsome text\n\nSummary:", "Read this: some text Summary:", ()),
+        ("one line ->", "one line ->", ()),
+        ("hot -> cold\nbig ->", "hot -> cold big ->", ()),
+        ("a b\nc d\ne d", "a b c d e d", ()),
+        (" \n\n ", "", ()),
+    ],
+)
+def test_questions(prompt, question, solved):
+    assert question_of(prompt) == question
+    assert solved_questions(prompt) == solved
+
+
+def test_a_question_is_the_same_with_other_examples():
+    one, other = ("Q: hot\nA: cold\n\nQ: wet\nA: dry", "Q: up\nA: down")
+    query = "\n\nQ: big\nA:"
+    assert question_of(one + query) == question_of(other + query)
+    assert set(solved_questions(one + query)).isdisjoint(solved_questions(other + query))

@@ -22,7 +22,7 @@ _FORMATS = (
     ("Q: {x}\nA:", " {y}", "\n\n"),
     ("Input: {x}\nOutput:", " {y}", "\n"),
     ("{x} ->", " {y}", "\n"),
-    ("{x}:", " {y}", "\n"),
+    ("{x} =", " {y}", "\n"),
     ("Question: {x}\nAnswer:", " {y}", "\n\n"),
 )
 

@@ -40,7 +40,8 @@ class Certificate(Record):
     """What is certified, and for what: it does not carry over to another target or device class.
 
     A disagreement is an answer that is not the full model's; against gold answers, one that is
-    wrong where the full model's is right.
+    wrong where the full model's is right. Where the same prompts decided which of several exit
+    graphs is the default one, each was tested at 1 / `tried` of the chance of being wrong.
     """
 
     target: str
@@ -48,4 +49,5 @@ class Certificate(Record):
     device_class: str
     data: tuple[str, ...]
     against: Literal["model", "gold"] = "model"
+    tried: int = Field(default=1, ge=1)
     levels: tuple[CertificateLevel, ...]
