@@ -43,11 +43,35 @@ def test_leave_one_task_out(tiny, files, tmp_path):
     out = tmp_path / "folds.json"
     arguments = ("--test-limit", 4, "--adapters", "ridge", "--target-agreement", 0.6, "--quiet")
     text = run("leave_one_task_out.py", tiny("llama").folder, *files, *arguments, "--json", out)
-    assert text.count("pooled: agreement") == 2
+    assert text.count("pooled: agreement") == 4
+    assert text.split("\n\n")[-1].startswith("each fold at the target that the others support")
     folds = json.loads(out.read_text())["folds"]
     assert [fold["task"] for fold in folds] == ["one", "two"]
     assert {fold["test"]["prompts"] for fold in folds} == {4}
     assert {fold["held_out"]["prompts"] for fold in folds} == {11}  # a quarter of 45
+
+
+def test_folds_take_the_loosest_target_that_the_others_support(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    from leave_one_task_out import report_chosen
+
+    def folds(*wrong):
+        return [
+            {
+                "task": task,
+                "held_out": {"prompts": 300, "wrong": wrong[n], "saved": 0.5},
+                "test": {"prompts": 100, "wrong": n, "saved": 0.5},
+            }
+            for n, task in enumerate(("one", "two", "three"))
+        ]
+
+    # At .98 the others of `one` were wrong too often, and at no target were those of `two` right.
+    report_chosen({0.99: folds(9, 1, 1), 0.98: folds(8, 4, 4), 0.97: folds(40, 0, 9)}, 0.98)
+    text = capsys.readouterr().out
+    rows = [line.split() for line in text.splitlines() if line.startswith(("one", "two", "three"))]
+    chosen = {row[0]: row[4:] for row in rows}
+    assert chosen == {"one": ["target", "0.99"], "two": [], "three": []}
+    assert "of 300, layers saved 16.7%" in text
 
 
 def test_shots_table(tiny, files, tmp_path):
@@ -73,7 +97,7 @@ def test_leave_one_task_out_of_context_exits(tiny, files, tmp_path):
     text = run("leave_one_task_out_context.py", folder, *files, *arguments, "--work", tmp_path)
     tables = text.split("context exits (svm), target agreement ")
     assert [table.split("\n")[0] for table in tables[1:]] == ["0.6", "0.7"]
-    assert text.count("pooled: agreement") == 4
+    assert text.count("pooled: agreement") == 6
     rows = [line.split() for line in tables[1].splitlines() if line.startswith(("one", "two"))]
     assert [(row[0], row[1]) for row in rows] == [
         ("one", "11"), ("two", "11"), ("one", "4"), ("two", "4"),

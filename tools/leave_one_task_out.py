@@ -6,7 +6,11 @@
 Every prompt runs once, through all layers; each fold then fits adapters, classifier and exit
 points, and chooses the threshold, on the other tasks' prompts, as `adainfer calibrate` does, and
 is asked the left-out task's prompts. Beside test prompts it is asked those of the left-out task's
-calibration prompts that would have certified: settings are to be chosen by these.
+calibration prompts that would have certified.
+
+Which target gives the wanted agreement on a task that nobody has seen? The last table answers by a
+rule: each fold takes the loosest target at which the *other* folds' left-out calibration prompts
+show the wanted agreement (`--agreement`) at 95% confidence, and nothing exits where none does.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy import stats
 
 from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.data import Parts, load_examples, split_parts
-from adainfer_export.calibrate.fitting import Fitted, TracedParts, fit_traced
+from adainfer_export.calibrate.fitting import Fitted, FittedGraph, TracedParts, fit_traced
 from adainfer_export.calibrate.predictions import predict_layers
 from adainfer_export.calibrate.scored import Scored, score_predictions
 from adainfer_export.calibrate.select import Outcome, choose_threshold, evaluate
@@ -43,6 +48,9 @@ from adainfer_runtime.evaluation.statistics import wilson_interval
 from adainfer_runtime.tasks import TaskExample, read_tasks
 
 _Part = TypeVar("_Part")
+_CHANCE = 0.05  # of supporting a target that does not keep the agreement
+
+Fold = Mapping[str, Any]  # a task's outcomes: see `run_folds`
 
 
 @dataclass(frozen=True)
@@ -72,17 +80,19 @@ def main() -> None:
     with terminal_reporter(quiet=arguments.quiet) as reporter:
         traced = trace_tasks(engine, arguments, reporter)
     for classifier in arguments.classifier:
+        by_target = {}
         for target in arguments.target_agreement:
             request = CalibrationRequest(
                 target_agreement=target, adapters=arguments.adapters, classifiers=(classifier,)
             )
-            folds = run_folds(engine, arguments.folder, traced, request)
+            folds = by_target[target] = run_folds(engine, arguments.folder, traced, request)
             print(f"\n{classifier}, target agreement {target}")
             report(folds)
             if arguments.json:
                 with arguments.json.open("a", encoding="utf-8") as stream:
                     setting = {"classifier": classifier, "target": target}
                     stream.write(json.dumps({**setting, "folds": folds}) + "\n")
+        report_chosen(by_target, arguments.agreement)
 
 
 def trace_tasks(engine: Engine, arguments: argparse.Namespace, reporter: Reporter) -> TracedTasks:
@@ -95,13 +105,20 @@ def trace_tasks(engine: Engine, arguments: argparse.Namespace, reporter: Reporte
     def answers(examples: Sequence[TaskExample], *, in_context: bool) -> dict[str, AnswerTraces]:
         reporter.begin("tracing answers", len(examples))
         return {
-            task: trace_answers(engine, group, reporter, in_context=in_context, layers=layers)
+            task: trace_answers(
+                engine,
+                group,
+                reporter,
+                in_context=in_context,
+                layers=layers,
+                held_out=parts.held_out,
+            )
             for task, group in by_task(examples).items()
         }
 
     reporter.begin("tracing prompts", len(parts.adapters))
     adapters = {
-        task: trace_prompts(engine, group, reporter, request.seed, layers)
+        task: trace_prompts(engine, group, reporter, request.seed, layers, parts.held_out)
         for task, group in by_task(parts.adapters).items()
     }
     return TracedTasks(
@@ -127,14 +144,18 @@ def _fold(
     no_parts = Parts((), (), (), ())
     fitted = fit_traced(folder, engine, no_parts, seen, request, SilentReporter())
     asked = {"held_out": traced.certification[task], "test": traced.test[task]}
+    # Where the kind asked for finds no exits, another takes its place in a calibration; not here.
+    (kind,) = request.classifiers
+    graph = next((graph for graph in fitted.graphs if graph.name == kind), None)
     threshold = math.inf
-    if fitted.graphs:
-        scored = _score(engine, fitted, certification)
+    if graph is not None:
+        scored = _score(engine, fitted, graph, certification)
         threshold = choose_threshold(scored, request.target_agreement).threshold
     row: dict[str, Any] = {"task": task}
     for name, traces in asked.items():
-        exits = math.isfinite(threshold)
-        outcome = evaluate(_score(engine, fitted, traces), threshold) if exits else None
+        outcome = None
+        if graph is not None and math.isfinite(threshold):
+            outcome = evaluate(_score(engine, fitted, graph, traces), threshold)
         row[name] = outcome_row(len(traces.token), outcome)
     return row
 
@@ -147,24 +168,25 @@ def outcome_row(prompts: int, outcome: Outcome | None) -> dict[str, Any]:
     return {"prompts": prompts, "wrong": outcome.disagreements, "saved": saved}
 
 
-def _score(engine: Engine, fitted: Fitted, traces: AnswerTraces) -> Scored:
+def _score(engine: Engine, fitted: Fitted, graph: FittedGraph, traces: AnswerTraces) -> Scored:
     """The fold's own exit graph on other prompts."""
     adapters = {layer: adapter for layer, (adapter, _) in fitted.adapters.items()}
     trusts = {layer: trust for layer, (_, trust) in fitted.adapters.items()}
     predictions = predict_layers(engine, traces, adapters)
     if trusts:
         predictions = with_trust(traces, predictions, trusts)
-    return score_predictions(fitted.graphs[0].classifier, predictions)
+    return score_predictions(graph.classifier, predictions)
 
 
-def report(folds: Sequence[Mapping[str, Any]]) -> None:
+def report(folds: Sequence[Fold]) -> None:
     """A row per task, and pooled figures."""
     for name in ("held_out", "test"):
         print(f"{name:28} {'prompts':>8} {'agreement':>10} {'saved':>7}")
         rows = [fold[name] for fold in folds]
         for fold, row in zip(folds, rows, strict=True):
             share = 1 - row["wrong"] / row["prompts"]
-            print(f"{fold['task']:28} {row['prompts']:8} {share:10.3f} {row['saved']:7.1%}")
+            target = f"   target {fold['target']}" if "target" in fold else ""
+            print(f"{fold['task']:28} {row['prompts']:8} {share:10.3f} {row['saved']:7.1%}{target}")
         prompts, wrong = (sum(row[key] for row in rows) for key in ("prompts", "wrong"))
         low, high = wilson_interval(1 - wrong / prompts, prompts)
         saved = float(np.mean([row["saved"] for row in rows]))
@@ -172,6 +194,31 @@ def report(folds: Sequence[Mapping[str, Any]]) -> None:
             f"pooled: agreement {1 - wrong / prompts:.4f} ({low:.3f}-{high:.3f}) of {prompts}, "
             f"layers saved {saved:.1%} (mean of tasks)"
         )
+
+
+def report_chosen(by_target: Mapping[float, Sequence[Fold]], agreement: float) -> None:
+    """The folds, each at the target that the others support; see the module."""
+    print(f"\neach fold at the target that the others support for {agreement}")
+    report([_chosen(task, by_target, agreement) for task in _tasks(by_target)])
+
+
+def _tasks(by_target: Mapping[float, Sequence[Fold]]) -> list[str]:
+    return [fold["task"] for fold in next(iter(by_target.values()))]
+
+
+def _chosen(task: str, by_target: Mapping[float, Sequence[Fold]], agreement: float) -> Fold:
+    own = {
+        target: next(fold for fold in folds if fold["task"] == task)
+        for target, folds in by_target.items()
+    }
+    for target in sorted(own):
+        seen = [fold["held_out"] for fold in by_target[target] if fold["task"] != task]
+        wrong, prompts = (sum(row[key] for row in seen) for key in ("wrong", "prompts"))
+        if stats.binom.cdf(wrong, prompts, 1.0 - agreement) <= _CHANCE:
+            return {**own[target], "target": target}
+    _, strictest = max(own.items())
+    nothing = {name: outcome_row(strictest[name]["prompts"], None) for name in ("held_out", "test")}
+    return {"task": task, **nothing}
 
 
 def others(parts: Mapping[str, _Part], task: str) -> list[_Part]:
@@ -202,7 +249,19 @@ def add_fold_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--test", type=Path, nargs="+", required=True)
     parser.add_argument("--limit", type=int, help="calibration prompts in all")
     parser.add_argument("--test-limit", type=int, help="test prompts of each task")
-    parser.add_argument("--target-agreement", type=float, nargs="+", default=[0.985])
+    parser.add_argument(
+        "--target-agreement",
+        type=float,
+        nargs="+",
+        default=[0.985, 0.99, 0.993, 0.995, 0.997],
+        help="targets of the calibration, each of which gives tables (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--agreement",
+        type=float,
+        default=0.985,
+        help="wanted on tasks unseen: a target is chosen for it (default: %(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true")
 
 

@@ -1,13 +1,13 @@
 """How context exits do on tasks that calibration never saw: one fold per task.
 
     python tools/leave_one_task_out_context.py engines/ --calibration tasks/*.calibration.jsonl \
-        --test tasks/*.test.jsonl --limit 1800 --test-limit 40 --exit-layers 21 25 \
-        --target-agreement 0.985 0.99
+        --test tasks/*.test.jsonl --limit 1800 --test-limit 40
 
 Each fold fits translators (in closed form) and a classifier, and chooses points and threshold, on
 the other tasks' prompts, and is asked the left-out task's: test prompts, and those calibration
-prompts that would have certified, by which settings are to be chosen. Every prompt runs once; at an
-exit point it looks through the translators of every fold in turn.
+prompts that would have certified. Every prompt runs once; at an exit point it looks through the
+translators of every fold in turn. The last table chooses a target by a rule, see
+`leave_one_task_out.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from leave_one_task_out import add_fold_arguments, by_task, others, outcome_row, report, sampled
+from leave_one_task_out import (
+    add_fold_arguments,
+    by_task,
+    others,
+    outcome_row,
+    report,
+    report_chosen,
+    sampled,
+)
 
 from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.classifiers import CLASSIFIERS
@@ -40,6 +48,7 @@ from adainfer_export.calibrate.translate import (
     read_rotary,
     solve_translators,
     trace_contexts_above,
+    translator_layers,
 )
 from adainfer_export.progress import Reporter, terminal_reporter
 from adainfer_runtime import Engine
@@ -125,9 +134,12 @@ def main() -> None:
             engine, seen = _look(folder, arguments, reporter)
     kind = arguments.classifier
     folds = [Fold.of(task, engine, seen) for task in seen["test"]]
+    by_target = {}
     for target in arguments.target_agreement:
         print(f"\ncontext exits ({kind}), target agreement {target}")
-        report([fold.outcome(kind, target) for fold in folds])
+        by_target[target] = [fold.outcome(kind, target) for fold in folds]
+        report(by_target[target])
+    report_chosen(by_target, arguments.agreement)
 
 
 def _look(
@@ -166,7 +178,7 @@ def _fit_folds(
     folder: Path,
     parts: Parts,
     request: CalibrationRequest,
-    layers: Sequence[int],
+    layers: Sequence[int] | None,
     reporter: Reporter,
 ) -> dict[str, Manifest]:
     """Per left-out task the manifest whose context exits the other tasks' prompts taught."""
@@ -176,7 +188,14 @@ def _fit_folds(
         raise SystemExit("this model has no context exits")
     engine = Engine.of_manifest(folder, bare)
     reporter.begin("tracing contexts", len(parts.adapters))
-    trace = partial(trace_contexts_above, engine, rotary, layers=layers, reporter=reporter)
+    trace = partial(
+        trace_contexts_above,
+        engine,
+        rotary,
+        layers=layers or translator_layers(bare),
+        reporter=reporter,
+        held_out=parts.held_out,
+    )
     traced = {task: trace(examples=group) for task, group in by_task(parts.adapters).items()}
     return {
         task: _manifest(folder, bare, rotary, others(traced, task), request)
@@ -237,7 +256,12 @@ class Fold:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_fold_arguments(parser)
-    parser.add_argument("--exit-layers", type=int, nargs="+", required=True)
+    parser.add_argument(
+        "--exit-layers",
+        type=int,
+        nargs="+",
+        help="points to choose from (default: all that a calibration would try; fewer are faster)",
+    )
     parser.add_argument("--classifier", default="svm", choices=tuple(CLASSIFIERS))
     parser.add_argument(
         "--work",
