@@ -76,14 +76,20 @@ def test_folds_take_the_loosest_target_that_the_others_support(capsys, monkeypat
 
 def test_shots_table(tiny, files, tmp_path):
     work = tmp_path / "work"
+    out = tmp_path / "table.json"
     arguments = (tiny("llama").folder, *files, "--work", work, "--shots", 1, 2, "--limit", 3)
+    arguments = (*arguments, "--json", out)
     table = run("shots_table.py", *arguments, "--target-agreement", 0.6, "--quiet")
     rows = [line.split(" | ") for line in table.splitlines()[2:]]
     assert [row[0].strip("| ") for row in rows] == [
         "off", "svm, adapters", "crf, adapters", "threshold, adapters",
-        "svm, plain AdaInfer", "crf, plain AdaInfer", "one layer for all", "shortgpt",
+        "svm, plain AdaInfer", "crf, plain AdaInfer", "context exits", "one layer for all",
+        "shortgpt",
     ]  # fmt: skip
     assert {len(row) for row in rows} == {7}
+    cells = json.loads(out.read_text())
+    assert [cell["shots"] for cell in cells] == [1, 2] * len(rows)
+    assert cells[0]["result"]["agreement"] == 1.0
     answers = len((work / "adapted-1.jsonl").read_text().splitlines())
     again = run("shots_table.py", *arguments, "--target-agreement", 0.6, "--quiet")
     assert again == table

@@ -5,20 +5,24 @@
 
 Prompts are put together anew: queries of the test files, shots from the calibration files alone.
 Two copies of the engine folder are calibrated on prompts of all numbers of shots: one with adapters
-(svm, crf and threshold), one as plain AdaInfer (`--adapters none`; svm, crf). Beside them stand, at
-the savings of the first, always stopping after one layer and layers left out for good (ShortGPT).
-What is finished in the work folder is not done again.
+(svm, crf and threshold) and context exits, one as plain AdaInfer (`--adapters none`; svm, crf).
+Every query is there at every number of shots: calibration keeps them in one part of the data, and
+certifies with one of them. Beside them stand, at the savings of the first, always stopping after
+one layer and layers left out for good (ShortGPT). What is finished in the work folder is not done
+again.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.pipeline import recalibrate
@@ -31,6 +35,7 @@ from adainfer_runtime.tasks import TaskExample, read_tasks, write_tasks
 
 _KINDS = ("svm", "crf", "threshold")
 _VANILLA = ("svm", "crf")
+_CONTEXT = "context"
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,14 @@ def main() -> None:
         made for shots in arguments.shots for made in recombine(known, shots=shots, seed=shots)
     ]
     write_tasks(fitting, mixed)
-    adapted = _calibrated(arguments, "adapted", fitting, "ridge", _KINDS)
-    vanilla = _calibrated(arguments, "vanilla", fitting, "none", _VANILLA)
+    prompts = {"files": (fitting,), "limit": arguments.calibration_limit}
+    common = {**prompts, "target_agreement": arguments.target_agreement}
+    with_adapters = CalibrationRequest(
+        **common, adapters="ridge", classifiers=_KINDS, context_exit=True, translators="ridge"
+    )
+    plain_adainfer = CalibrationRequest(**common, adapters="none", classifiers=_VANILLA)
+    adapted = _calibrated(arguments, "adapted", with_adapters)
+    vanilla = _calibrated(arguments, "vanilla", plain_adainfer)
     tests = [
         _sampled(recombine(asked, shots=shots, shots_from=known, seed=shots), arguments.limit)
         for shots in arguments.shots
@@ -68,25 +79,19 @@ def main() -> None:
     rows = [Row("off", tuple(by_kind["off"] for by_kind in kinds))]
     rows += [Row(f"{kind}, adapters", tuple(k.get(kind) for k in kinds)) for kind in _KINDS]
     rows += [Row(f"{kind}, plain AdaInfer", tuple(k.get(kind) for k in plain)) for kind in _VANILLA]
+    rows += [Row("context exits", tuple(k.get(_CONTEXT) for k in kinds))]
     rows += [Row(name, tuple(f[name] for f in fixed)) for name in ("one layer for all", "shortgpt")]
     print(_table(arguments.shots, rows))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(_records(arguments.shots, rows), indent=1))
 
 
-def _calibrated(
-    arguments: argparse.Namespace, name: str, prompts: Path, adapters: str, kinds: tuple[str, ...]
-) -> Path:
+def _calibrated(arguments: argparse.Namespace, name: str, request: CalibrationRequest) -> Path:
     folder: Path = arguments.work / name
     if folder.exists() and load_manifest(folder).exit is not None:
         return folder
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(arguments.folder, folder)
-    request = CalibrationRequest(
-        files=(prompts,),
-        limit=arguments.calibration_limit,
-        target_agreement=arguments.target_agreement,
-        adapters=adapters,
-        classifiers=kinds,
-    )
     with terminal_reporter(quiet=arguments.quiet) as reporter:
         recalibrate(folder, load_manifest(folder), request, reporter)
     return folder
@@ -97,6 +102,9 @@ def _kinds(
 ) -> dict[str, TaskResult]:
     engine = Engine.load(folder)
     graphs = tuple(kind for kind, spec in engine.manifest.exit_graphs.items() if spec.points)
+    context = engine.manifest.context_exit
+    if context is not None and context.points:
+        graphs = (*graphs, _CONTEXT)
     return _evaluated(work, engine, folder, shots, test, graphs)
 
 
@@ -144,7 +152,18 @@ def _cells(result: TaskResult | None) -> tuple[str, str, str]:
     if result is None:
         return "no exits", "1.000", "0.0%"
     accuracy = "–" if result.accuracy is None else f"{result.accuracy:.3f}"
-    return accuracy, f"{result.agreement:.3f}", f"{result.layers_saved:.1%}"
+    low, high = result.agreement_interval
+    agreement = f"{result.agreement:.3f} ({low:.3f}–{high:.3f})"
+    return accuracy, agreement, f"{result.layers_saved:.1%}"
+
+
+def _records(shots: Sequence[int], rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Everything that is known of every cell."""
+    return [
+        {"method": row.name, "shots": count, "result": asdict(result) if result else None}
+        for row in rows
+        for count, result in zip(shots, row.results, strict=True)
+    ]
 
 
 def _sampled(examples: Sequence[TaskExample], limit: int) -> list[TaskExample]:
@@ -165,6 +184,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--calibration-limit", type=int, default=1200, help="prompts in all")
     parser.add_argument("--limit", type=int, default=20, help="test prompts of each task")
     parser.add_argument("--target-agreement", type=float, default=0.985)
+    parser.add_argument("--json", type=Path, help="all figures of every cell, in this file")
     parser.add_argument("--quiet", action="store_true")
     return parser.parse_args()
 
