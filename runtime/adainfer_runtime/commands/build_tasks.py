@@ -70,9 +70,8 @@ def run_shots(
     files for fitting and for testing in different calls, or name with `--from` those that shots
     may come from.
 
-    Prompts that share a query or shots are not independent, so a certificate made from several
-    copies of the same query says less than its count of prompts suggests. Copies are for fitting;
-    for certifying use `--copies 1`.
+    Prompts that share a query are not independent: calibration keeps copies in one part of its
+    data and certifies with one of them. Copies give more to fit on, not a stronger certificate.
     """
     _check_out(out, force)
     pool = read_tasks(shots_from) if shots_from else None
