@@ -135,6 +135,14 @@ ClassifierFileOption = Annotated[
         "next_state); it becomes the default one, named `own`.",
     ),
 ]
+EntropyOption = Annotated[
+    bool,
+    typer.Option(
+        "--entropy",
+        help="Also try classifiers that know the entropy of the prediction. They read all of its "
+        "logits at every check.",
+    ),
+]
 ContextOption = Annotated[
     bool,
     typer.Option(
@@ -223,6 +231,7 @@ def run_export(
     adapters: AdaptersOption = None,
     classifier: ClassifierOption = None,
     classifier_file: ClassifierFileOption = None,
+    entropy: EntropyOption = False,
     context_exit: ContextOption = False,
     translators: TranslatorsOption = TranslatorChoice.distilled,
     shortlist: ShortlistOption = False,
@@ -295,6 +304,7 @@ def run_export(
             adapters,
             classifier,
             classifier_file,
+            entropy=entropy,
             context_exit=context_exit,
             translators=translators,
             shortlist=_shortlist(shortlist, shortlist_tokens),
@@ -332,6 +342,7 @@ def run_calibrate(
     adapters: AdaptersOption = None,
     classifier: ClassifierOption = None,
     classifier_file: ClassifierFileOption = None,
+    entropy: EntropyOption = False,
     context_exit: ContextOption = False,
     translators: TranslatorsOption = TranslatorChoice.distilled,
     shortlist: ShortlistOption = False,
@@ -349,6 +360,7 @@ def run_calibrate(
         adapters,
         classifier,
         classifier_file,
+        entropy=entropy,
         context_exit=context_exit,
         translators=translators,
         shortlist=_shortlist(shortlist, shortlist_tokens),
@@ -376,6 +388,7 @@ def _calibration(
     classifiers: list[ClassifierChoice] | None,
     classifier_file: Path | None,
     *,
+    entropy: bool,
     context_exit: bool,
     translators: TranslatorChoice,
     shortlist: ShortlistRequest | None,
@@ -399,6 +412,7 @@ def _calibration(
         adapters=adapters.value if adapters else defaults.adapters,
         classifiers=tuple(dict.fromkeys(c.value for c in classifiers)) or defaults.classifiers,
         classifier_file=classifier_file,
+        entropy=entropy,
         context_exit=context_exit,
         translators=translators.value,
         shortlist=shortlist,

@@ -20,6 +20,7 @@ __all__ = ["Profile", "ShapeRange", "profiles_of"]
 
 Shape = tuple[int, ...]
 _USUAL_ROWS = 128
+_FEWEST_LOGITS = 2  # of a choice
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,13 @@ def _exit_profile(manifest: Manifest, file: str, hidden: ShapeRange) -> Profile:
     """Of a classifier or an adapter."""
     for classifier in manifest.classifiers:
         if classifier.graph == file:
-            state = (1, classifier.state_size)
-            shapes = {name: state if name == "state" else (1,) for name in classifier.inputs}
-            return {name: ShapeRange(shape, shape, shape) for name, shape in shapes.items()}
+            vocabulary = (1, manifest.model.vocab_size)
+            ranges = dict.fromkeys(classifier.inputs, ShapeRange((1,), (1,), (1,)))
+            known = {
+                "state": ShapeRange(*((1, classifier.state_size),) * 3),
+                "logits": ShapeRange((1, _FEWEST_LOGITS), vocabulary, vocabulary),
+            }
+            return ranges | {name: known[name] for name in known.keys() & ranges}
     return {"hidden": hidden}
 
 

@@ -121,9 +121,9 @@ def fit_context(
     answers = trace_contexts(
         looking, parts.classifier, layers, reporter, in_context=True, held_out=parts.held_out
     )
-    fit = _predict(looking, answers, check)
+    fit = _predict(looking, answers, check, request)
     own = trace_contexts(looking, parts.selection, layers, reporter, in_context=False)
-    selection = _predict(looking, own, check)
+    selection = _predict(looking, own, check, request)
     target, seed = request.target_agreement, request.seed
     found = select_classifiers(fit, selection, target, seed, entries)
     for classifier in tuple(found.values())[:1]:
@@ -218,9 +218,14 @@ def _draft(
     )
 
 
-def _predict(engine: Engine, traces: AnswerTraces, check_layers: tuple[float, ...]) -> Predictions:
+def _predict(
+    engine: Engine,
+    traces: AnswerTraces,
+    check_layers: tuple[float, ...],
+    request: CalibrationRequest,
+) -> Predictions:
     """What every context exit of every traced prompt answers."""
-    predictions = predict_layers(engine, traces, {})
+    predictions = predict_layers(engine, traces, {}, entropy=request.entropy)
     return replace(predictions, check_layers=check_layers, exit_check_layers=check_layers)
 
 

@@ -3,7 +3,8 @@
 The classifier's graph has the same inputs and outputs whatever its kind, less the inputs that its
 outputs do not depend on (they are named in the manifest):
 
-    token int64 [n]; top_prob, gap, depth, trust float [n]; state float [n, 3]
+    token int64 [n]; top_prob, gap, depth, trust float [n]; state float [n, 3];
+    logits float [n, tokens]
         →  score [n], next_state [n, 3]
 
 `state` holds the last exit point's token plus one (0 where there was none), its top prob and its
@@ -27,7 +28,7 @@ from ..graph_builder import GraphBuilder, graph_input
 from ..lower.graph import remove_dead_inputs
 from .affine import AffineMap
 from .classifiers import FittedClassifier
-from .predictions import LOG_ODDS_CLIP, log_odds
+from .predictions import LOG_ODDS_CLIP, LOWEST_LOGIT, entropy_of, log_odds
 from .trust import Trust
 
 __all__ = ["STATE_SIZE", "check_parity", "lower_adapter", "lower_classifier"]
@@ -36,6 +37,7 @@ STATE_SIZE = 3
 INPUTS = ("top_prob", "gap", "depth", "trust")
 _MARGIN = 1e-3  # of the scores' range: what float32 may lose of them
 _POINTS = 4000
+_TOKENS = 8  # of made-up predictions
 
 Float32 = npt.NDArray[np.float32]
 
@@ -45,6 +47,7 @@ def lower_classifier(classifier: FittedClassifier) -> ir.Model:
     inputs = {name: graph_input(name, ["n"]) for name in INPUTS}
     token = graph_input("token", ["n"], ir.DataType.INT64)
     state = graph_input("state", ["n", STATE_SIZE])
+    logits = graph_input("logits", ["n", "tokens"])
     graph = GraphBuilder()
     columns = {name: graph.column(value) for name, value in inputs.items()}
     number = graph.op("Add", graph.cast(graph.column(token)), graph.number(1.0))
@@ -54,6 +57,7 @@ def lower_classifier(classifier: FittedClassifier) -> ir.Model:
     columns["log_odds"] = _log_odds(graph, columns["top_prob"])
     rise = graph.op("Sub", columns["log_odds"], _log_odds(graph, last[1]))
     columns["rise"] = graph.op("Mul", rise, graph.cast(graph.op("Not", first)))
+    columns["entropy"] = _entropy(graph, logits)
     x = graph.op("Concat", *(columns[name] for name in classifier.features), axis=-1)
     score = classifier.lower(graph, x, last[2], first)
     next_state = graph.op("Concat", number, columns["top_prob"], score, axis=-1)
@@ -61,7 +65,7 @@ def lower_classifier(classifier: FittedClassifier) -> ir.Model:
         graph.output(graph.row(score), "score", ["n"]),
         graph.output(next_state, "next_state", ["n", STATE_SIZE]),
     ]
-    model = graph.model("classifier", [token, *inputs.values(), state], outputs)
+    model = graph.model("classifier", [token, *inputs.values(), state, logits], outputs)
     remove_dead_inputs(model.graph)
     return model
 
@@ -132,6 +136,7 @@ class _Sample:
         depths = [layer / max(classifier.layers) for layer in classifier.layers]
         depth = random.choice(np.array(depths, np.float32), count)
         scores = random.normal(size=count).astype(np.float32)
+        logits = (4.0 * random.normal(size=(count, _TOKENS))).astype(np.float32)
         trust = (3.0 * random.normal(size=count)).astype(np.float32)
         # The token is 0, with the number 1: a last number of 1 is the same token, 2 another.
         number = np.where(first, 0, np.where(same, 1, 2))
@@ -142,6 +147,7 @@ class _Sample:
             "depth": depth,
             "trust": trust,
             "state": np.stack([number, before, scores], axis=1).astype(np.float32),
+            "logits": logits,
         }
         table = {
             "top_prob": top_prob,
@@ -150,6 +156,7 @@ class _Sample:
             "trust": trust,
             "stability": same,
             "log_odds": log_odds(top_prob),
+            "entropy": entropy_of(logits),
             "rise": np.where(first, 0.0, log_odds(top_prob) - log_odds(before)),
         }
         self.x = np.stack([table[name] for name in classifier.features], axis=1).astype(np.float32)
@@ -162,6 +169,17 @@ class _Sample:
         grid = np.stack(np.meshgrid(edge, edge), -1).reshape(-1, 2)
         pairs = np.concatenate([grid, random.random((points, 2))]).astype(np.float32)
         return cls(classifier, pairs, seed)
+
+
+def _entropy(graph: GraphBuilder, logits: ir.Value) -> ir.Value:
+    """`[n, tokens]` to `[n, 1]`, see `entropy_of`."""
+    last = graph.ints([-1])
+    shifted = graph.op("Sub", logits, graph.op("ReduceMax", logits, last, keepdims=1))
+    shifted = graph.op("Max", shifted, graph.number(LOWEST_LOGIT))
+    weights = graph.op("Exp", shifted)
+    total = graph.op("ReduceSum", weights, last, keepdims=1)
+    mean = graph.op("ReduceSum", graph.op("Mul", weights, shifted), last, keepdims=1)
+    return graph.op("Sub", graph.op("Log", total), graph.op("Div", mean, total))
 
 
 def _log_odds(graph: GraphBuilder, probability: ir.Value) -> ir.Value:

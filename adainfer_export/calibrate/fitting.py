@@ -200,7 +200,9 @@ def _fit_exits(
 ) -> Fitted:
     """Classifiers over adapters, fitted on `traces` and chosen by `new`."""
     entries, adapters = classifier_entries(request), maps.adapters
-    fit, selection = predict_layers(engine, traces, adapters), predict_layers(engine, new, adapters)
+    fit, selection = (
+        predict_layers(engine, some, adapters, entropy=request.entropy) for some in (traces, new)
+    )
     trusts: dict[int, Trust] = {}
     if adapters:  # plain AdaInfer reads nothing off the hidden state but its prediction
         trusts = fit_trust(traces, fit)

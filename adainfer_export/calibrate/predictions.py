@@ -14,12 +14,21 @@ from adainfer_runtime import Engine
 from .affine import AffineMap
 from .traces import AnswerTraces
 
-__all__ = ["LOG_ODDS_CLIP", "Predictions", "log_odds", "predict_candidates", "predict_layers"]
+__all__ = [
+    "LOG_ODDS_CLIP",
+    "LOWEST_LOGIT",
+    "Predictions",
+    "entropy_of",
+    "log_odds",
+    "predict_candidates",
+    "predict_layers",
+]
 
 Float32 = npt.NDArray[np.float32]
 Bool = npt.NDArray[np.bool_]
 
 LOG_ODDS_CLIP = 1e-4
+LOWEST_LOGIT = -1e4  # below the largest; its exponential is 0, and 0 times it too
 _BATCH = 64
 
 
@@ -38,6 +47,7 @@ class Predictions:
         final: `[prompts]`, the full model's answer.
         token, top_prob, gap: `[prompts, layers]`.
         trust: `[prompts, layers]`, see `trust`; None where it was not fitted.
+        entropy: `[prompts, layers]`, of the prediction, in nats; None where it was not asked for.
         check_layers: `[layers]`, time of one check (adapter, probe; of a context exit translator,
             answer rows and probe) in units of one layer over one prompt.
         prompts: `[prompts]`, number of the prompt that each answer is from: the answers of a
@@ -57,6 +67,7 @@ class Predictions:
     exit_check_layers: tuple[float, ...]
     trust: Float32 | None = None
     prompts: npt.NDArray[np.int64] | None = None
+    entropy: Float32 | None = None
 
     def rows(self, chosen: npt.NDArray[np.int64] | Bool) -> Predictions:
         """Only these answers."""
@@ -68,6 +79,7 @@ class Predictions:
             top_prob=self.top_prob[chosen],
             gap=self.gap[chosen],
             trust=None if self.trust is None else self.trust[chosen],
+            entropy=None if self.entropy is None else self.entropy[chosen],
             prompts=self.groups[chosen],
         )
 
@@ -99,6 +111,7 @@ class Predictions:
             check_layers=tuple(self.check_layers[column] for column in columns),
             exit_check_layers=tuple(self.exit_check_layers[column] for column in columns),
             trust=None if self.trust is None else self.trust[:, columns],
+            entropy=None if self.entropy is None else self.entropy[:, columns],
         )
 
     @property
@@ -115,7 +128,13 @@ class Predictions:
     def known_features(self) -> frozenset[str]:
         """Names that `features` takes here."""
         always = {"top_prob", "gap", "depth", "stability", "log_odds", "rise"}
-        return frozenset(always if self.trust is None else always | {"trust"})
+        return frozenset(always | self._optional.keys())
+
+    @property
+    def _optional(self) -> dict[str, Float32]:
+        """Features that need not be there."""
+        found = {"trust": self.trust, "entropy": self.entropy}
+        return {name: values for name, values in found.items() if values is not None}
 
     def features(self, names: tuple[str, ...]) -> Float32:
         """`[prompts, layers, features]`, in the order of the names.
@@ -131,7 +150,7 @@ class Predictions:
         rise = np.zeros((prompts, points), np.float32)
         rise[:, 1:] = odds[:, 1:] - odds[:, :-1]
         table: dict[str, Float32] = {
-            **({} if self.trust is None else {"trust": self.trust}),
+            **self._optional,
             "log_odds": odds,
             "rise": rise,
             "top_prob": self.top_prob,
@@ -142,11 +161,29 @@ class Predictions:
         return np.stack([table[name] for name in names], axis=-1).astype(np.float32)
 
 
+def entropy_of(logits: Float32) -> Float32:
+    """`[rows, tokens]` to `[rows]`: −Σ p log p of the softmax, in nats."""
+    shifted = np.maximum(logits - logits.max(axis=-1, keepdims=True), LOWEST_LOGIT)
+    weights = np.exp(shifted)
+    total = weights.sum(axis=-1)
+    entropy: Float32 = np.log(total) - (weights * shifted).sum(axis=-1) / total
+    return entropy
+
+
 def predict_layers(
-    engine: Engine, traces: AnswerTraces, adapters: Mapping[int, AffineMap]
+    engine: Engine,
+    traces: AnswerTraces,
+    adapters: Mapping[int, AffineMap],
+    *,
+    entropy: bool = False,
 ) -> Predictions:
-    """Applies adapter (where there is one) and probe to every traced hidden state."""
+    """Applies adapter (where there is one) and probe to every traced hidden state.
+
+    Args:
+        entropy: whether to know that too: all logits are read for it.
+    """
     shape = traces.hidden.shape[:2]
+    spread = np.empty(shape, np.float32)
     token = np.empty(shape, np.int64)
     top_prob, gap = np.empty(shape, np.float32), np.empty(shape, np.float32)
     for column, layer in enumerate(traces.layers):
@@ -157,6 +194,8 @@ def predict_layers(
             adapted = adapter.apply(hidden) if adapter else hidden
             features = engine.backend.probe_features(adapted)
             token[rows, column], top_prob[rows, column], gap[rows, column] = features
+            if entropy:
+                spread[rows, column] = entropy_of(engine.backend.probe_logits(adapted))
     check = _check_seconds(engine, traces, adapters) / traces.seconds_per_layer
     points = len(traces.layers)
     return Predictions(
@@ -170,6 +209,7 @@ def predict_layers(
         (check,) * points,
         (0.0,) * points,
         prompts=traces.prompts,
+        entropy=spread if entropy else None,
     )
 
 
@@ -179,12 +219,13 @@ def predict_candidates(
     """The same over the rows of each prompt's labels alone; answers without labels are left out.
 
     Args:
-        vocabulary: predictions of the same traces, whose trust is taken over.
+        vocabulary: predictions of the same traces, whose trust is taken over, and whether the
+            entropy is wanted.
     """
     rows = np.flatnonzero([bool(candidates) for candidates in traces.candidates])
     shape = (len(rows), len(traces.layers))
     final, token = np.empty(shape[0], np.int64), np.empty(shape, np.int64)
-    top_prob, gap = np.empty(shape, np.float32), np.empty(shape, np.float32)
+    top_prob, gap, entropy = (np.empty(shape, np.float32) for _ in range(3))
     seconds = []
     for index, row in enumerate(rows):
         candidates = np.array(traces.candidates[row], np.int64)
@@ -198,6 +239,7 @@ def predict_candidates(
             seconds.append(time.perf_counter() - start)
             token[index, column] = result.token
             top_prob[index, column], gap[index, column] = result.top_prob, result.gap
+            entropy[index, column] = entropy_of(result.logits[None])[0]
     check = float(np.median(seconds)) / traces.seconds_per_layer if seconds else 0.0
     return replace(
         vocabulary.rows(rows),
@@ -206,6 +248,7 @@ def predict_candidates(
         top_prob=top_prob,
         gap=gap,
         check_layers=(check,) * len(traces.layers),
+        entropy=None if vocabulary.entropy is None else entropy,
     )
 
 

@@ -36,6 +36,7 @@ class CalibrationRequest:
             AdaInfer does.
         classifiers: kinds of `classifiers.CLASSIFIERS`, of which each gives an exit graph, the
             first that pays the default one; or `auto` alone for the one that saves most.
+        entropy: whether classifiers are also tried with the entropy of the prediction.
         classifier_file: a classifier of one's own (see `classifiers.own`), which then comes first.
         context_exit: whether to fit a context exit as well.
         translators: of context exits, `ridge` in closed form, `distilled` then trained through the
@@ -50,6 +51,7 @@ class CalibrationRequest:
     target_agreement: float = 0.99
     adapters: Literal["distilled", "ridge", "none"] = "distilled"
     classifiers: tuple[str, ...] = ("svm",)
+    entropy: bool = False
     classifier_file: Path | None = None
     context_exit: bool = False
     translators: Literal["distilled", "ridge"] = "distilled"

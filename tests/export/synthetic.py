@@ -34,6 +34,7 @@ def synthetic(
         (0.1, 0.1, 0.1),
         (0.0, 0.0, 0.0),
         (agrees + random.normal(size=agrees.shape)).astype(np.float32),
+        entropy=(2.0 * (1.0 - probability)).astype(np.float32),
     )
 
 

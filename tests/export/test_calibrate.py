@@ -10,16 +10,17 @@ import numpy as np
 import onnx
 import pytest
 
-from adainfer_export.calibrate import CalibrationRequest
+from adainfer_export.calibrate import CalibrationRequest, pipeline
 from adainfer_export.calibrate.affine import AffineMap
 from adainfer_export.calibrate.builtin import builtin_examples
 from adainfer_export.calibrate.classifiers import CLASSIFIERS, Entry, FittedClassifier
 from adainfer_export.calibrate.convert import lower_adapter
 from adainfer_export.calibrate.data import load_examples, split_parts
+from adainfer_export.calibrate.fitting import fit_graphs
 from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.ridge import Moments
-from adainfer_export.calibrate.scored import Scored, score_predictions
+from adainfer_export.calibrate.scored import Scored, observe, score_predictions
 from adainfer_export.calibrate.select import Outcome, choose_threshold, evaluate, select_classifiers
 from adainfer_export.calibrate.traces import AnswerTraces, answer_positions, candidate_layers
 from adainfer_export.calibrate.trust import Trust, cross_fit, fit_trust
@@ -279,6 +280,29 @@ def test_calibrating_twice_replaces_the_exit_graph(folder):
     Engine.load(folder).generate("hello", max_new_tokens=3, mode="adaptive")
 
 
+def test_entropy_is_what_the_engine_gives_the_classifier(folder, monkeypatch):
+    """Scores of the graph as it runs are those that exits were chosen by."""
+    entry = replace(CLASSIFIERS["svm"], feature_sets=(("top_prob", "gap", "depth", "entropy"),))
+    monkeypatch.setitem(CLASSIFIERS, "svm", entry)
+    found = []
+    monkeypatch.setattr(pipeline, "fit_graphs", lambda *a: found.append(fit_graphs(*a)) or found[0])
+    manifest = calibrated(folder, entropy=True, target_agreement=0.5)
+    (fitted,) = found
+    graph = fitted.graphs[0]
+    assert "logits" in manifest.exit.classifier.inputs
+    assert np.ptp(graph.selection.entropy) > 0.0
+    engine = Engine.load(folder)
+    seen = observe(engine, fitted.parts.selection, {}, SilentReporter())["svm"]
+    expected = score_predictions(graph.classifier, graph.selection)
+    np.testing.assert_allclose(seen.scores, expected.scores, atol=1e-3)
+    assert engine.generate("hello", max_new_tokens=3, mode="adaptive").tokens
+
+
+def test_without_entropy_no_classifier_reads_all_logits(folder):
+    manifest = calibrated(folder, target_agreement=0.5)
+    assert "logits" not in manifest.exit.classifier.inputs
+
+
 def test_failed_calibration_leaves_the_folder_as_it_was(folder, monkeypatch):
     from adainfer_export.calibrate import fitting
 
@@ -290,8 +314,6 @@ def test_failed_calibration_leaves_the_folder_as_it_was(folder, monkeypatch):
 
 
 def test_exits_that_do_not_pay_leave_nothing_behind(folder, monkeypatch):
-    from adainfer_export.calibrate import pipeline
-
     dear = Outcome(
         0.0, layers_saved=0.1, net_saved=-0.1, disagreements=0, agreement=1.0, task_agreement=1.0
     )

@@ -1,5 +1,7 @@
 """Every kind of exit classifier: what it learns, and that its ONNX forms say the same."""
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -7,7 +9,7 @@ import pytest
 
 from adainfer_export.calibrate.classifiers import CLASSIFIERS, FitData, own_entry
 from adainfer_export.calibrate.convert import STATE_SIZE, check_parity, lower_classifier
-from adainfer_export.calibrate.predictions import Predictions
+from adainfer_export.calibrate.predictions import Predictions, entropy_of
 from adainfer_export.calibrate.scored import score_predictions
 from adainfer_export.calibrate.select import choose_threshold, evaluate
 from adainfer_export.commands import ClassifierChoice
@@ -59,7 +61,20 @@ def test_every_input_reaches_an_output(kind, features):
     looks_back = kind == "crf" or {"stability", "rise"} & set(features)
     wanted = {"token", "top_prob", *({"gap", "depth", "trust"} & set(features))}
     wanted |= {"state"} if looks_back else set()
+    wanted |= {"logits"} if "entropy" in features else set()
     assert {value.name for value in graph.inputs} == wanted
+
+
+def test_entropy_is_that_of_the_softmax():
+    random = np.random.default_rng(0)
+    logits = (5.0 * random.normal(size=(6, 50))).astype(np.float32)
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(axis=1, keepdims=True)
+    expected = -(p * np.log(p)).sum(axis=1)
+    np.testing.assert_allclose(entropy_of(logits), expected, rtol=1e-4)
+    certain = np.array([[0.0, -np.inf, -3e38]], np.float32)
+    assert entropy_of(certain).tolist() == [0.0]
+    assert entropy_of(np.zeros((1, 8), np.float32))[0] == pytest.approx(np.log(8))
 
 
 @pytest.mark.parametrize("kind", ["svm", "crf", "logistic", "boosting"])
@@ -73,7 +88,8 @@ def test_parity_check_notices_another_classifier(tmp_path, kind):
 @pytest.mark.parametrize(("kind", "features"), KINDS)
 def test_state_carries_what_the_next_exit_point_needs(tmp_path, kind, features):
     """The runtime's way, point after point, gives the scores that thresholds are chosen on."""
-    predictions = synthetic(40, noise=0.2)
+    logits = np.random.default_rng(0).normal(size=(40, 3, 9), scale=3.0).astype(np.float32)
+    predictions = replace(synthetic(40, noise=0.2), entropy=entropy_of(logits))
     classifier = fit_classifier(kind, synthetic(noise=0.05), (4, 6, 8), features)
     lowered, _ = save(classifier, tmp_path)
     session = open_session(lowered)
@@ -87,6 +103,7 @@ def test_state_carries_what_the_next_exit_point_needs(tmp_path, kind, features):
             "depth": np.full(40, layer / 10, np.float32),
             "trust": predictions.trust[:, column],
             "state": state,
+            "logits": logits[:, column],
         }
         feed = {value.name: given[value.name] for value in session.get_inputs()}
         score, state = session.run(["score", "next_state"], feed)

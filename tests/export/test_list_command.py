@@ -65,7 +65,12 @@ def test_what_a_user_leaves_open_is_the_recipes():
     from adainfer_export.commands import AdapterChoice, TranslatorChoice, _calibration
 
     known = ExitSettings(target_agreement=0.9, classifiers=("crf",), adapters="ridge", note="x")
-    fixed = {"context_exit": False, "translators": TranslatorChoice.ridge, "shortlist": False}
+    fixed = {
+        "entropy": False,
+        "context_exit": False,
+        "translators": TranslatorChoice.ridge,
+        "shortlist": False,
+    }
     open_ = (["builtin"], None, 0, None, None, None, None)
     request = _calibration(*open_, **fixed, known=known)
     assert (request.target_agreement, request.classifiers, request.adapters) == (

@@ -64,7 +64,7 @@ def test_adapters_alone_are_fitted_on_them(tiny, tmp_path, monkeypatch):
 def test_words_of_the_command_line_combine(values, data):
     request = _calibration(
         values, None, 9, None, None, None, None,
-        context_exit=False, translators=TranslatorChoice.ridge, shortlist=None,
+        entropy=False, context_exit=False, translators=TranslatorChoice.ridge, shortlist=None,
     )  # fmt: skip
     assert request.data == data
     assert request.self_texts == (9 if "self" in values else 0)

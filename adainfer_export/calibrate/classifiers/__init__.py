@@ -24,6 +24,7 @@ _STATE = ("stability", "rise")
 _LINEAR = (
     ("log_odds", "gap", "depth", *_STATE),
     ("log_odds", "gap", "depth", *_STATE, "trust"),
+    ("log_odds", "gap", "depth", *_STATE, "trust", "entropy"),
 )
 # Trees step where a feature crosses a limit: none that the graph computes, and rounds, itself.
 _TREES = (
@@ -53,7 +54,9 @@ CLASSIFIERS: dict[str, Entry] = {
         (
             ("top_prob", "gap", "depth"),  # AdaInfer's own
             ("top_prob", "gap", "depth", "stability"),
+            ("top_prob", "gap", "depth", "entropy"),
             ("log_odds", "gap", "depth", *_STATE, "trust"),
+            ("log_odds", "gap", "depth", *_STATE, "trust", "entropy"),
         ),
         2000,
     ),

@@ -52,6 +52,7 @@ class DeviceBackend:
         self._candidate_rows = min(CANDIDATE_ROWS, vocabulary)
         self._classifiers = {spec.graph: spec for spec in manifest.classifiers}
         state = 4 * max((spec.state_size for spec in manifest.classifiers), default=0)
+        reads_logits = any("logits" in spec.inputs for spec in manifest.classifiers)
         small = {"token": 8, "top_prob": 4, "gap": 4, "trust": 4}
         self._outputs = Slots({**small, "score": 4, "next_state": state})
         self._inputs = Slots({**small, "depth": 4, "state": state})
@@ -63,6 +64,7 @@ class DeviceBackend:
                 "staged": 4 * width * self._probed_rows,
                 "logits": 4 * vocabulary * self._probed_rows,
                 "candidates": 8 * self._candidate_rows,
+                "uploaded_logits": 4 * vocabulary * reads_logits,
                 "start": 8,
                 **dict.fromkeys(_FEATURES, 8 * self._probed_rows),
             },
@@ -196,7 +198,7 @@ class DeviceBackend:
         }
         with self.lock:
             result, trust = self._still_there(evidence)
-            there = {*(_FEATURES if result else ()), *(("trust",) if trust else ())}
+            there = {*((*_FEATURES, "logits") if result else ()), *(("trust",) if trust else ())}
             inputs = self._classifier_inputs(graph, evidence, depth, state, there)
             self._run(graph, inputs, outputs)
             values = self.read_block()
@@ -256,6 +258,9 @@ class DeviceBackend:
         place, host = self._blocks["inputs"], np.zeros(self._inputs.bytes, np.uint8)
         inputs: dict[str, Tensor] = {}
         for name in self._classifiers[graph].inputs:
+            if name == "logits":
+                inputs[name] = self._logits_of(evidence, still_there=name in there)
+                continue
             if name in there:
                 inputs[name] = Tensor(self._slot(name), _FEATURES.get(name, "float32"), (1,))
                 continue
@@ -264,6 +269,16 @@ class DeviceBackend:
             inputs[name] = Tensor(place + offset, str(value.dtype), value.shape)
         self._driver.upload(place, host)
         return inputs
+
+    def _logits_of(self, evidence: ExitEvidence, *, still_there: bool) -> Tensor:
+        """`[1, tokens]`: the last probe's where they still lie there, else uploaded."""
+        if still_there:
+            shape = (1, self.manifest.model.vocab_size)
+            return Tensor(self._blocks["logits"], "float32", shape)
+        logits = np.ascontiguousarray(evidence.result.logits, np.float32)
+        place = self._blocks["uploaded_logits"]
+        self._driver.upload(place, logits)
+        return Tensor(place, "float32", (1, len(logits)))
 
     def _score(self, row: Tensor, tokens: npt.NDArray[np.int64]) -> Float32:
         """Logits `[tokens]` of one run, which leaves features of these tokens behind."""

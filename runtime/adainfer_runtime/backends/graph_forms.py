@@ -170,7 +170,11 @@ def _translator_form(manifest: Manifest, layer: int, point: ExitPoint) -> GraphF
 
 def _classifier_form(classifier: ClassifierSpec) -> GraphForm:
     state = _tensor((None, classifier.state_size))
-    known = {"token": TensorForm("int64", (None,)), "state": state}
+    known = {
+        "token": TensorForm("int64", (None,)),
+        "state": state,
+        "logits": _tensor((None, None)),
+    }
     inputs: dict[str, TensorForm] = {
         name: known.get(name, _tensor((None,))) for name in classifier.inputs
     }

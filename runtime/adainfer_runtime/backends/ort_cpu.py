@@ -302,6 +302,7 @@ class OrtCpuBackend:
             "depth": np.array([depth], np.float32),
             "trust": np.array([evidence.trust], np.float32),
             "state": state[None],
+            "logits": result.logits[None],
         }
         classifier, inputs = self._classifiers[graph]
         feed: dict[str, object] = {name: given[name] for name in inputs}

@@ -21,8 +21,9 @@ __all__ = [
     "check_shares",
 ]
 
-ClassifierInput = Literal["token", "top_prob", "gap", "depth", "trust", "state"]
+ClassifierInput = Literal["token", "top_prob", "gap", "depth", "trust", "state", "logits"]
 CLASSIFIER_INPUTS: tuple[ClassifierInput, ...] = get_args(ClassifierInput)
+_ALL_BUT_LOGITS = tuple(name for name in CLASSIFIER_INPUTS if name != "logits")
 
 
 class ExitPoint(Record):
@@ -44,8 +45,9 @@ class ClassifierSpec(Record):
     """The exit decision: `graph` in plain operators, `reference` as skl2onnx wrote it, if it did.
 
     `graph` takes token int64 `[n]`, top_prob, gap, depth, trust float `[n]` and state float
-    `[n, state_size]` (zeros at the first exit point), and gives score `[n]` and next_state. Of
-    these, `inputs` are those that its outputs depend on: TensorRT ignores others.
+    `[n, state_size]` (zeros at the first exit point), and gives score `[n]` and next_state. One
+    that knows the entropy also takes logits float `[n, tokens]`, of the vocabulary or of a choice's
+    candidates. Of these, `inputs` are those that its outputs depend on: TensorRT ignores others.
     """
 
     kind: str
@@ -53,7 +55,7 @@ class ClassifierSpec(Record):
     reference: str | None = None
     state_size: Annotated[int, Field(ge=0, le=1 << 16)]
     features: tuple[str, ...]
-    inputs: tuple[ClassifierInput, ...] = CLASSIFIER_INPUTS
+    inputs: tuple[ClassifierInput, ...] = _ALL_BUT_LOGITS
 
 
 class ExitSpec(Record):
