@@ -30,12 +30,21 @@ Examples:
 
     adainfer certify engines/ --prompts traffic.jsonl --device cuda
 
-    adainfer run engines/ --mode adaptive --level 0.02 --prompt "…"
+    adainfer run engines/ --mode adaptive --level 0.02 --max-new-tokens 1 --prompt "…"
 
     adainfer certify engines/ --texts traffic.jsonl --max-new-tokens 64
 
+    adainfer run engines/ --mode adaptive --level 0.1 --max-new-tokens 64 --prompt "…"
+
     adainfer run engines/ --mode context --kv-policy translated --level 0.1 --prompt "…"
 """
+
+
+class CertifiedMode(str, Enum):
+    """Values of --mode."""
+
+    adaptive = "adaptive"
+    context = "context"
 
 
 class Against(str, Enum):
@@ -57,9 +66,14 @@ def certify(
     texts: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The same, to certify texts after a context exit on (kv-policy translated): the "
-            "share of their tokens that differ from the full model's text; repeatable."
+            help="The same, to certify texts of modes adaptive (kv-policy deferred) and context "
+            "(translated) on: the share of their tokens that differ from the full model's text; "
+            "repeatable."
         ),
+    ] = None,
+    mode: Annotated[
+        CertifiedMode | None,
+        typer.Option(help="Of --texts: certify this mode's alone. Default: those the engine has."),
     ] = None,
     max_new_tokens: Annotated[
         int,
@@ -78,22 +92,26 @@ def certify(
 ) -> None:
     """Certify the exits of an engine folder on prompts like those that will be asked.
 
-    Texts take one generation per prompt, and one more per exit point.
+    Texts take one generation per prompt; in mode context one more per exit point, in mode adaptive
+    one more for each threshold that makes a difference.
     """
     from .calibrate.recertify import recertify
-    from .calibrate.recertify_texts import recertify_texts
+    from .calibrate.recertify_texts import TEXT_MODES, recertify_texts
 
     if not prompts and not texts:
         raise CalibrationError("nothing to certify on: give --prompts FILE, --texts FILE, or both")
     if against is Against.gold and not prompts:
         raise CalibrationError("--against gold speaks of answers: it goes with --prompts")
+    if mode is not None and not texts:
+        raise CalibrationError("--mode speaks of texts: it goes with --texts")
+    modes = TEXT_MODES if mode is None else (mode.value,)
     answers: Renewal | None = None
     written: TextRenewal | None = None
     with terminal_reporter(quiet=quiet or json_output) as reporter:
         if prompts:
             answers = recertify(folder, prompts, reporter, against.value, device=device)
         if texts:
-            written = recertify_texts(folder, texts, max_new_tokens, reporter, device=device)
+            written = recertify_texts(folder, texts, max_new_tokens, reporter, modes, device=device)
     if json_output:
         print(json.dumps(_answers_json(answers) | _texts_json(written)))
         return
@@ -117,9 +135,12 @@ def _answers_json(renewal: Renewal | None) -> dict[str, Any]:
 def _texts_json(renewal: TextRenewal | None) -> dict[str, Any]:
     if renewal is None:
         return {}
-    certificate = renewal.certificate.model_dump(mode="json")
+    certificates = {
+        mode: certificate.model_dump(mode="json")
+        for mode, certificate in renewal.certificates.items()
+    }
     left_out = {"fitted_on": renewal.fitted_on, "not_taken": renewal.not_taken}
-    return {"texts": {"certificate": certificate, **left_out}}
+    return {"texts": {"certificates": certificates, **left_out}}
 
 
 def _warn_of_answers(renewal: Renewal | None) -> None:
@@ -133,7 +154,7 @@ def _warn_of_answers(renewal: Renewal | None) -> None:
 def _warn_of_texts(renewal: TextRenewal | None) -> None:
     if renewal is not None:
         _warn(
-            (renewal.fitted_on, "the context exit was fitted on them"),
+            (renewal.fitted_on, "the exits were fitted on them"),
             (renewal.not_taken, "of one token, or too long for the engine with the new tokens"),
         )
 
