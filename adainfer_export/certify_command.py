@@ -31,12 +31,21 @@ Examples:
 
     adainfer certify engines/ --prompts traffic.jsonl --device cuda
 
-    adainfer run engines/ --mode adaptive --level 0.02 --prompt "…"
+    adainfer run engines/ --mode adaptive --level 0.02 --max-new-tokens 1 --prompt "…"
 
     adainfer certify engines/ --texts traffic.jsonl --max-new-tokens 64
 
+    adainfer run engines/ --mode adaptive --level 0.1 --max-new-tokens 64 --prompt "…"
+
     adainfer run engines/ --mode context --kv-policy translated --level 0.1 --prompt "…"
 """
+
+
+class CertifiedMode(str, Enum):
+    """Values of --mode."""
+
+    adaptive = "adaptive"
+    context = "context"
 
 
 class Against(str, Enum):
@@ -58,9 +67,14 @@ def certify(
     texts: Annotated[
         list[Path] | None,
         typer.Option(
-            help="The same, to certify texts after a context exit on (kv-policy translated): the "
-            "share of their tokens that differ from the full model's text; repeatable."
+            help="The same, to certify texts of modes adaptive (kv-policy deferred) and context "
+            "(translated) on: the share of their tokens that differ from the full model's text; "
+            "repeatable."
         ),
+    ] = None,
+    mode: Annotated[
+        CertifiedMode | None,
+        typer.Option(help="Of --texts: certify this mode's alone. Default: those the engine has."),
     ] = None,
     max_new_tokens: Annotated[
         int,
@@ -79,22 +93,26 @@ def certify(
 ) -> None:
     """Certify the exits of an engine folder on prompts like those that will be asked.
 
-    Texts take one generation per prompt, and one more per exit point.
+    Texts take one generation per prompt; in mode context one more per exit point, in mode adaptive
+    one more for each threshold that makes a difference.
     """
     from .calibrate.recertify import recertify
-    from .calibrate.recertify_texts import recertify_texts
+    from .calibrate.recertify_texts import TEXT_MODES, recertify_texts
 
     if not prompts and not texts:
         raise CalibrationError("nothing to certify on: give --prompts FILE, --texts FILE, or both")
     if against is Against.gold and not prompts:
         raise CalibrationError("--against gold speaks of answers: it goes with --prompts")
+    if mode is not None and not texts:
+        raise CalibrationError("--mode speaks of texts: it goes with --texts")
+    modes = TEXT_MODES if mode is None else (mode.value,)
     answers: Renewal | None = None
     written: TextRenewal | None = None
     with terminal_reporter(quiet=quiet or json_output) as reporter:
         if prompts:
             answers = recertify(folder, prompts, reporter, against.value, device=device)
         if texts:
-            written = recertify_texts(folder, texts, max_new_tokens, reporter, device=device)
+            written = recertify_texts(folder, texts, max_new_tokens, reporter, modes, device=device)
     if json_output:
         print(json.dumps(_answers_json(answers) | _texts_json(written)))
         return
@@ -118,25 +136,28 @@ def _answers_json(renewal: Renewal | None) -> dict[str, Any]:
 def _texts_json(renewal: TextRenewal | None) -> dict[str, Any]:
     if renewal is None:
         return {}
-    certificate = renewal.certificate.model_dump(mode="json")
-    return {"texts": {"certificate": certificate, **renewal.prompts.left_out}}
+    certificates = {
+        mode: certificate.model_dump(mode="json")
+        for mode, certificate in renewal.certificates.items()
+    }
+    return {"texts": {"certificates": certificates, **renewal.prompts.left_out}}
 
 
 def _warn_of_answers(renewal: Renewal | None) -> None:
     if renewal is not None:
-        _warn(renewal.prompts, "the exits were", "the engine does not take such long ones")
+        _warn(renewal.prompts, "the engine does not take such long ones")
 
 
 def _warn_of_texts(renewal: TextRenewal | None) -> None:
     if renewal is not None:
         not_taken = "of one token, or too long for the engine with the new tokens"
-        _warn(renewal.prompts, "the context exit was", not_taken)
+        _warn(renewal.prompts, not_taken)
 
 
-def _warn(prompts: FreshPrompts, fitted: str, not_taken: str) -> None:
+def _warn(prompts: FreshPrompts, not_taken: str) -> None:
     console = Console(stderr=True)
     for count, why in (
-        (prompts.fitted_on, f"{fitted} fitted on them, or on what they ask"),
+        (prompts.fitted_on, "the exits were fitted on them, or on what they ask"),
         (prompts.not_taken, not_taken),
         (prompts.asked_twice, "another one asks the same, and one is certified with"),
     ):

@@ -234,7 +234,11 @@ def test_certify(folder, tmp_path):
     shown = command("adainfer", "certify", copy, "--prompts", prompts)
     assert "left out: the exits were fitted on them" in shown.stderr
     assert "not certified" in shown.stdout
-    failed = command(
-        "adainfer", "run", copy, "--prompt", "x", "--mode", "adaptive", "--level", "0.005", code=2
-    )
+    run = ("adainfer", "run", copy, "--prompt", "x", "--mode", "adaptive", "--level", "0.005")
+    failed = command(*run, "--max-new-tokens", "1", code=2)
     assert "level 0.005 is not certified" in failed.stderr
+    assert command(*run, code=2).stderr == (
+        "error: level 0.005 in mode adaptive with kv_policy deferred is certified for answers, not "
+        "for texts: run `adainfer certify DIR --texts FILE --max-new-tokens 64`, or ask for one "
+        "new token\n"
+    )

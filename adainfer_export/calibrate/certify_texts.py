@@ -1,5 +1,6 @@
 """Certificates over texts: "a text's share of differing tokens is at most ε in expectation, with
-confidence 1 − δ", for one frozen context exit whose texts go on over translated K and V.
+confidence 1 − δ", for one frozen exit graph: a context exit whose texts go on over translated K and
+V, or answer exits that every token of a text may take.
 
 Learn-then-Test (arXiv 2110.01052) with fixed-sequence testing, as `certify` does it for answers;
 the text is the unit, its loss the share of `text_loss`, bounded but not 0 or 1, and so the p-values
@@ -8,13 +9,15 @@ of the first few tokens may be the larger one: so a threshold is accepted only w
 rejects at every length. (An intersection-union test: no correction is due. The largest of the
 p-values is that of the largest mean.)
 
-As with answers, a level is given only where texts that exit differ significantly less than all
-texts would that exit at the same points without being chosen, unless those alone keep the level.
+As with answers, a level is given only where something exits, and of context exits only where texts
+that exit differ significantly less than all texts would that exit at the same points without being
+chosen, unless those alone keep the level.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -28,19 +31,17 @@ from adainfer_runtime.text_certificate_spec import (
 
 from .certify import CONFIDENCE, prompts_needed
 from .hoeffding_bentkus import p_value, upper_bound
-from .select import evaluate
-from .text_scored import TextScored
+from .text_outcome import TextOutcome, Texts, largest_sum
 
 __all__ = ["TEXT_LEVELS", "certify_texts", "make_text_certificate"]
 
 Float64 = npt.NDArray[np.float64]
 
 TEXT_LEVELS = (0.01, 0.02, 0.05, 0.10, 0.20)
-_CERTAIN = 1.0 - 1e-9
 
 
 def certify_texts(
-    texts: TextScored,
+    texts: Texts,
     grid: Float64,
     levels: Sequence[float] = TEXT_LEVELS,
     confidence: float = CONFIDENCE,
@@ -50,14 +51,25 @@ def certify_texts(
     Args:
         grid: thresholds from the safest down, fixed by prompts that certify nothing.
     """
-    sums = [_largest(texts.differing_at(float(threshold))) for threshold in grid]
-    return tuple(_certify_level(texts, grid, sums, level, confidence) for level in levels)
+    tested: list[TextOutcome] = []
+    for threshold in grid:
+        tested.append(texts.at(float(threshold)))
+        if p_value(tested[-1].largest, len(texts.tasks), max(levels)) > 1.0 - confidence:
+            break  # no level accepts it, nor what is less safe
+    return tuple(_certify_level(texts, tested, level, confidence) for level in levels)
 
 
 def make_text_certificate(
-    manifest: Manifest, texts: TextScored, grid: Float64, data: Sequence[str], *, device_class: str
+    manifest: Manifest,
+    texts: Texts,
+    grid: Float64,
+    data: Sequence[str],
+    *,
+    kv_policy: Literal["translated", "deferred"],
+    max_new_tokens: int,
+    device_class: str,
 ) -> TextCertificate:
-    """The certificate of one frozen context exit on texts that were used for nothing else.
+    """The certificate of one frozen exit graph on texts that were used for nothing else.
 
     Args:
         device_class: of the engine that was observed.
@@ -67,21 +79,22 @@ def make_text_certificate(
         precision=manifest.precision,
         device_class=device_class,
         data=tuple(data),
-        max_new_tokens=texts.differing.shape[2],
+        kv_policy=kv_policy,
+        max_new_tokens=max_new_tokens,
         levels=certify_texts(texts, grid),
     )
 
 
 def _certify_level(
-    texts: TextScored, grid: Float64, sums: Sequence[float], level: float, confidence: float
+    texts: Texts, tested: Sequence[TextOutcome], level: float, confidence: float
 ) -> TextCertificateLevel:
-    count = len(texts.differing)
-    passed: tuple[float, float] | None = None
-    for threshold, total in zip(grid, sums, strict=True):
-        if p_value(total, count, level) > 1.0 - confidence:
+    count = len(texts.tasks)
+    passed: TextOutcome | None = None
+    for outcome in tested:
+        if p_value(outcome.largest, count, level) > 1.0 - confidence:
             break
-        passed = float(threshold), total
-    if passed is None or not _means_something(texts, passed[0], level, confidence):
+        passed = outcome
+    if passed is None or not texts.means_something(passed, level, confidence):
         # Without any difference the p-value is that of a binomial test.
         needed = prompts_needed(level, confidence)
         return TextCertificateLevel(
@@ -90,54 +103,32 @@ def _certify_level(
             texts=count,
             texts_needed=needed if count < needed else None,
         )
-    threshold, total = passed
-    leaving, _ = texts.scored.leave(threshold)
     return TextCertificateLevel(
         level=level,
         confidence=confidence,
         texts=count,
-        threshold=threshold,
-        exits=int(leaving.sum()),
-        differing=round(float(texts.differing_at(threshold)[:, -1].mean()), 4),
-        largest_differing=round(total / count, 4),
-        teacher_forced=round(float(texts.teacher_forced_at(threshold).mean()), 4),
-        layers_saved=round(evaluate(texts.scored, threshold).layers_saved, 4),
-        groups=_groups(texts, threshold, confidence),
+        threshold=passed.threshold,
+        exits=int(passed.exits.sum()),
+        differing=round(float(passed.differing[:, -1].mean()), 4),
+        largest_differing=round(passed.largest / count, 4),
+        teacher_forced=round(float(passed.teacher_forced.mean()), 4),
+        layers_saved=round(passed.layers_saved, 4),
+        groups=_groups(passed.differing, texts.tasks, confidence),
     )
 
 
-def _means_something(texts: TextScored, threshold: float, level: float, confidence: float) -> bool:
-    """By whole texts."""
-    leaving, first = texts.scored.leave(threshold)
-    if not leaving.any():
-        return False
-    whole = texts.differing[:, :, -1]
-    blind = float(whole.mean(axis=0)[first[leaving]].mean())
-    if blind <= level:
-        return True
-    total = float(whole[leaving, first[leaving]].sum())
-    tested = p_value(total, int(leaving.sum()), min(blind, _CERTAIN))
-    return bool(tested <= 1.0 - confidence)
-
-
 def _groups(
-    texts: TextScored, threshold: float, confidence: float
+    differing: Float64, names: Sequence[str], confidence: float
 ) -> dict[str, TextCertificateGroup]:
     """Per task at the pooled threshold, each with its own upper bound, for every length."""
-    differing = texts.differing_at(threshold)
-    tasks = np.array(texts.scored.tasks)
+    tasks = np.array(names)
     groups = {}
-    for task in sorted(set(texts.scored.tasks)):
+    for task in sorted(set(names)):
         here = differing[tasks == task]
-        bound = upper_bound(_largest(here), len(here), confidence)
+        bound = upper_bound(largest_sum(here), len(here), confidence)
         groups[task] = TextCertificateGroup(
             texts=len(here),
             differing=round(float(here[:, -1].mean()), 4),
             upper_bound=round(bound, 4),
         )
     return groups
-
-
-def _largest(differing: Float64) -> float:
-    """Of `[texts, lengths]`, the largest sum over texts among the lengths."""
-    return float(differing.sum(axis=0).max())

@@ -9,25 +9,28 @@ threshold would have written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine, FixedExit
-from adainfer_runtime.decode_options import DecodeOptions
-from adainfer_runtime.exit_policy import ExitPolicy, NoExit
-from adainfer_runtime.generation_options import GenerationOptions
+from adainfer_runtime.exit_policy import NoExit
 from adainfer_runtime.tasks import TaskExample
-from adainfer_runtime.text_request import finish, prepare
 
 from ..progress import Reporter
+from .hoeffding_bentkus import p_value
 from .scored import CONTEXT, Scored, observe
-from .text_loss import WrittenText, differing_shares, first_difference, teacher_forced_share
+from .select import evaluate
+from .text_loss import differing_shares
+from .text_outcome import TextOutcome
+from .text_writer import TextWriter
 
 __all__ = ["TextScored", "observe_texts", "takes_text"]
 
 Float64 = npt.NDArray[np.float64]
+
+_CERTAIN = 1.0 - 1e-9
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,35 @@ class TextScored:
     scored: Scored
     differing: Float64
     teacher_forced: Float64
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Name of each text's task."""
+        return self.scored.tasks
+
+    def at(self, threshold: float) -> TextOutcome:
+        """The texts at a threshold."""
+        leaving, _ = self.scored.leave(threshold)
+        return TextOutcome(
+            threshold,
+            self.differing_at(threshold),
+            self.teacher_forced_at(threshold),
+            leaving,
+            evaluate(self.scored, threshold).layers_saved,
+        )
+
+    def means_something(self, outcome: TextOutcome, level: float, confidence: float) -> bool:
+        """Whether texts that exit differ less than if all did, by whole texts."""
+        leaving, first = self.scored.leave(outcome.threshold)
+        if not leaving.any():
+            return False
+        whole = self.differing[:, :, -1]
+        blind = float(whole.mean(axis=0)[first[leaving]].mean())
+        if blind <= level:
+            return True
+        total = float(whole[leaving, first[leaving]].sum())
+        tested = p_value(total, int(leaving.sum()), min(blind, _CERTAIN))
+        return bool(tested <= 1.0 - confidence)
 
     def differing_at(self, threshold: float) -> Float64:
         """`[texts, lengths]`; 0 of texts whose prompt does not exit: they are the full model's."""
@@ -72,51 +104,20 @@ def observe_texts(
     scored = observe(engine, examples, {}, reporter)[CONTEXT]
     policies = [FixedExit(layer, kind="context") for layer in scored.layers]
     reporter.begin("writing texts", len(scored.numbers) * (1 + len(policies)))
-    writer = _Writer(engine, max_new_tokens)
+    writer = TextWriter(engine, max_new_tokens, "context", "translated")
     differing = np.zeros((len(scored.numbers), len(policies), max_new_tokens))
     teacher_forced = np.zeros(differing.shape[:2])
     for row, number in enumerate(scored.numbers):
         task = examples[number].task
         prompt = engine.tokenizer.encode(examples[number].prompt)
-        full = writer.write(prompt, NoExit())
+        full, _ = writer.write(prompt, NoExit())
         reporter.step(task)
         for column, policy in enumerate(policies):
-            early = writer.write(prompt, policy)
+            early, _ = writer.write(prompt, policy)
             differing[row, column] = differing_shares(early, full, max_new_tokens)
             teacher_forced[row, column] = writer.teacher_forced(prompt, early, full)
             reporter.step(task)
     return TextScored(scored, differing, teacher_forced)
-
-
-@dataclass(frozen=True)
-class _Writer:
-    """Texts as requests with KV policy `translated` get them."""
-
-    engine: Engine
-    max_new_tokens: int
-
-    def write(self, prompt: Sequence[int], policy: ExitPolicy) -> WrittenText:
-        options = GenerationOptions(
-            max_new_tokens=self.max_new_tokens,
-            mode="context",
-            decoding=DecodeOptions(kv_policy="translated"),
-        )
-        request = replace(prepare(self.engine, prompt, options), policy=policy)
-        return WrittenText.of(finish(request.run_on_borrowed()))
-
-    def teacher_forced(self, prompt: Sequence[int], early: WrittenText, full: WrittenText) -> float:
-        """The share by the full model's choices, in one pass behind the first difference."""
-        first = first_difference(early, full)
-        if first is None:
-            return 0.0
-        places = len(early.places)
-        choices: list[int] = []
-        if first + 1 < places:
-            with self.engine.borrow() as session:
-                session.extend([*prompt, *early.tokens[: places - 1]])
-                choices = session.verify_tokens(len(prompt) + first).tolist()
-        eos = self.engine.manifest.model.eos_token_ids
-        return teacher_forced_share(early, first, choices, eos)
 
 
 def _taken(scored: Scored, values: Float64, threshold: float) -> Float64:

@@ -17,7 +17,15 @@ from .mode_options import check_mode_options
 from .mode_policies import Mode
 from .session import Session, log_softmax
 
-__all__ = ["ChoiceOptions", "Chosen", "choose", "first_tokens", "join_label", "listed_labels"]
+__all__ = [
+    "ChoiceOptions",
+    "Chosen",
+    "choose",
+    "first_tokens",
+    "join_label",
+    "listed_labels",
+    "longest_label",
+]
 
 
 @dataclass(frozen=True)
@@ -130,6 +138,14 @@ def choose(
 def first_tokens(labels: Sequence[Sequence[int]]) -> npt.NDArray[np.int64]:
     """The different first tokens of some labels, ascending."""
     return np.unique([label[0] for label in labels]).astype(np.int64)
+
+
+def longest_label(labels: Sequence[Sequence[int]]) -> int:
+    """How many tokens decide between labels at most; 1 where an exit has no say in it, for they
+    begin alike.
+    """
+    alike = len({tuple(label[:1]) for label in labels}) < 2
+    return 1 if alike else max(map(len, labels))
 
 
 def _score_rest(session: Session, label: Sequence[int]) -> float:

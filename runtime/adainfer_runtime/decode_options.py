@@ -40,7 +40,7 @@ class DecodeOptions:
         draft_layer: exit point that drafts in mode `verified`; default: by expected cost.
         draft_schedule: how many drafts; default: by their acceptance so far and their cost.
         exit_looks: at which exit points a token of mode `adaptive` after the first looks: `paying`
-            where that is expected to save time, `always` at each.
+            where that is expected to save time, `always` at each (so it is at a certified level).
         costs: that drafts and looks are judged by; default: the plan's measured times where they
             are of this machine, else multiply-adds.
         acceptance: share of drafts expected to be right before any was judged.

@@ -5,18 +5,17 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, Unpack
 from weakref import WeakSet
 
-from .approximate_text import ApproximateText
 from .backends import Backend, load_backend
 from .batch import BatchScheduler, ContinuousBatching
 from .batch_request import BatchListener, prepare_texts
 from .certificate import device_class, device_option
-from .choose import ChoiceOptions, Chosen, choose, join_label, listed_labels
+from .choose import ChoiceOptions, Chosen, choose, join_label, listed_labels, longest_label
 from .conversation import Conversation
 from .decode_costs import DecodeCosts, decode_costs
 from .decode_plan import DecodeForecast, best_drafting, forecast_decode
@@ -24,8 +23,11 @@ from .engine_folder import load_manifest, verify_files
 from .errors import DeadlineError, ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
 from .generation_options import CancelToken, GenerationKeywords, GenerationOptions
+from .kv_fill import KvPolicy
 from .lifetime import Lifetime, closed
+from .long_text import LongText
 from .manifest import Manifest
+from .mode_options import check_mode_options
 from .mode_policies import Mode, PolicyFactory, Strictness, known_modes
 from .planning import (
     Machine,
@@ -259,7 +261,7 @@ class Engine:
         threshold: float | None = None,
         level: float | None = None,
         shape: RequestShape | None = None,
-        text: ApproximateText | None = None,
+        text: LongText | None = None,
     ) -> ExitPolicy:
         """The exit policy of a mode.
 
@@ -268,14 +270,15 @@ class Engine:
             threshold: of the classifier's score, instead of the manifest's.
             level: a certified share of disagreement, such as 0.02, whose threshold is taken.
             shape: of the request, which mode `auto` decides by.
-            text: what is wanted, where it goes on over approximate K and V: the level is then of
-                texts, not of answers.
+            text: what is wanted, where it is more than one token; default: one.
 
         Raises:
             ExitUnavailableError: the folder has no such exits, the level is not certified, or
                 there is no plan for mode `auto`.
-            RequestError: no such mode, or both a threshold and a level.
+            RequestError: no such mode, both a threshold and a level, or an option that the mode
+                does not take.
         """
+        _check_taken(mode, threshold=threshold, classifier=classifier)
         strictness = Strictness(threshold, level, self._device_class, text)
         if mode == "auto":
             return self._planned(shape, strictness).policy
@@ -287,7 +290,7 @@ class Engine:
         *,
         threshold: float | None = None,
         level: float | None = None,
-        text: ApproximateText | None = None,
+        text: LongText | None = None,
     ) -> ModeForecast:
         """What mode `auto` takes for a request; arguments as for `policy`.
 
@@ -300,18 +303,25 @@ class Engine:
         self,
         mode: Mode,
         *,
+        classifier: str | None = None,
         threshold: float | None = None,
         level: float | None = None,
         shape: RequestShape | None = None,
+        longest_label: int = 1,
     ) -> ExitPolicy:
         """`policy` for choices among labels: the exit graph that was calibrated for them.
 
-        A folder whose calibration data had no labels has none; `policy` is taken then.
+        A folder whose calibration data had no labels has none; `policy` is taken then, and no level
+        is certified.
+
+        Args:
+            longest_label: its tokens; levels are certified for labels of one.
         """
-        strictness = Strictness(threshold, level, self._device_class)
+        _check_taken(mode, threshold=threshold, classifier=classifier)
+        strictness = Strictness(threshold, level, self._device_class, longest_label=longest_label)
         if mode == "auto":
             return self._planned(shape, strictness).policy
-        return self._policies.of_choice(mode, strictness)
+        return self._policies.of_choice(mode, strictness, classifier)
 
     def forecasts(
         self, shape: RequestShape, *, level: float | None = None
@@ -321,7 +331,10 @@ class Engine:
         Raises:
             ExitUnavailableError: the folder has no plan, or one of another class of device.
         """
-        return self._forecasts(shape, Strictness(level=level, device_class=self._device_class))
+        kv_policy: KvPolicy = "deferred" if shape.deferred else "translated"
+        text = LongText(shape.new_tokens, kv_policy) if shape.new_tokens > 1 else None
+        label = 1 if shape.candidates else None
+        return self._forecasts(shape, Strictness(None, level, self._device_class, text, label))
 
     def _planned(self, shape: RequestShape | None, strictness: Strictness) -> ModeForecast:
         if shape is None:
@@ -376,15 +389,16 @@ class Engine:
     def decode_forecasts(self, *, level: float | None = None) -> tuple[DecodeForecast, ...]:
         """What exits and drafts are expected to gain in decode, by mode, exit point and probe.
 
-        A level that is not certified leaves mode `adaptive` out, as mode `auto` does.
+        A level leaves mode `adaptive` out, as mode `auto` does: it is certified for texts that look
+        at every exit point, whatever that costs.
         """
-        strictness = Strictness(level=level, device_class=self._device_class)
         spec, looks = self._manifest.exit, None
-        if spec is not None and spec.exit_shares:
-            with suppress(ExitUnavailableError):
-                policy = self._policies.of_mode("adaptive", strictness)
-                layers = tuple(check.layer for check in policy.checks)
-                looks = (layers, exit_shares(spec, strictness)) if layers else None
+        if spec is not None and spec.exit_shares and level is None:
+            strictness = Strictness(device_class=self._device_class)
+            policy = self._policies.of_mode("adaptive", strictness)
+            layers = tuple(check.layer for check in policy.checks)
+            shares = exit_shares(spec, strictness, "adaptive")
+            looks = (layers, shares) if layers else None
         return forecast_decode(self._manifest, self.decode_costs, looks)
 
     def generate(
@@ -493,12 +507,15 @@ class Engine:
 
         Args:
             threshold, level: see `policy`; a threshold is for modes `adaptive`, `context`, `auto`.
+                Levels are certified in mode `adaptive`, of an engine that was calibrated on prompts
+                with labels, for labels of one token. (`auto` runs every layer for others.)
             timeout: seconds after which `DeadlineError` is raised, within the prompt too.
             cancel: raises `RequestCancelledError` when it is cancelled: of a choice there is no
                 part that could be returned.
 
         Raises:
             RequestError: fewer than two labels, empty or equal ones; the engine stays usable.
+            ExitUnavailableError: the mode's exits are not there, or the level is not certified.
             DeadlineError: the timeout passed.
             RequestCancelledError: it was cancelled.
         """
@@ -506,7 +523,11 @@ class Engine:
         self.lifetime.check()
         names = listed_labels(labels)
         shape = RequestShape(len(self._tokens(prompt)), candidates=True)
-        policy = self.choice_policy(mode, threshold=threshold, level=level, shape=shape)
+        # Only levels depend on it.
+        longest = 1 if level is None else longest_label(self.label_tokens(prompt, names))
+        policy = self.choice_policy(
+            mode, threshold=threshold, level=level, shape=shape, longest_label=longest
+        )
         with self.lifetime.work():
             return self._choose(prompt, names, policy, check)
 
@@ -598,3 +619,8 @@ class Engine:
             with self._lock:
                 if len(self._idle) < _IDLE_SESSIONS:
                     self._idle.append(session)
+
+
+def _check_taken(mode: Mode, **options: object) -> None:
+    """Raises RequestError for an option that was given and that the mode does not take."""
+    check_mode_options(mode, (name for name, value in options.items() if value is not None))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from .approximate_text import ApproximateText
 from .decode_options import DEFAULT_OPTIONS, DecodeOptions
 from .errors import RequestError
+from .long_text import LongText
 from .mode_options import check_mode_options
 from .mode_policies import Mode
 from .sampling import MinimumLength
@@ -94,8 +94,8 @@ class GenerationOptions:
             a prompt of this length and so many new tokens; `verified` drafts tokens at an exit
             point and confirms them: `off`'s own text, or distribution.
         threshold, level: see `Engine.policy`. A threshold is for modes `adaptive`, `context` and
-            `auto`. A level is certified for greedy decoding alone; of texts over approximate K and
-            V (`approximate_text`) it is the share of differing tokens.
+            `auto`. A level is certified for greedy decoding alone; where a certificate of texts is
+            needed (see `threshold_at_level`), it is the share of differing tokens.
         ignore_eos: go on after an end-of-text token (for benchmarks).
         stop: strings that end the text, which is returned without them. They are looked for in
             the new text, not in the prompt. None: no such strings.
@@ -202,13 +202,17 @@ class GenerationOptions:
         return self.sampling.greedy and not self.sampling.changes_logits and not self.min_new_tokens
 
     @property
-    def approximate_text(self) -> ApproximateText | None:
-        """The text that is asked for, where its later tokens attend to what a KV policy made up."""
-        policy = self.decoding.kv_policy
-        if policy == "deferred" or self.max_new_tokens == 1:
+    def long_text(self) -> LongText | None:
+        """The text that is asked for, where it is more than one token."""
+        if self.max_new_tokens == 1:
             return None
         own_end = not (self.ignore_eos or self.stop_strings or self.stop_ids)
-        return ApproximateText(self.max_new_tokens, policy, own_end)
+        return LongText(self.max_new_tokens, self.decoding.kv_policy, own_end)
+
+    @property
+    def decoding_as_certified(self) -> DecodeOptions:
+        """At a level every token looks at each exit point, as those did that certified it."""
+        return self.decoding if self.level is None else replace(self.decoding, exit_looks="always")
 
     @property
     def cancelled(self) -> Callable[[], bool]:

@@ -16,6 +16,7 @@ _DRAFTING: tuple[Mode, ...] = ("verified", "auto")
 # full model, which modes that run every layer keep.
 _TAKEN_BY: Mapping[str, tuple[Mode, ...]] = {
     "threshold": ("adaptive", "context", "auto"),
+    "classifier": ("adaptive",),
     "kv_policy": ("adaptive", "context", "combined", "auto"),
     "confidence": ("adaptive", "auto"),
     "probe": ("adaptive", "combined", "verified", "auto"),

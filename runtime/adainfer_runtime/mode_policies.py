@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from .approximate_text import ApproximateText
 from .backends import Backend
-from .certificate import certified_text_threshold, certified_threshold, device_class
+from .certificate import ExitMode, LevelRequest, device_class, threshold_at_level
 from .errors import ExitUnavailableError, RequestError
 from .exit_policy import ClassifierExit, CombinedExit, ExitPolicy, NoExit, SomeChecks
+from .long_text import LongText
 from .manifest import CombinedExitSpec, ExitSpec, Manifest
 from .values import require_number
 
@@ -28,8 +28,8 @@ class Strictness:
         threshold: of the classifier's score, instead of the manifest's.
         level: a certified share of disagreement, such as 0.02, whose threshold is taken.
         device_class: of the engine; a certificate of another one does not count.
-        text: what is asked for, where it goes on over approximate K and V. A level is then one of
-            texts (the share of a text's tokens that differ), else of answers.
+        text: what is asked for, where it is more than one token.
+        longest_label: tokens of a choice's longest label, where a choice is asked for.
 
     Raises:
         RequestError: both are given, or one is no number.
@@ -38,7 +38,8 @@ class Strictness:
     threshold: float | None = None
     level: float | None = None
     device_class: str = field(default_factory=device_class)
-    text: ApproximateText | None = None
+    text: LongText | None = None
+    longest_label: int | None = None
 
     def __post_init__(self) -> None:
         if self.threshold is not None and self.level is not None:
@@ -50,7 +51,9 @@ class Strictness:
             if math.isnan(value):  # no score reaches it, and none is below it
                 raise RequestError(f"{name} must be a number, found {value}")
 
-    def of(self, spec: ExitSpec | CombinedExitSpec) -> tuple[float, float | None]:
+    def of(
+        self, spec: ExitSpec | CombinedExitSpec, mode: ExitMode, *, among_labels: bool = False
+    ) -> tuple[float, float | None]:
         """The threshold for an exit graph, and the share of disagreement that it promises.
 
         Levels of texts hold for every length, so that they promise as much of the first token.
@@ -58,14 +61,11 @@ class Strictness:
         Raises:
             ExitUnavailableError: the level is not certified for what is asked.
         """
-        if self.level is not None and self.text is not None:
-            texts = spec.text_certificate if isinstance(spec, ExitSpec) else None
-            threshold = certified_text_threshold(texts, self.level, self.text, self.device_class)
-            return threshold, self.level
         if self.level is not None:
-            against = spec.certificate.against if spec.certificate else "model"
-            promised = self.level if against == "model" else None
-            return certified_threshold(spec.certificate, self.level, self.device_class), promised
+            asked = LevelRequest(
+                self.level, mode, self.device_class, self.text, self.longest_label, among_labels
+            )
+            return threshold_at_level(spec, asked)
         if self.threshold is not None:
             return self.threshold, None
         assert spec.threshold is not None  # the manifest's check: points come with a threshold
@@ -106,37 +106,40 @@ class PolicyFactory:
         if mode in ("off", "verified"):  # drafts are no exits: the full model confirms them
             return NoExit()
         if mode == "adaptive":
-            return self._of_graph(self._answer_spec(classifier), strictness)
+            return self._of_graph(self._answer_spec(classifier), strictness, "adaptive")
         if mode == "context":
-            return self._of_graph(self._context_spec(), strictness, kind="context")
+            return self._of_graph(self._context_spec(), strictness, "context")
         if mode == "combined":
             return self._combined(strictness)
         raise RequestError(f"mode {mode!r} is unknown: {', '.join(MODES[:-1])} or {MODES[-1]}")
 
-    def of_choice(self, mode: str, strictness: Strictness) -> ExitPolicy:
+    def of_choice(
+        self, mode: str, strictness: Strictness, classifier: str | None = None
+    ) -> ExitPolicy:
         """The same for choices among labels: the exit graph that was calibrated for them.
 
-        A folder whose calibration data had no labels has none; that of the mode is taken then. It
-        promises nothing of choices: another label may be likelier where the likeliest token of all
-        is the same.
+        A folder whose calibration data had no labels has none; that of the mode is taken then, or
+        the one that is named. It promises nothing of choices: another label may be likelier where
+        the likeliest token of all is the same.
         """
         spec = self.manifest.choice_exit
-        if mode != "adaptive" or spec is None:
-            policy = self.of_mode(mode, strictness)
+        if mode != "adaptive" or spec is None or classifier is not None:
+            policy = self.of_mode(mode, strictness, classifier)
             return SomeChecks(policy, policy.checks) if policy.checks else policy
-        return self._of_graph(spec, strictness, over_candidates=True)
+        return self._of_graph(spec, strictness, "adaptive", over_candidates=True)
 
     def _of_graph(
         self,
         spec: ExitSpec,
         strictness: Strictness,
+        mode: Literal["adaptive", "context"],
         *,
-        kind: Literal["answer", "context"] = "answer",
         over_candidates: bool = False,
     ) -> ExitPolicy:
         if spec.classifier is None:
             return NoExit()  # calibrated, and the answer was "do not exit"
-        threshold, promised = strictness.of(spec)
+        kind: Literal["answer", "context"] = "context" if mode == "context" else "answer"
+        threshold, promised = strictness.of(spec, mode, among_labels=over_candidates)
         return self._classifier_exit(spec, threshold, promised, kind, over_candidates)
 
     def _classifier_exit(
@@ -169,7 +172,7 @@ class PolicyFactory:
             raise RequestError(
                 "combined exits have two thresholds: give a certified level instead of one"
             )
-        place, promised = strictness.of(spec)
+        place, promised = strictness.of(spec, "combined")
         answer, context = spec.thresholds_at(place)
         return CombinedExit(
             self._classifier_exit(self._answer_spec(spec.answer), answer, None, "answer"),

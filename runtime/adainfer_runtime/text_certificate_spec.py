@@ -28,12 +28,13 @@ class TextCertificateLevel(_Record):
     could at best, where there were fewer.
 
     Attributes:
-        exits: texts whose context stopped early; the others are the full model's.
+        exits: texts that anything stopped early in; the others are the full model's.
         differing: observed mean share, of texts of the certificate's length.
         largest_differing: the largest of those of all lengths up to it.
         teacher_forced: observed mean share of tokens that the full model, over the same prompt and
             the same tokens before, would not have chosen. Not certified.
-        layers_saved: mean share of the prompt's layers that were not executed.
+        layers_saved: mean share of layers that were not executed: in mode `context` of the
+            prompt's, in mode `adaptive` of all.
     """
 
     level: float
@@ -50,18 +51,20 @@ class TextCertificateLevel(_Record):
 
 
 class TextCertificate(_Record):
-    """What is certified of texts after a context exit, and for what.
+    """What is certified of the texts of one exit graph, and for what.
 
     A text is what the model writes greedily after a prompt, until it ends the text itself or
     `max_new_tokens` are reached. Its loss is the share of places at which it differs from the text
     that the full model writes by itself; the end of a text is a token too, and what only one of the
-    two has differs. Levels hold for every length from 1 to `max_new_tokens`.
+    two has differs. Levels hold for every length from 1 to `max_new_tokens`. Context exits are
+    certified with kv_policy `translated` (with `deferred`, a certificate of answers covers texts),
+    answer exits with `deferred`, and a look at every exit point at every token.
     """
 
     target: str
     precision: str
     device_class: str
     data: tuple[str, ...]
-    kv_policy: Literal["translated"] = "translated"
+    kv_policy: Literal["translated", "deferred"] = "translated"
     max_new_tokens: int = Field(ge=2)
     levels: tuple[TextCertificateLevel, ...]

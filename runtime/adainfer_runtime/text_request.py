@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
-from .approximate_text import ApproximateText
 from .decode_options import drafts_of, make_decoder
 from .errors import RequestError
 from .exit_policy import ExitPolicy
 from .generate import Generated, GenerateRequest, check_request, stream
 from .generation_options import GenerationOptions
+from .long_text import LongText
 from .mode_policies import Mode
 from .planning import RequestShape
 from .profile import measuring
@@ -79,7 +79,7 @@ class TextRequest:
         self, session: Session
     ) -> Generator[StreamEvent, None, tuple[Generated, RequestStatistics]]:
         model, options, tokens = self.engine.manifest.model, self.options, self.tokens
-        reused = session.reuse(tokens)
+        reused = self._reuse(session)
         sampler = make_sampler(options.sampling, len(tokens), options.minimum(model.eos_token_ids))
         stage_seconds: dict[str, float] = {}
         manifest = self.engine.manifest
@@ -89,7 +89,7 @@ class TextRequest:
             self.policy,
             sampler,
             len(tokens) + options.max_new_tokens - 1,
-            options.decoding,
+            options.decoding_as_certified,
             self.engine.decode_costs(options.decoding.probe).of_texts(session.texts),
             verified=self.mode == "verified",
             with_logits=options.logprobs is not None,
@@ -108,6 +108,13 @@ class TextRequest:
             self.engine.compare(self.policy, tokens, done.first_token)
         statistics = _statistics(done, len(tokens), reused, self.arrived, stage_seconds)
         return done, replace(statistics, drafts=drafts_of(decoder))
+
+    def _reuse(self, session: Session) -> int:
+        """At a level a context exit keeps nothing: it was certified on whole prompts."""
+        contexts = any(check.kind == "context" for check in self.policy.checks)
+        if self.options.level is not None and contexts:
+            session.truncate(0)
+        return session.reuse(self.tokens)
 
     def _result(self, done: Generated, statistics: RequestStatistics) -> GenerationResult:
         count = done.prompt + done.decode
@@ -130,7 +137,7 @@ class TextRequest:
 class _Strictness(TypedDict):
     threshold: float | None
     level: float | None
-    text: ApproximateText | None
+    text: LongText | None
 
 
 def prepare(
@@ -183,7 +190,7 @@ def _planned(
     settings: _Strictness = {
         "threshold": options.threshold,
         "level": options.level,
-        "text": options.approximate_text,
+        "text": options.long_text,
     }
     if options.mode == "auto":
         # Only a plan knows the mode; otherwise `policy` is asked, which subclasses may override.

@@ -160,7 +160,7 @@ def test_a_level_chooses_its_threshold(folder):
     engine = rewrite()
     assert engine.policy("adaptive", level=0.05).threshold == 0.25
     with pytest.raises(ExitUnavailableError, match=r"level 0\.01 is not certified.*: 0\.05$"):
-        engine.generate("hello", mode="adaptive", level=0.01)
+        engine.generate("hello", mode="adaptive", level=0.01, max_new_tokens=1)
     with pytest.raises(RequestError, match="not both"):
         engine.choose("hello", ["a", "b"], mode="adaptive", level=0.05, threshold=1.0)
     engine = rewrite(device_class="gpu-sm90")

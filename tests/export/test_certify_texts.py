@@ -11,12 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adainfer_export.calibrate.adaptive_texts import AdaptiveTexts
 from adainfer_export.calibrate.certify_texts import TEXT_LEVELS, certify_texts
 from adainfer_export.calibrate.recertify import recertify
 from adainfer_export.calibrate.recertify_texts import recertify_texts
-from adainfer_export.calibrate.scored import Scored
+from adainfer_export.calibrate.scored import Scored, observe
 from adainfer_export.calibrate.text_loss import WrittenText, differing_shares
 from adainfer_export.calibrate.text_scored import TextScored, observe_texts
+from adainfer_export.calibrate.text_writer import TextWriter
 from adainfer_export.errors import CalibrationError
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import DecodeOptions, Engine
@@ -199,7 +201,7 @@ def test_a_certificate_is_made_and_used(folder, tmp_path):
     traffic = write_prompts(tmp_path / "traffic.jsonl", 100, 140)
     renewal = recertify_texts(copy, [traffic], TOKENS, SilentReporter())
     after = load_manifest(copy).context_exit
-    assert after.text_certificate == renewal.certificate
+    assert renewal.certificates == {"context": after.text_certificate}
     assert after.model_copy(update={"text_certificate": None}) == before
     certificate = after.text_certificate
     assert (certificate.max_new_tokens, certificate.kv_policy) == (TOKENS, "translated")
@@ -224,7 +226,7 @@ def test_prompts_that_do_not_serve(folder, tmp_path):
     traffic.write_text(traffic.read_text() + "\n" + "\n".join([*lines, lines[2]]))
     renewal = recertify_texts(copy, [traffic], TOKENS, SilentReporter())
     assert renewal.prompts.not_taken == 2  # one token; one too many with eleven more to come
-    assert renewal.certificate.levels[0].texts == 16
+    assert renewal.certificates["context"].levels[0].texts == 16
     traffic.write_text(json.dumps({"prompt": "x"}))
     with pytest.raises(
         CalibrationError, match=r"^no prompt is left that the exits were not fitted"
@@ -236,7 +238,8 @@ def test_what_has_no_texts_to_certify(tiny, folder, tmp_path):
     traffic = write_prompts(tmp_path / "traffic.jsonl", 0, 5)
     bare = tiny("llama").folder
     with pytest.raises(
-        CalibrationError, match=r"has no context exit, whose texts.*--context-exit`$"
+        CalibrationError,
+        match=r"has no exits of mode adaptive or context.*--context-exit$",
     ):
         recertify_texts(bare, [traffic], TOKENS, SilentReporter())
     with pytest.raises(CalibrationError, match="2 tokens or more, found --max-new-tokens 1: answe"):
@@ -247,8 +250,109 @@ def test_what_has_no_texts_to_certify(tiny, folder, tmp_path):
     # Calibrated, and the answer was "do not exit": there is nothing to translate by.
     spec = manifest.context_exit.model_copy(update={"points": (), "classifier": None})
     write_manifest(never, manifest.model_copy(update={"context_exit": spec}))
-    with pytest.raises(CalibrationError, match="has no context exit, whose texts"):
-        recertify_texts(never, [traffic], TOKENS, SilentReporter())
+    with pytest.raises(CalibrationError, match="has no exits of mode context, whose texts"):
+        recertify_texts(never, [traffic], TOKENS, SilentReporter(), ["context"])
+
+
+@pytest.fixture(scope="module")
+def adaptive(folder, tmp_path_factory):
+    """With answer exits at the same layers, accepted by top prob."""
+    out = tmp_path_factory.mktemp("adaptive") / "engines"
+    shutil.copytree(folder, out)
+    manifest = load_manifest(out)
+    spec = manifest.context_exit
+    points = tuple(point.model_copy(update={"translate": None}) for point in spec.points)
+    answers = spec.model_copy(update={"points": points, "answer_rows": 1})
+    write_manifest(out, manifest.model_copy(update={"exit": answers}))
+    scores = observe(Engine.load(out), examples(40, 60), {}, SilentReporter())["threshold"].scores
+    grid = tuple(np.quantile(np.unique(scores), np.linspace(1.0, 0.0, 20)).tolist())
+    answers = answers.model_copy(update={"thresholds": grid})
+    write_manifest(out, manifest.model_copy(update={"exit": answers}))
+    return out
+
+
+def test_adaptive_texts_are_those_that_requests_write(adaptive):
+    """Threshold after threshold, though few of them are written anew."""
+    engine = Engine.load(adaptive)
+    prompts = examples(60, 70)
+    grid = engine.manifest.exit.thresholds
+    reporter = CountingReporter()
+    policy = engine.policy("adaptive")
+    texts = AdaptiveTexts(engine, policy, prompts, TOKENS, 1 + len(grid), reporter)
+    full = [engine.generate(example.prompt, max_new_tokens=TOKENS) for example in prompts]
+    always = DecodeOptions(exit_looks="always")
+    for threshold in (2.0, *grid):
+        found = texts.at(threshold)
+        saved = []
+        for row, (example, own) in enumerate(zip(prompts, full, strict=True)):
+            early = engine.generate(
+                example.prompt, max_new_tokens=TOKENS, mode="adaptive", threshold=threshold,
+                decoding=always,
+            )  # fmt: skip
+            shares = differing_shares(WrittenText.of(early), WrittenText.of(own), TOKENS)
+            np.testing.assert_array_equal(found.differing[row], shares)
+            assert found.exits[row] == any(layer < 4 for layer in early.exit_layers)
+            saved.append(early.layers_saved)
+            if threshold == grid[10]:
+                assert found.teacher_forced[row] == pytest.approx(
+                    by_hand(engine, example.prompt, early)
+                )
+        assert found.layers_saved == pytest.approx(np.mean(saved))
+        assert texts.means_something(found, 0.1, 0.95) == found.exits.any()
+    assert found.exits.all() and texts.at(-1.0).differing.max() > 0.0
+    assert reporter.steps == reporter.total + len(prompts)  # one threshold more was asked for
+
+
+class CountingReporter(SilentReporter):
+    steps = total = 0
+
+    def begin(self, what, total):
+        self.total = total
+
+    def step(self, detail=""):
+        self.steps += 1
+
+
+def test_texts_that_stay_the_same_are_not_written_again(adaptive, monkeypatch):
+    engine = Engine.load(adaptive)
+    written = []
+    write = TextWriter.write
+    monkeypatch.setattr(
+        TextWriter, "write", lambda self, *given: written.append(given) or write(self, *given)
+    )
+    policy = engine.policy("adaptive")
+    texts = AdaptiveTexts(engine, policy, examples(60, 62), 2, 100, SilentReporter())
+    for threshold in np.linspace(3.0, 1.5, 100):  # no score is so high
+        texts.at(float(threshold))
+    assert len(written) == 4
+
+
+def test_adaptive_texts_are_certified_and_served(adaptive, tmp_path):
+    copy = tmp_path / "engines"
+    shutil.copytree(adaptive, copy)
+    traffic = write_prompts(tmp_path / "traffic.jsonl", 100, 120)
+    before = load_manifest(copy)
+    renewal = recertify_texts(copy, [traffic], 4, SilentReporter(), ["adaptive"])
+    after = load_manifest(copy)
+    certificate = after.exit.text_certificate
+    assert renewal.certificates == {"adaptive": certificate}
+    assert (certificate.kv_policy, certificate.max_new_tokens) == ("deferred", 4)
+    assert after.context_exit == before.context_exit
+    level = certificate.levels[-1]
+    assert (level.level, level.texts) == (0.2, 20)
+    assert level.threshold in after.exit.thresholds and level.exits > 0
+    assert level.largest_differing <= 0.2
+    engine = Engine.load(copy)
+    asked = {"mode": "adaptive", "max_new_tokens": 4}
+    always = DecodeOptions(exit_looks="always")
+    for example in examples(100, 105):
+        done = engine.generate(example.prompt, **asked, level=0.2)
+        same = engine.generate(example.prompt, **asked, threshold=level.threshold, decoding=always)
+        assert done.tokens == same.tokens
+    both = recertify_texts(copy, [traffic], 4, SilentReporter())
+    assert list(both.certificates) == ["adaptive", "context"]
+    shown = " ".join(adainfer("inspect", copy).stdout.split())
+    assert "certificate of texts up to 4 tokens in mode adaptive, kv_policy deferred" in shown
 
 
 def adainfer(*arguments, code=0):
@@ -265,9 +369,10 @@ def test_the_command(folder, tmp_path):
     done = adainfer("certify", copy, "--texts", traffic, "--max-new-tokens", 4, "--json")
     data = json.loads(done.stdout)["texts"]
     assert (data["fitted_on"], data["not_taken"]) == (0, 0)
-    assert data["certificate"]["max_new_tokens"] == 4
-    assert [level["level"] for level in data["certificate"]["levels"]] == list(TEXT_LEVELS)
-    assert data["certificate"]["levels"][0]["texts_needed"] == 299
+    certificate = data["certificates"]["context"]
+    assert certificate["max_new_tokens"] == 4
+    assert [level["level"] for level in certificate["levels"]] == list(TEXT_LEVELS)
+    assert certificate["levels"][0]["texts_needed"] == 299
     shown = adainfer("certify", copy, "--texts", traffic, "--prompts", traffic).stdout
     assert "certificate of texts up to 64 tokens" in " ".join(shown.split())
     assert "certificate of context" in shown
@@ -281,6 +386,13 @@ def test_the_command(folder, tmp_path):
     failed = adainfer("certify", copy, code=2)
     assert failed.stderr == (
         "error: nothing to certify on: give --prompts FILE, --texts FILE, or both\n"
+    )
+    failed = adainfer("certify", copy, "--prompts", traffic, "--mode", "context", code=2)
+    assert failed.stderr == "error: --mode speaks of texts: it goes with --texts\n"
+    failed = adainfer("certify", copy, "--texts", traffic, "--mode", "adaptive", code=2)
+    assert failed.stderr == (
+        f"error: {copy} has no exits of mode adaptive, whose texts could be certified: run "
+        "`adainfer calibrate DIR`, for mode context with --context-exit\n"
     )
     failed = adainfer("certify", copy, "--texts", traffic, "--against", "gold", code=2)
     assert failed.stderr == "error: --against gold speaks of answers: it goes with --prompts\n"

@@ -378,8 +378,88 @@ def test_levels_of_answers_promise_nothing_of_choices(tiny):
     spec = exits(((0.8,),) * 3).model_copy(update={"certificate": certificate})
     engine = planned(tiny("llama").engine, spec)
     assert engine.policy("adaptive", level=0.02).promised == 0.02
-    policy = engine.choice_policy("adaptive", level=0.02)
+    policy = engine.choice_policy("adaptive")
     assert (policy.checks, policy.promised) == ((ExitCheck(2),), None)
+    with pytest.raises(ExitUnavailableError) as caught:
+        engine.choice_policy("adaptive", level=0.02)
+    assert str(caught.value) == NO_CHOICES.format(mode="adaptive")
+    with pytest.raises(ExitUnavailableError) as caught:
+        engine.choose("hello", ["a", "b"], mode="adaptive", level=0.02)
+    assert str(caught.value) == NO_CHOICES.format(mode="adaptive")
+    # Modes that run every layer keep any level, and mode auto takes one of them.
+    for mode in ("off", "verified", "auto"):
+        assert engine.choose("hello", ["a", "b"], mode=mode, level=0.02).exit_layer == 4
+
+
+NO_CHOICES = (
+    "level 0.02 is certified for answers, not for choices in mode {mode}: use mode adaptive of an "
+    "engine that was calibrated on prompts with labels, or leave the level out"
+)
+
+
+def test_levels_of_choices_are_of_labels_of_one_token(tiny):
+    """The certificate is of the labels' first tokens; further ones add to an early score."""
+    spec = exits(((0.8,),) * 3).model_copy(update={"certificate": certified((0.02, 2.0))})
+    made = planned(tiny("llama").engine, spec, **FREE)
+    both = {"choice_exit": spec, "context_exit": spec}
+    engine = Engine(made.manifest.model_copy(update=both), made.backend, made.tokenizer)
+    policy = engine.choice_policy("adaptive", level=0.02)
+    assert (policy.threshold, policy.promised, policy.over_candidates) == (2.0, 0.02, True)
+    with pytest.raises(ExitUnavailableError) as caught:
+        engine.choose("x ", ["ab", "c"], mode="adaptive", level=0.02)
+    assert str(caught.value) == (
+        "level 0.02: choices are certified by the first token of each label, and one has 2 tokens: "
+        "give labels of one token, or leave the level out"
+    )
+    # Labels that begin alike are told apart by all layers.
+    assert engine.choose("x ", ["ab", "ac"], mode="adaptive", level=0.02).exit_layer == 4
+    with pytest.raises(ExitUnavailableError) as caught:
+        engine.choose("x ", ["a", "c"], mode="context", level=0.02)
+    assert str(caught.value) == NO_CHOICES.format(mode="context")
+    # Mode auto takes the certified exits, and none for other labels.
+    shape = RequestShape(10, candidates=True)
+    assert [f.mode for f in engine.forecasts(shape, level=0.02)] == ["off", "adaptive"]
+    assert engine.choice_policy("auto", level=0.02, shape=shape, longest_label=2).checks == ()
+    assert engine.choose("x ", ["ab", "c"], mode="auto", level=0.02).exit_layer == 4
+
+
+def test_forecasts_of_texts_at_a_level_are_of_what_certificates_cover(tiny):
+    engine = tiny("llama").engine
+    spec = exits(((0.8,),) * 3).model_copy(update={"certificate": certified((0.02, 0.0))})
+    answers = planned(engine, spec, **FREE)
+    shape = RequestShape(10, 2)
+    assert [f.mode for f in answers.forecasts(shape)] == ["off", "adaptive"]
+    assert [f.mode for f in answers.forecasts(shape, level=0.02)] == ["off"]
+    assert answers.generate("x", mode="auto", level=0.02, max_new_tokens=2).tokens
+    assert [f.mode for f in answers.decode_forecasts()] == ["adaptive", "verified"]
+    assert [f.mode for f in answers.decode_forecasts(level=0.02)] == ["verified"]
+    # After a context exit, the text is the full model's, given its first token; not over others.
+    times = TIMES.model_copy(update=FREE | {"context": {2: (0.0, 0.0)}})
+    plan = answers.manifest.plan.model_copy(update={"times": times})
+    context = {"context_exit": spec, "plan": plan}
+    both = Engine(answers.manifest.model_copy(update=context), engine.backend, engine.tokenizer)
+    assert [f.mode for f in both.forecasts(shape, level=0.02)] == ["off", "context"]
+    translated = RequestShape(10, 2, deferred=False)
+    assert [f.mode for f in both.forecasts(translated, level=0.02)] == ["off"]
+
+
+@pytest.mark.parametrize("name", ["policy", "choice_policy"])
+def test_policies_refuse_what_their_mode_does_not_take(tiny, name):
+    engine = planned(tiny("llama").engine, exits(((0.0,),) * 3))
+    policy = getattr(engine, name)
+    for mode, option, takers in (
+        ("off", {"threshold": 0.5}, "adaptive, context or auto"),
+        ("verified", {"threshold": 0.5}, "adaptive, context or auto"),
+        ("combined", {"threshold": 0.5}, "adaptive, context or auto"),
+        ("context", {"classifier": "svm"}, "adaptive"),
+    ):
+        with pytest.raises(RequestError) as caught:
+            policy(mode, **option)
+        (said,) = option
+        assert str(caught.value) == (
+            f"{said} has no effect in mode {mode}: leave it out, or use mode {takers}"
+        )
+    assert policy("off", level=0.02).checks == ()  # which it keeps
 
 
 def test_a_plan_of_another_machine_is_told_once(tiny, caplog):

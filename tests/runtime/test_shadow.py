@@ -23,7 +23,7 @@ def engine(tiny, monkeypatch):
         def __getattr__(self, name):
             return getattr(engine.backend, name)
 
-    def exits(mode, *, threshold=None, level=None, shape=None, text=None):
+    def exits(mode, *, threshold=None, level=None, shape=None, text=None, longest_label=1):
         return (
             ClassifierExit(Sure(), "svm", (1,), {1: 0.25}, 0.0, 1, promised=level)
             if mode == "adaptive"

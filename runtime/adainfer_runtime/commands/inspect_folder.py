@@ -115,12 +115,17 @@ def _held_out(spec: ExitSpec | CombinedExitSpec) -> str:
 
 
 def certificate_tables(manifest: Manifest) -> list[Table]:
-    """One per exit graph that carries a certificate, and one of texts."""
+    """One per exit graph that carries a certificate, and one per certificate of texts."""
     tables = [
         _certificate_table(name, certificate) for name, certificate in manifest.certificates.items()
     ]
-    texts = manifest.context_exit.text_certificate if manifest.context_exit else None
-    return [*tables, *([_text_certificate_table(texts)] if texts else [])]
+    modes = {"adaptive": manifest.exit, "context": manifest.context_exit}
+    texts = [
+        _text_certificate_table(mode, spec.text_certificate)
+        for mode, spec in modes.items()
+        if spec and spec.text_certificate
+    ]
+    return [*tables, *texts]
 
 
 def _certificate_table(name: str, certificate: Certificate) -> Table:
@@ -140,14 +145,15 @@ def _certificate_table(name: str, certificate: Certificate) -> Table:
     return table
 
 
-def _text_certificate_table(certificate: TextCertificate) -> Table:
+def _text_certificate_table(mode: str, certificate: TextCertificate) -> Table:
     """The same of texts; their shares are means."""
     title = (
-        f"certificate of texts up to {certificate.max_new_tokens} tokens after a context exit, "
+        f"certificate of texts up to {certificate.max_new_tokens} tokens in mode {mode}, "
         f"kv_policy {certificate.kv_policy} ({certificate.precision}, {certificate.device_class})"
     )
     columns = ("differing tokens ≤", "confidence", "texts", "differing", "teacher-forced", "exits")
-    table = Table(*columns, "prompt layers saved", title=title)
+    last = "prompt layers saved" if mode == "context" else "layers saved"
+    table = Table(*columns, last, title=title)
     for entry in certificate.levels:
         row = [f"{entry.level:.1%}", f"{entry.confidence:.0%}", str(entry.texts)]
         if entry.threshold is None:

@@ -15,8 +15,9 @@ ThresholdOption = Annotated[
 LevelOption = Annotated[
     float | None,
     typer.Option(
-        help="Certified disagreement, such as 0.02 (see inspect): of answers; of texts with "
-        "--kv-policy translated, the share of their tokens."
+        help="Certified disagreement, such as 0.02 (see inspect): of answers, choices, and texts "
+        "after a context exit; by `certify --texts`, of texts of mode adaptive and of --kv-policy "
+        "translated, the share of their tokens."
     ),
 ]
 ProfileOption = Annotated[

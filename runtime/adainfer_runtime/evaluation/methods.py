@@ -18,7 +18,7 @@ from .shortgpt import drop_layers
 __all__ = ["BASELINE", "Method", "make_methods"]
 
 BASELINE = "off"
-_WHOLE_MODES: dict[str, Mode] = {"off": "off", "context": "context", "combined": "combined"}
+_WHOLE_MODES: dict[str, Mode] = {"context": "context", "combined": "combined"}
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,15 @@ def make_methods(
         engine: of the folder; further engines on the same files are loaded where a method needs
             other stages.
         labels_only: whether choices among labels are going to be asked for.
-        threshold, level: of the methods with a classifier, see `Engine.policy`.
+        threshold, level: of the methods with a classifier, see `Engine.policy`. (Of a level the
+            threshold is taken whatever labels the prompts have.)
 
     Raises:
         RequestError: no such method, or its number makes no sense here.
         ExitUnavailableError: the folder has no such exit graph.
     """
     manifest = engine.manifest
+    policy_of = engine.choice_policy if labels_only else engine.policy
 
     @cache
     def load(variant: Callable[[Manifest], Manifest]) -> Engine:
@@ -81,11 +83,12 @@ def make_methods(
             shortened = Engine.of_manifest(folder, fewer, device=engine.device)
             return Method.of(name, shortened, shortened.policy("off"))
         if name == "auto":
-            planned = engine.choice_policy if labels_only else engine.policy
-            planned("auto", shape=RequestShape(1), level=level)  # a folder without a plan says so
-            return Method(name, engine, lambda s: planned("auto", shape=s, level=level))
+            policy_of("auto", shape=RequestShape(1), level=level)  # a folder without a plan says so
+            return Method(name, engine, lambda s: policy_of("auto", shape=s, level=level))
+        if name == BASELINE:
+            return Method.of(name, engine, engine.policy("off"))
         if name in _WHOLE_MODES:
-            policy = engine.policy(_WHOLE_MODES[name], threshold=threshold, level=level)
+            policy = policy_of(_WHOLE_MODES[name], threshold=threshold, level=level)
             return Method.of(name, engine, policy)
         if number or word not in ("adaptive", *manifest.exit_graphs):
             graphs = ", ".join(manifest.exit_graphs) or "none"
@@ -94,11 +97,8 @@ def make_methods(
                 f"fixed:L, shortgpt:N, or the kind of an exit graph (this engine's: {graphs}; see "
                 "calibrate --classifier)"
             )
-        if labels_only and word == "adaptive":
-            choices = engine.choice_policy("adaptive", threshold=threshold, level=level)
-            return Method.of(name, engine, choices)
         kind = None if word == "adaptive" else word
-        policy = engine.policy("adaptive", classifier=kind, threshold=threshold, level=level)
+        policy = policy_of("adaptive", classifier=kind, threshold=threshold, level=level)
         return Method.of(name, engine, policy)
 
     return tuple(make(name) for name in dict.fromkeys((BASELINE, *names)))

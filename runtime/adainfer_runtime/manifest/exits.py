@@ -65,7 +65,8 @@ class ExitSpec(Record):
     `thresholds` is the grid that certificates test, from the safest down; `exit_shares` says, for
     each of them, which share of held-out prompts leaves at each point. Of a context exit the last
     `answer_rows` positions do not stop: they run through all layers over the translated ones;
-    `certificate` is of its first token, `text_certificate` of texts that go on over translated K,V.
+    `certificate` is of its first token; `text_certificate` is of its texts that go on over
+    translated K,V, and of an answer exit's with exits at every token.
     """
 
     points: tuple[ExitPoint, ...]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
+from ..certificate import ExitMode
 from ..errors import ExitUnavailableError
 from ..exit_policy import ExitPolicy, first_checks
 from ..manifest import CombinedExitSpec, ExitSpec, Manifest
@@ -69,7 +69,9 @@ def forecast_modes(
         except ExitUnavailableError:  # not certified at the level that is asked for
             continue
         if policy.checks and spec.exit_shares and predictor.knows(policy.checks):
-            known = exit_shares(spec, strictness)
+            known = exit_shares(
+                spec, strictness, mode, among_labels=shape.candidates and policy.over_candidates
+            )
             found.append(_cheapest(mode, policy, known, predictor, shape, recent))
     return tuple(found)
 
@@ -104,11 +106,17 @@ def pick_mode(forecasts: Sequence[ModeForecast]) -> ModeForecast:
     return best if best.seconds < (1.0 - _LEAST_GAIN) * off.seconds else off
 
 
-def exit_shares(spec: ExitSpec | CombinedExitSpec, strictness: Strictness) -> tuple[float, ...]:
+def exit_shares(
+    spec: ExitSpec | CombinedExitSpec,
+    strictness: Strictness,
+    mode: ExitMode,
+    *,
+    among_labels: bool = False,
+) -> tuple[float, ...]:
     """Of held-out prompts, the share that leaves at each check at the threshold that applies, or
     at the next safer one that was looked at.
     """
-    return shares_at(spec, strictness.of(spec)[0])
+    return shares_at(spec, strictness.of(spec, mode, among_labels=among_labels)[0])
 
 
 def shares_at(spec: ExitSpec | CombinedExitSpec, threshold: float) -> tuple[float, ...]:
@@ -124,13 +132,14 @@ def shares_at(spec: ExitSpec | CombinedExitSpec, threshold: float) -> tuple[floa
     return shares
 
 
-_Spec = tuple[Literal["adaptive", "context", "combined"], ExitSpec | CombinedExitSpec]
+_Spec = tuple[ExitMode, ExitSpec | CombinedExitSpec]
 
 
 def _specs(manifest: Manifest, shape: RequestShape, strictness: Strictness) -> list[_Spec]:
     """At a certified level only one of them: each keeps to it alone, but requests that are dealt
     out among two may be wrong as often as both together. It is the context exit where there is one:
-    a rule, for what was seen on the prompts of the certificate must not choose.
+    a rule, for what was seen on the prompts of the certificate must not choose. Texts of mode
+    `adaptive` were certified with all of its checks, at every token: that is no matter of a plan.
     """
     if shape.candidates and manifest.choice_exit is not None:
         return [("adaptive", manifest.choice_exit)]
@@ -143,4 +152,6 @@ def _specs(manifest: Manifest, shape: RequestShape, strictness: Strictness) -> l
         found.append(("combined", manifest.combined_exit))
     if strictness.level is None:
         return found
+    if strictness.text is not None:
+        found = [spec for spec in found if spec[0] != "adaptive"]
     return sorted(found, key=lambda spec: spec[0] != "context")[:1]
