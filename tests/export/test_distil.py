@@ -12,6 +12,7 @@ from adainfer_export.calibrate.head import Head, read_head
 from adainfer_export.calibrate.head_network import HeadNetwork
 from adainfer_export.calibrate.traces import AnswerTraces
 from adainfer_export.progress import SilentReporter
+from adainfer_runtime.errors import ExitUnavailableError
 from adainfer_runtime.tasks import TaskExample
 
 
@@ -164,6 +165,19 @@ def test_labels_give_an_exit_graph_for_choices(tiny, tmp_path):
     assert (never.scores, never.exit_layer) == (off.scores, 4)
     # The graphs of both kinds are there, and renewed together.
     assert set(manifest.exit_graphs) <= {"svm", "logistic"}
-    assert recertify(folder, [prompts], SilentReporter()).manifest.choice_exit is not None
+    renewed = recertify(folder, [prompts], SilentReporter()).manifest
+    # A level of theirs is kept by its threshold, for labels of one token.
+    spec = renewed.choice_exit
+    levels = tuple(
+        entry.model_copy(update={"threshold": spec.threshold}) for entry in spec.certificate.levels
+    )
+    certificate = spec.certificate.model_copy(update={"levels": levels})
+    spec = spec.model_copy(update={"certificate": certificate})
+    changed = renewed.model_copy(update={"choice_exit": spec})
+    engine = Engine.of_manifest(folder, changed)
+    certified = engine.choose(lines[0]["prompt"], ["a", "b"], mode="adaptive", level=0.1)
+    assert (certified.scores, certified.exit_layer) == (result.scores, result.exit_layer)
+    with pytest.raises(ExitUnavailableError, match="by the first token of each label, and one has"):
+        engine.choose(lines[0]["prompt"], ["a", "b c"], mode="adaptive", level=0.1)
     example = TaskExample(prompt="x:", labels=("a", "a b"))
     assert candidates_of(engine, example) == ()  # nothing to choose by their first tokens
