@@ -184,18 +184,17 @@ def clustered(random, questions, copies):
     return Scored((5,), 10, np.ones(shape), ~wrong[:, None], ("a",) * count, (0.1,), (0.0,))
 
 
-@pytest.mark.parametrize("draws", [1500])
-def test_one_prompt_per_question_keeps_the_level(draws):
+def test_one_prompt_per_question_keeps_the_level():
     """With all copies the level would break far more often than it may."""
-    random = np.random.default_rng(0)
+    random, draws = np.random.default_rng(0), 1000
     grid = np.array([0.5])
     level = 0.0499  # the true share is above it: each certificate is a false one
+    examples = [TaskExample(prompt=f"Q: {n}\nA: b\n\nQ: {n // 5}\nA:") for n in range(750)]
+    firsts = {example.prompt for example in first_of_each(examples)}
+    one = np.array([example.prompt in firsts for example in examples])
     false = {"all": 0, "one": 0}
     for _ in range(draws):
         scored = clustered(random, 150, 5)
-        examples = [TaskExample(prompt=f"Q: {n}\nA: b\n\nQ: {n // 5}\nA:") for n in range(750)]
-        firsts = {example.prompt for example in first_of_each(examples)}
-        one = np.array([example.prompt in firsts for example in examples])
         for name, rows in (("all", np.ones(750, bool)), ("one", one)):
             (entry,) = certify(scored.rows(rows), grid, (level,))
             false[name] += entry.threshold is not None
@@ -206,7 +205,7 @@ def test_one_prompt_per_question_keeps_the_level(draws):
 def test_the_best_of_several_graphs_is_tested_more_strictly():
     """Three graphs of the same risk, of which the luckiest is taken."""
     random = np.random.default_rng(0)
-    grid, level, draws = np.array([0.5]), 0.0499, 1500
+    grid, level, draws = np.array([0.5]), 0.0499, 1000
     false = {1: 0, 3: 0}
     for _ in range(draws):
         graphs = [clustered(random, 300, 1) for _ in range(3)]
