@@ -31,6 +31,13 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{DIGITS}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+# Mistral's tekken: words part where a capital follows a small letter, digits stand alone, and no
+# contractions are known.
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_TEKKEN = (
+    rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*|\p{{N}}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def _byte_level() -> Any:
@@ -41,12 +48,11 @@ def _digits_then_bytes() -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
-def _split(digits: str) -> Callable[[], Any]:
+def _split(pattern: str) -> Callable[[], Any]:
     def build() -> Any:
-        pattern = Regex(_SPLIT.replace("{DIGITS}", digits))
         return pre_tokenizers.Sequence(
             [
-                pre_tokenizers.Split(pattern, behavior="isolated"),
+                pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
             ]
         )
@@ -68,11 +74,15 @@ class _PreTokenizer:
     adds_bos: bool = False
 
 
+_LLAMA3 = _PreTokenizer(
+    _split(_SPLIT.replace("{DIGITS}", "{1,3}")), whole_words=True, adds_bos=True
+)
 _PRE_TOKENIZERS = {
     "gpt-2": _PreTokenizer(_byte_level),
     "smollm": _PreTokenizer(_digits_then_bytes),
-    "llama-bpe": _PreTokenizer(_split("{1,3}"), whole_words=True, adds_bos=True),
-    "qwen2": _PreTokenizer(_split("")),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3"), _LLAMA3),
+    "qwen2": _PreTokenizer(_split(_SPLIT.replace("{DIGITS}", ""))),
+    "tekken": _PreTokenizer(_split(_TEKKEN), whole_words=True, adds_bos=True),
 }
 
 

@@ -105,7 +105,7 @@ def test_keys_that_do_not_belong_together(changes, message):
         build_tokenizer(sentencepiece_keys(**changes), "x")
 
 
-@pytest.mark.parametrize("changes", [{"model": "bert"}, {"model": "gpt2", "pre": "tekken"}])
+@pytest.mark.parametrize("changes", [{"model": "bert"}, {"model": "gpt2", "pre": "exaone"}])
 def test_other_tokenizers_are_refused_before_weights_are_written(tmp_path, monkeypatch, changes):
     model = make_checkpoint(tmp_path / "c", tokenizer=False)
     write_gguf(tmp_path / "m.gguf", model, {}, Type.F16, keys=sentencepiece_keys(**changes))
@@ -142,12 +142,30 @@ def byte_level_keys(pre, **changes):
     [
         ("llama-bpe", {}, [0, 3]),
         ("llama-bpe", {"add_bos_token": False}, [3]),
+        ("llama3", {}, [0, 3]),
+        ("llama-v3", {}, [0, 3]),
+        ("tekken", {}, [0, 3]),
         ("gpt-2", {}, [1, 2]),
         ("qwen2", {"add_bos_token": True, "add_eos_token": True}, [0, 1, 2, 4]),
     ],
 )
 def test_what_a_pre_tokeniser_s_name_says_besides(pre, changes, expected):
     assert build_tokenizer(byte_level_keys(pre, **changes), "x").encode("ab").ids == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("don't stop", ["don", "'t", "Ġstop"]),
+        ("HelloWorld HTTPServer", ["Hello", "World", "ĠHTTPServer"]),
+        ("in 2024, a/b//\n c", ["in", "Ġ", "2", "0", "2", "4", ",", "Ġa", "/b", "//Ċ", "Ġc"]),
+        ("  x\n\ny", ["Ġ", "Ġx", "ĊĊ", "y"]),
+    ],
+)
+def test_words_of_tekken(text, words):
+    """Its pattern as Mistral's `tekken.json` has it."""
+    found = build_tokenizer(byte_level_keys("tekken"), "x").pre_tokenizer.pre_tokenize_str(text)
+    assert [word for word, _ in found] == words
 
 
 def test_special_tokens_have_the_names_that_templates_use():
