@@ -89,6 +89,8 @@ def test_eval(folder, tmp_path):
     assert (off["method"], adaptive["method"]) == ("off", "adaptive")
     assert adaptive["mean"]["layers_saved"] >= 0.0
     assert adaptive["tasks"][0]["examples"] == 10
+    assert 0 < content["fitted_on"] <= 10
+    assert f"fitted on {content['fitted_on']} of these 10 prompts" in done.stderr
     done = command(
         "adainfer", "eval", folder / "engines", "--tasks", folder / "prompts.jsonl",
         "--limit", 5, "--methods", "adaptive,fixed:3,shortgpt:1", "--plots", tmp_path / "plots",

@@ -10,11 +10,12 @@ from itertools import pairwise
 
 import numpy as np
 
+from adainfer_runtime.fitted_on import Question, asked
 from adainfer_runtime.tasks import TaskExample, read_tasks
 
 from ..errors import CalibrationError
 from .builtin import builtin_examples
-from .questions import Question, Questions, asked, first_of_each, questions_of
+from .questions import Questions, first_of_each, questions_of
 from .request import CalibrationRequest
 
 __all__ = ["PARTS", "Parts", "check_examples", "load_examples", "split_parts"]

@@ -1,19 +1,18 @@
-"""Prompts that a certificate may be made from: what was fitted on is known by its hashes."""
+"""Prompts that a certificate may be made from."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from adainfer_runtime.fitted_on import FittedOn, asked, hashes_of
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.tasks import TaskExample, read_tasks
 
 from ..errors import CalibrationError
 from .data import Parts
-from .questions import Question, asked, first_of_each, solved_by
+from .questions import first_of_each, solved_by
 
 __all__ = ["FreshPrompts", "fitted_on", "fresh_prompts"]
 
@@ -57,9 +56,11 @@ def fresh_prompts(
     Raises:
         CalibrationError: no prompt is left.
         TaskFileError: a file cannot be read.
+        ManifestError: nor can what was fitted on.
     """
     examples = list({example.prompt: example for example in read_tasks(files)}.values())
-    unseen = _unseen(folder, manifest, examples)
+    fitted = FittedOn.read(folder, manifest)
+    unseen = [example for example in examples if example not in fitted]
     taken = tuple(example for example in unseen if takes(example))
     usable = first_of_each(taken)
     if not usable:
@@ -84,27 +85,4 @@ def fitted_on(parts: Parts) -> list[str]:
         question for part in (parts.adapters, parts.classifier) for question in solved_by(part)
     }
     questions = {asked(example) for example in prompts} | (solved - parts.held_out)
-    hashes = {_prompt_hash(example.prompt) for example in prompts}
-    return sorted(hashes | {_question_hash(question) for question in questions})
-
-
-def _unseen(folder: Path, manifest: Manifest, examples: Sequence[TaskExample]) -> list[TaskExample]:
-    report = next(
-        (name for name in manifest.files if name.startswith("reports/calibration.")), None
-    )
-    if report is None:
-        return list(examples)
-    seen = set(json.loads((folder / report).read_text(encoding="utf-8")).get("fitted_on", ()))
-    return [
-        example
-        for example in examples
-        if seen.isdisjoint({_prompt_hash(example.prompt), _question_hash(asked(example))})
-    ]
-
-
-def _prompt_hash(prompt: str) -> str:
-    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
-
-
-def _question_hash(question: Question) -> str:
-    return _prompt_hash("\n".join(("question", *question)))
+    return hashes_of(prompts, questions)

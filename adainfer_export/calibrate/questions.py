@@ -13,13 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from adainfer_runtime import Engine
-from adainfer_runtime.few_shot import question_of, solved_questions
+from adainfer_runtime.few_shot import solved_questions
+from adainfer_runtime.fitted_on import Question, asked
 from adainfer_runtime.tasks import TaskExample
 
 __all__ = [
-    "Question",
     "Questions",
-    "asked",
     "first_of_each",
     "positions_to_fit",
     "questions_of",
@@ -28,13 +27,7 @@ __all__ = [
 
 Int64 = npt.NDArray[np.int64]
 
-Question = tuple[str, str]  # task, text: the same words ask something else in another task
 Questions = frozenset[Question]
-
-
-def asked(example: TaskExample) -> Question:
-    """What a prompt asks."""
-    return example.task, question_of(example.prompt)
 
 
 def questions_of(examples: Iterable[TaskExample]) -> Questions:

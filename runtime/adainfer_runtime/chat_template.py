@@ -131,8 +131,8 @@ def load_chat_template(folder: Path, manifest: Manifest) -> ChatTemplate:
     settings |= _read_json(files.get("tokenizer_config.json"))
     source = settings.get("chat_template")
     if isinstance(source, list):  # several, each with a name
-        named = {entry["name"]: entry["template"] for entry in source if isinstance(entry, dict)}
-        source = named.get("default")
+        entries = (entry for entry in source if isinstance(entry, dict))
+        source = next((e.get("template") for e in entries if e.get("name") == "default"), None)
     if (path := files.get("chat_template.jinja")) is not None:
         source = _read(path)
     tokens = {name: _token_text(settings.get(name)) for name in _SPECIAL_TOKENS}

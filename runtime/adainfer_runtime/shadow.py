@@ -1,4 +1,9 @@
-"""Live agreement: every n-th adaptive request also runs in full, and is compared."""
+"""Live agreement: every n-th adaptive request also runs in full, and is compared.
+
+Whether the promise still fits is asked after every comparison, for as long as the engine lives. A
+test at a fixed level would alarm sooner or later without cause; this one is anytime-valid (Ville's
+inequality; Waudby-Smith and Ramdas, arXiv 2010.09686).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +14,12 @@ from dataclasses import dataclass, field
 
 from .errors import RequestError
 
-__all__ = ["ShadowEntry", "ShadowMonitor", "binomial_tail"]
+__all__ = ["ShadowEntry", "ShadowMonitor", "evidence"]
 
 _LOG = logging.getLogger(__name__)
-# The test is repeated with every comparison: far below the usual 5%, so that alarms mean something.
-_ALARM = 1e-3
+_FALSE_ALARM = 0.01  # chance of ever alarming where the promise is kept
+_ODDS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)  # alternatives: times the odds promised
+_LARGEST_LOG = 700.0
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,8 @@ class ShadowEntry:
     Attributes:
         promised: share of disagreement that the request's certificate level (or the calibration's
             target) allows; None for requests with a threshold of their own.
-        holds: False once so many disagreements have a chance below 0.1% under the promise.
+        holds: False once the comparisons speak against the promise; where it is kept that happens
+            with a chance of at most 1%, however many there are.
     """
 
     promised: float | None
@@ -93,24 +100,24 @@ class ShadowMonitor:
             )
 
 
-def binomial_tail(count: int, total: int, share: float) -> float:
-    """P(X ≥ count) of X ~ Bin(total, share)."""
-    if count <= 0:
-        return 1.0
-    if share <= 0.0:
-        return 0.0
-    logs = (
-        math.lgamma(total + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(total - k + 1)
-        + k * math.log(share)
-        + (total - k) * math.log1p(-share)
-        for k in range(count, total + 1)
-    )
-    return min(1.0, math.fsum(math.exp(value) for value in logs))
+def evidence(disagreed: int, checked: int, promised: float) -> float:
+    """Against "at most this share disagrees": an e-process, which may be looked at after every
+    comparison. Under the promise it ever reaches 1/α with a chance of at most α (Ville).
+
+    It is a mixture of likelihood ratios, each of a share whose odds are a few times those promised;
+    each is a supermartingale for every share up to the promised one.
+    """
+    if promised <= 0.0:
+        return math.inf if disagreed else 1.0
+    logs = [
+        disagreed * math.log(odds) - checked * math.log1p(promised * (odds - 1.0)) for odds in _ODDS
+    ]
+    largest = max(logs)
+    mean = math.fsum(math.exp(value - largest) for value in logs) / len(logs)
+    return math.inf if largest > _LARGEST_LOG else mean * math.exp(largest)
 
 
 def _holds(promised: float | None, count: _Count) -> bool:
     if promised is None:
         return True
-    return binomial_tail(count.disagreed, count.checked, promised) > _ALARM
+    return evidence(count.disagreed, count.checked, promised) < 1.0 / _FALSE_ALARM

@@ -13,7 +13,6 @@ from adainfer_export.calibrate.certify import certify
 from adainfer_export.calibrate.data import Parts, load_examples, split_parts
 from adainfer_export.calibrate.fresh_prompts import fitted_on, fresh_prompts
 from adainfer_export.calibrate.questions import (
-    asked,
     first_of_each,
     positions_to_fit,
     questions_of,
@@ -25,6 +24,7 @@ from adainfer_export.errors import CalibrationError
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.few_shot import recombine
+from adainfer_runtime.fitted_on import asked
 from adainfer_runtime.tasks import TaskExample
 
 

@@ -131,6 +131,9 @@ def write(folder, **files):
                                           {"name": "default", "template": "D"}]}},
             "D",
         ),
+        ({"config": {"chat_template": ["x", {"name": "default"}]}, "jinja": "B"}, "B"),
+        ({"config": {"chat_template": [{"template": "T"},
+                                       {"name": "default", "template": "D"}]}}, "D"),
         ({"map": {"eos_token": {"content": "<e>"}}, "jinja": "{{ eos_token }}"}, "<e>"),
     ],
 )  # fmt: skip
@@ -139,6 +142,13 @@ def test_where_templates_stand(tiny, tmp_path, files, expected):
     manifest = tiny("llama").engine.manifest.model_copy(update={"tokenizer": spec})
     template = load_chat_template(tmp_path / "folder", manifest)
     assert template.render([{"role": "user", "content": "x"}]) == expected
+
+
+def test_templates_without_a_default_are_none(tiny, tmp_path):
+    spec = write(tmp_path / "folder", config={"chat_template": [{"template": "T"}, {"name": "x"}]})
+    manifest = tiny("llama").engine.manifest.model_copy(update={"tokenizer": spec})
+    with pytest.raises(ChatTemplateError, match="has no chat template"):
+        load_chat_template(tmp_path / "folder", manifest).require()
 
 
 def test_damaged_tokenizer_config(tiny, tmp_path):

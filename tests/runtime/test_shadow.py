@@ -3,11 +3,12 @@
 import logging
 from math import comb
 
+import numpy as np
 import pytest
 
 from adainfer_runtime import ClassifierExit, Engine
 from adainfer_runtime.errors import RequestError
-from adainfer_runtime.shadow import ShadowMonitor, binomial_tail
+from adainfer_runtime.shadow import ShadowMonitor, evidence
 
 
 @pytest.fixture
@@ -74,11 +75,43 @@ def test_warns_once_when_the_promise_does_not_fit(caplog):
     assert not monitor.report()[0].holds
 
 
-def test_binomial_tail():
-    exact = sum(comb(30, k) * 0.1**k * 0.9 ** (30 - k) for k in range(5, 31))
-    assert binomial_tail(5, 30, 0.1) == pytest.approx(exact)
-    assert binomial_tail(0, 30, 0.1) == 1.0
-    assert binomial_tail(1, 30, 0.0) == 0.0
+def first_alarms(share, promised, runs, looks):
+    """Of each run, after how many comparisons it alarms; infinite where it does not."""
+    random = np.random.default_rng(0)
+    disagreed = (random.random((runs, looks)) < share).cumsum(axis=1)
+    found = []
+    for run in disagreed:
+        alarms = (n for n in range(looks) if evidence(int(run[n]), n + 1, promised) >= 100.0)
+        found.append(next(alarms, np.inf))
+    return np.array(found)
+
+
+def test_false_alarms_stay_rare_however_long_it_is_watched():
+    alarms = np.isfinite(first_alarms(0.02, 0.02, runs=300, looks=2000))
+    assert alarms.mean() <= 0.01 + 3 * (0.01 * 0.99 / 300) ** 0.5
+    assert not np.isfinite(first_alarms(0.01, 0.02, runs=100, looks=2000)).any()
+
+
+def test_a_promise_that_is_broken_is_noticed():
+    after = first_alarms(0.04, 0.02, runs=100, looks=4000)
+    assert np.isfinite(after).mean() > 0.95
+    assert np.median(after) < 1500
+    assert np.median(first_alarms(0.2, 0.02, runs=100, looks=200)) < 40
+
+
+@pytest.mark.parametrize("promised", [0.005, 0.02, 0.1])
+def test_evidence_is_worth_one_in_expectation_under_the_promise(promised):
+    total = sum(
+        comb(12, k) * promised**k * (1 - promised) ** (12 - k) * evidence(k, 12, promised)
+        for k in range(13)
+    )
+    assert total == pytest.approx(1.0)
+
+
+def test_evidence_at_its_ends():
+    assert evidence(0, 0, 0.02) == pytest.approx(1.0)
+    assert evidence(0, 100, 0.0) == 1.0
+    assert evidence(1, 100, 0.0) == evidence(5000, 5000, 0.02) == np.inf
 
 
 def test_shadow_every_must_be_positive(tiny):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -21,6 +22,7 @@ from ..evaluation import (
     make_methods,
     summary_rows,
 )
+from ..fitted_on import FittedOn
 from ..output_files import require_writable_file, writing
 from ..tasks import TaskExample, read_tasks
 from .options import DeviceOption, LevelOption, ThreadsOption, ThresholdOption
@@ -86,7 +88,8 @@ def run_eval(
             help="Also write the results here; `-` prints them. `methods` holds every figure of "
             "each method; with adaptive among them, `summary` has a flat row per task, the mean "
             "last: task, examples, accuracy_off, accuracy_adaptive, agreement, mean_layers, "
-            "layers_saved, seconds_off, seconds_adaptive (of the mean: sums).",
+            "layers_saved, seconds_off, seconds_adaptive (of the mean: sums); `fitted_on` counts "
+            "prompts that the exits were fitted on.",
         ),
     ] = None,
 ) -> None:
@@ -94,6 +97,7 @@ def run_eval(
     _check_outputs(json_file, plots)
     examples = _limited(read_tasks(tasks), limit)
     engine = Engine.load(folder, device, threads)
+    known = _count_fitted(folder, engine, examples)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     chosen = make_methods(
         names, folder, engine, labels_only=labels_only, threshold=threshold, level=level
@@ -116,7 +120,7 @@ def run_eval(
             log=log,
             on_example=lambda example: progress.update(bar, advance=1, detail=example.task),
         )
-    _show(result, json_file, console)
+    _show(result, known, json_file, console)
     if plots is not None:
         _draw(plots, result, engine, examples, console)
 
@@ -131,9 +135,22 @@ def _check_outputs(json_file: Path | None, plots: Path | None) -> None:
         require_plots(plots)
 
 
-def _show(result: Evaluation, json_file: Path | None, console: Console) -> None:
+def _count_fitted(folder: Path, engine: Engine, examples: Sequence[TaskExample]) -> int:
+    """How many the exits were fitted on, with a warning: they would look better than they are."""
+    fitted = FittedOn.read(folder, engine.manifest)
+    known = sum(example in fitted for example in examples)
+    if known:
+        Console(stderr=True).print(
+            f"warning: the exits were fitted on {known} of these {len(examples)} prompts, or on "
+            "what they ask: agreement on them says little about others",
+            style="yellow",
+        )
+    return known
+
+
+def _show(result: Evaluation, known: int, json_file: Path | None, console: Console) -> None:
     """Tables first: they are there even if the disk is full by now."""
-    content = json.dumps(_as_json(result), indent=1)
+    content = json.dumps({**_as_json(result), "fitted_on": known}, indent=1)
     if json_file is not None and str(json_file) == "-":
         print(content)
         return

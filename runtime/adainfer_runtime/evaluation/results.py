@@ -9,7 +9,7 @@ from statistics import fmean, pstdev
 
 from .answers import Answer
 from .methods import BASELINE
-from .statistics import paired_difference, wilson_interval
+from .statistics import effective_count, paired_difference, wilson_interval
 
 __all__ = ["Evaluation", "MethodResult", "TaskResult", "summarise"]
 
@@ -21,8 +21,8 @@ class TaskResult:
     Attributes:
         accuracy: share of right answers; None where the task file gives none.
         accuracy_difference: against `off` on the same prompts, with its 95% interval.
-        agreement: share of prompts with `off`'s answer; the 95% Wilson interval is, for all tasks,
-            of the pooled prompts.
+        agreement: share of prompts with `off`'s answer, with its 95% Wilson interval: of the mean,
+            at the number of prompts that tell as much when all weigh the same (Kish 1965).
         minority_examples, minority_agreement: the same over the prompts whose full-model answer
             is not the task's most frequent one: a constant answer must not pass for a good exit.
         mean_layers, layers_deviation: mean and standard deviation of the exit layer.
@@ -109,14 +109,15 @@ def _result(name: str, tasks: Sequence[Sequence[_Pair]]) -> TaskResult:
     difference = paired_difference(judged) if judged else None
     layers = [pair.other.exit_layer for pair in pairs]
     seconds = sum(pair.other.seconds for pair in pairs)
+    agreement = fmean(fmean(pair.same for pair in task) for task in tasks)
     return TaskResult(
         task=name,
         examples=len(pairs),
         accuracy=fmean(fmean(right for _, right in task) for task in judged) if judged else None,
         accuracy_difference=difference[0] if difference else None,
         accuracy_interval=difference[1:] if difference else None,
-        agreement=fmean(fmean(pair.same for pair in task) for task in tasks),
-        agreement_interval=wilson_interval(fmean(pair.same for pair in pairs), len(pairs)),
+        agreement=agreement,
+        agreement_interval=wilson_interval(agreement, effective_count([len(t) for t in tasks])),
         minority_examples=len(minority),
         minority_agreement=fmean(minority) if minority else None,
         mean_layers=fmean(fmean(pair.other.exit_layer for pair in task) for task in tasks),

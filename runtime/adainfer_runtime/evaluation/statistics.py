@@ -6,10 +6,15 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-__all__ = ["paired_difference", "wilson_interval"]
+__all__ = ["effective_count", "paired_difference", "wilson_interval"]
 
 
-def wilson_interval(share: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def effective_count(sizes: Sequence[int]) -> float:
+    """Of groups with equal weights: as many observations, all of the same weight, tell as much."""
+    return len(sizes) ** 2 / sum(1.0 / size for size in sizes)
+
+
+def wilson_interval(share: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a binomial share (Wilson 1927)."""
     z = NormalDist().inv_cdf(0.5 + confidence / 2)
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)

@@ -3,7 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adainfer_runtime.evaluation.statistics import paired_difference, wilson_interval
+from adainfer_runtime.evaluation.statistics import (
+    effective_count,
+    paired_difference,
+    wilson_interval,
+)
 
 
 def test_wilson_interval():
@@ -39,3 +43,9 @@ def test_paired_difference_covers():
         _, low, high = paired_difference(groups)
         inside += low <= truth <= high
     assert 920 <= inside <= 980
+
+
+def test_groups_of_equal_weight_tell_as_much_as_their_smallest_lets_them():
+    assert effective_count([75, 75, 75]) == 225.0
+    assert effective_count([40]) == 40.0
+    assert effective_count([1000, 10]) == pytest.approx(39.6, abs=0.05)
