@@ -226,6 +226,13 @@ def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, i
             f"{skipped} of {len(examples)} prompts are longer than this engine's "
             f"{engine.manifest.max_seq_len} positions: export with a larger --max-seq-len"
         )
+    if skipped:
+        _LOG.warning(
+            "%d of %d prompts are left out: they are longer than this engine's %d positions",
+            skipped,
+            len(examples),
+            engine.manifest.max_seq_len,
+        )
     return split_parts(usable), skipped
 
 
