@@ -141,6 +141,23 @@ def test_where_templates_stand(tiny, tmp_path, files, expected):
     assert template.render([{"role": "user", "content": "x"}]) == expected
 
 
+@pytest.mark.parametrize(
+    "entry",
+    [{"name": "tool_use"}, {"template": "T"}, {"name": 3, "template": "T"}, {"name": "x"}, "T"],
+)
+def test_several_templates_need_names_and_texts(tiny, tmp_path, entry):
+    entries = [{"name": "default", "template": "D"}, entry]
+    spec = write(tmp_path / "folder", config={"chat_template": entries})
+    manifest = tiny("llama").engine.manifest.model_copy(update={"tokenizer": spec})
+    match = "entry 2 of the tokenizer's chat_template must have a name and a template"
+    with pytest.raises(ManifestError, match=match):
+        load_chat_template(tmp_path / "folder", manifest)
+    spec = write(tmp_path / "folder", jinja="B")  # it is this that counts
+    manifest = manifest.model_copy(update={"tokenizer": spec})
+    template = load_chat_template(tmp_path / "folder", manifest)
+    assert template.render([{"role": "user", "content": "x"}]) == "B"
+
+
 def test_damaged_tokenizer_config(tiny, tmp_path):
     spec = write(tmp_path / "folder", config="{")
     manifest = tiny("llama").engine.manifest.model_copy(update={"tokenizer": spec})
