@@ -1,4 +1,13 @@
-"""Live agreement: every n-th adaptive request also runs in full, and is compared."""
+"""Live agreement: every n-th adaptive request also runs in full, and is compared.
+
+Every comparison is a look at the counts, so a test for one look would give false alarms in the end.
+Here evidence is a mixture of likelihood ratios of larger risks against the promised one. While the
+risk is within the promise that is a nonnegative supermartingale that starts at 1, and by Ville's
+inequality (1939) the chance that it *ever* reaches 1/α is α at most, whatever the number of looks
+(Howard et al., "Time-uniform, nonparametric, nonasymptotic confidence sequences", Annals of
+Statistics 2021; Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting",
+JRSS B 2024).
+"""
 
 from __future__ import annotations
 
@@ -9,11 +18,12 @@ from dataclasses import dataclass, field
 
 from .errors import RequestError
 
-__all__ = ["ShadowEntry", "ShadowMonitor", "binomial_tail"]
+__all__ = ["ShadowEntry", "ShadowMonitor", "log_evidence"]
 
 _LOG = logging.getLogger(__name__)
-# The test is repeated with every comparison: far below the usual 5%, so that alarms mean something.
-_ALARM = 1e-3
+_FALSE_ALARMS = 0.05
+# Risks that are tested for, as odds beside the promised ones.
+_ODDS_RATIOS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -23,7 +33,8 @@ class ShadowEntry:
     Attributes:
         promised: share of disagreement that the request's certificate level (or the calibration's
             target) allows; None for requests with a threshold of their own.
-        holds: False once so many disagreements have a chance below 0.1% under the promise.
+        holds: False once the disagreements are too many for the promise. That happens with a chance
+            of 5% at most where the promise is kept, over all comparisons together.
     """
 
     promised: float | None
@@ -93,24 +104,23 @@ class ShadowMonitor:
             )
 
 
-def binomial_tail(count: int, total: int, share: float) -> float:
-    """P(X ≥ count) of X ~ Bin(total, share)."""
-    if count <= 0:
-        return 1.0
-    if share <= 0.0:
+def log_evidence(disagreed: int, checked: int, promised: float) -> float:
+    """Logarithm of the evidence that the risk of disagreement is above the promised one."""
+    if promised <= 0.0:
+        return math.inf if disagreed else 0.0
+    if promised >= 1.0:
         return 0.0
-    logs = (
-        math.lgamma(total + 1)
-        - math.lgamma(k + 1)
-        - math.lgamma(total - k + 1)
-        + k * math.log(share)
-        + (total - k) * math.log1p(-share)
-        for k in range(count, total + 1)
-    )
-    return min(1.0, math.fsum(math.exp(value) for value in logs))
+    logs = []
+    for ratio in _ODDS_RATIOS:
+        # Odds o·r: the risk is p·r / (1 − p + p·r), its complement (1 − p) / (1 − p + p·r).
+        norm = math.log1p(promised * (ratio - 1.0))
+        logs.append(disagreed * math.log(ratio) - checked * norm)
+    largest = max(logs)
+    mean = math.fsum(math.exp(value - largest) for value in logs) / len(logs)
+    return largest + math.log(mean)
 
 
 def _holds(promised: float | None, count: _Count) -> bool:
     if promised is None:
         return True
-    return binomial_tail(count.disagreed, count.checked, promised) > _ALARM
+    return log_evidence(count.disagreed, count.checked, promised) < -math.log(_FALSE_ALARMS)

@@ -1,13 +1,14 @@
 """Live agreement: what is compared, what is counted, when it warns."""
 
 import logging
-from math import comb
+from math import comb, exp, fsum, log
 
+import numpy as np
 import pytest
 
 from adainfer_runtime import ClassifierExit, Engine
 from adainfer_runtime.errors import RequestError
-from adainfer_runtime.shadow import ShadowMonitor, binomial_tail
+from adainfer_runtime.shadow import ShadowMonitor, log_evidence
 
 
 @pytest.fixture
@@ -74,11 +75,48 @@ def test_warns_once_when_the_promise_does_not_fit(caplog):
     assert not monitor.report()[0].holds
 
 
-def test_binomial_tail():
-    exact = sum(comb(30, k) * 0.1**k * 0.9 ** (30 - k) for k in range(5, 31))
-    assert binomial_tail(5, 30, 0.1) == pytest.approx(exact)
-    assert binomial_tail(0, 30, 0.1) == 1.0
-    assert binomial_tail(1, 30, 0.0) == 0.0
+LIMIT = log(1 / 0.05)
+
+
+def first_alarms(promised, risk, *, runs, looks):
+    """Per simulated run, the look of the alarm; `looks` where there was none."""
+    least, count = np.empty(looks, np.int64), 0  # disagreements that alarm at each look
+    for look in range(looks):
+        while log_evidence(count, look + 1, promised) < LIMIT:
+            count += 1
+        least[look] = count
+    seen = (np.random.default_rng(0).random((runs, looks)) < risk).cumsum(axis=1)
+    alarmed = seen >= least
+    return np.where(alarmed.any(axis=1), alarmed.argmax(axis=1), looks)
+
+
+@pytest.mark.parametrize("promised", [0.01, 0.05, 0.1])
+def test_false_alarms_over_thousands_of_looks(promised):
+    alarms = first_alarms(promised, promised, runs=2000, looks=5000)
+    assert 0 < (alarms < 5000).mean() <= 0.05
+
+
+@pytest.mark.parametrize("promised", [0.01, 0.05, 0.1])
+def test_alarms_at_twice_the_promise(promised):
+    alarms = first_alarms(promised, 2 * promised, runs=500, looks=5000)
+    assert np.median(alarms) < 12 / promised  # disagreements: twice as many
+    assert (alarms < 40 / promised).mean() > 0.95
+
+
+@pytest.mark.parametrize("promised", [0.02, 0.3])
+def test_evidence_is_fair_where_the_promise_is_just_kept(promised):
+    """Its expectation is 1 after any number of comparisons."""
+    total = fsum(
+        comb(40, k) * promised**k * (1 - promised) ** (40 - k) * exp(log_evidence(k, 40, promised))
+        for k in range(41)
+    )
+    assert total == pytest.approx(1.0)
+
+
+def test_evidence_at_the_edges():
+    assert log_evidence(0, 10, 0.0) == 0.0
+    assert log_evidence(1, 10, 0.0) > LIMIT
+    assert log_evidence(10, 10, 1.0) == 0.0
 
 
 def test_shadow_every_must_be_positive(tiny):
