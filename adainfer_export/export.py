@@ -128,7 +128,7 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     if request.calibration is not None and request.layers is None:
         from .calibrate.fitting import check_inputs
 
-        check_inputs(request.calibration)
+        check_inputs(request.calibration, target.name)
     checkpoint = resolve(request.model, revision=request.revision, weights=request.weights)
     if request.layers is not None:
         with scratch_folder(request.out) as folder:

@@ -18,7 +18,7 @@ from adainfer_runtime.tasks import TaskExample
 from ..errors import CalibrationError
 from ..progress import Reporter
 from .affine import AffineMap
-from .classifiers import CLASSIFIERS, Entry, ExitClassifier, own_entry
+from .classifiers import CLASSIFIERS, Entry, ExitClassifier, own_entry, require_domains
 from .data import Parts, check_examples, load_examples, split_parts
 from .distil import distil_adapters
 from .distilled import KeepLayer, keep_nothing
@@ -141,7 +141,7 @@ def fit_graphs(
         TaskFileError: a task file cannot be read.
         CalibrationError: too few usable prompts, or no room for an exit point.
     """
-    classifier_entries(request)  # before any work: a file may be wrong
+    _check_classifier(request, manifest.target)  # before any work: a file may be wrong
     engine = Engine.of_manifest(folder, manifest)
     parts, skipped = _usable_parts(engine, request)
     if not candidate_layers(engine):
@@ -232,6 +232,13 @@ def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, i
             f"{skipped} of {len(examples)} prompts are longer than this engine's "
             f"{engine.manifest.max_seq_len} positions: export with a larger --max-seq-len"
         )
+    if skipped:
+        _LOG.warning(
+            "%d of %d prompts are left out: they are longer than this engine's %d positions",
+            skipped,
+            len(examples),
+            engine.manifest.max_seq_len,
+        )
     return split_parts(usable), skipped
 
 
@@ -278,15 +285,22 @@ def _fit_adapters(
     return choose_ranks(engine, fitted, prompts, reporter)
 
 
-def check_inputs(request: CalibrationRequest) -> None:
+def check_inputs(request: CalibrationRequest, target: str) -> None:
     """Reads the files that a request names, for callers that have long work to do before it.
 
     Raises:
         TaskFileError: a task file cannot be read.
-        CalibrationError: too few prompts, or a classifier's file does not keep the contract.
+        CalibrationError: too few prompts, or a classifier's file does not keep the contract, or
+            the target does not run its operators.
     """
-    classifier_entries(request)
+    _check_classifier(request, target)
     check_examples(request)
+
+
+def _check_classifier(request: CalibrationRequest, target: str) -> None:
+    classifier_entries(request)
+    if request.classifier_file:
+        require_domains(request.classifier_file, target)
 
 
 def classifier_entries(request: CalibrationRequest) -> dict[str, Entry]:

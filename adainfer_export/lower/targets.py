@@ -67,6 +67,8 @@ class Target:
         block_sizes: values that may share a scale; the first is the default.
         int8_layers: whether sensitive layers may have 8 bits beside int4.
         shortlist: whether a low-rank head in its operators can be fitted.
+        classifier_domains: domains beside the standard one that a user's own classifier may take
+            operators from.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Target:
     block_sizes: tuple[int, ...] = (32,)
     int8_layers: bool = False
     shortlist: bool = False
+    classifier_domains: tuple[str, ...] = ()
 
 
 _ORT_CPU = Dialect(
@@ -152,7 +155,9 @@ TARGETS: tuple[Target, ...] = (
         (32, 16, 64, 128),
         int8_layers=True,
         shortlist=True,
+        classifier_domains=("ai.onnx.ml", "com.microsoft"),
     ),
+    # Its sessions have no CPU provider, which alone has operators of ai.onnx.ml.
     Target("ort-cuda", "ONNX Runtime on NVIDIA GPUs", ("fp16", "bf16", "int4"), _ORT_CUDA),
     Target(
         "tensorrt",

@@ -124,20 +124,34 @@ def load_chat_template(folder: Path, manifest: Manifest) -> ChatTemplate:
     """From `chat_template.jinja`, else from `tokenizer_config.json`, where the folder has them.
 
     Raises:
-        ManifestError: one of these files cannot be read.
+        ManifestError: one of these files cannot be read, or has an entry of several templates
+            without a name or a template.
     """
     files = {Path(name).name: folder / name for name in manifest.tokenizer_files}
     settings = _read_json(files.get("special_tokens_map.json"))
     settings |= _read_json(files.get("tokenizer_config.json"))
     source = settings.get("chat_template")
-    if isinstance(source, list):  # several, each with a name
-        entries = (entry for entry in source if isinstance(entry, dict))
-        source = next((e.get("template") for e in entries if e.get("name") == "default"), None)
     if (path := files.get("chat_template.jinja")) is not None:
         source = _read(path)
+    elif isinstance(source, list):  # several, each with a name
+        source = _default_of(source, folder)
     tokens = {name: _token_text(settings.get(name)) for name in _SPECIAL_TOKENS}
     special = {name: text for name, text in tokens.items() if text is not None}
     return ChatTemplate(source if isinstance(source, str) else None, special)
+
+
+def _default_of(entries: list[Any], folder: Path) -> str | None:
+    named = {}
+    for number, entry in enumerate(entries, start=1):
+        match entry:
+            case {"name": str(name), "template": str(template)}:
+                named[name] = template
+            case _:
+                raise ManifestError(
+                    f"{folder}: entry {number} of the tokenizer's chat_template must have a name "
+                    "and a template, both texts; export the model again"
+                )
+    return named.get("default")
 
 
 def _read(path: Path) -> str:

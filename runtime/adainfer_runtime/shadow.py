@@ -1,8 +1,12 @@
 """Live agreement: every n-th adaptive request also runs in full, and is compared.
 
-Whether the promise still fits is asked after every comparison, for as long as the engine lives. A
-test at a fixed level would alarm sooner or later without cause; this one is anytime-valid (Ville's
-inequality; Waudby-Smith and Ramdas, arXiv 2010.09686).
+Every comparison is a look at the counts, so a test for one look would give false alarms in the end.
+Here evidence is a mixture of likelihood ratios of larger risks against the promised one. While the
+risk is within the promise that is a nonnegative supermartingale that starts at 1, and by Ville's
+inequality (1939) the chance that it *ever* reaches 1/α is α at most, whatever the number of looks
+(Howard et al., "Time-uniform, nonparametric, nonasymptotic confidence sequences", Annals of
+Statistics 2021; Waudby-Smith and Ramdas, "Estimating means of bounded random variables by betting",
+JRSS B 2024).
 """
 
 from __future__ import annotations
@@ -14,12 +18,12 @@ from dataclasses import dataclass, field
 
 from .errors import RequestError
 
-__all__ = ["ShadowEntry", "ShadowMonitor", "evidence"]
+__all__ = ["ShadowEntry", "ShadowMonitor", "log_evidence"]
 
 _LOG = logging.getLogger(__name__)
-_FALSE_ALARM = 0.01  # chance of ever alarming where the promise is kept
-_ODDS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)  # alternatives: times the odds promised
-_LARGEST_LOG = 700.0
+_FALSE_ALARMS = 0.05
+# Risks that are tested for, as odds beside the promised ones.
+_ODDS_RATIOS = (1.25, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,8 @@ class ShadowEntry:
     Attributes:
         promised: share of disagreement that the request's certificate level (or the calibration's
             target) allows; None for requests with a threshold of their own.
-        holds: False once the comparisons speak against the promise; where it is kept that happens
-            with a chance of at most 1%, however many there are.
+        holds: False once the disagreements are too many for the promise. That happens with a chance
+            of 5% at most where the promise is kept, over all comparisons together.
     """
 
     promised: float | None
@@ -100,24 +104,23 @@ class ShadowMonitor:
             )
 
 
-def evidence(disagreed: int, checked: int, promised: float) -> float:
-    """Against "at most this share disagrees": an e-process, which may be looked at after every
-    comparison. Under the promise it ever reaches 1/α with a chance of at most α (Ville).
-
-    It is a mixture of likelihood ratios, each of a share whose odds are a few times those promised;
-    each is a supermartingale for every share up to the promised one.
-    """
+def log_evidence(disagreed: int, checked: int, promised: float) -> float:
+    """Logarithm of the evidence that the risk of disagreement is above the promised one."""
     if promised <= 0.0:
-        return math.inf if disagreed else 1.0
-    logs = [
-        disagreed * math.log(odds) - checked * math.log1p(promised * (odds - 1.0)) for odds in _ODDS
-    ]
+        return math.inf if disagreed else 0.0
+    if promised >= 1.0:
+        return 0.0
+    logs = []
+    for ratio in _ODDS_RATIOS:
+        # Odds o·r: the risk is p·r / (1 − p + p·r), its complement (1 − p) / (1 − p + p·r).
+        norm = math.log1p(promised * (ratio - 1.0))
+        logs.append(disagreed * math.log(ratio) - checked * norm)
     largest = max(logs)
     mean = math.fsum(math.exp(value - largest) for value in logs) / len(logs)
-    return math.inf if largest > _LARGEST_LOG else mean * math.exp(largest)
+    return largest + math.log(mean)
 
 
 def _holds(promised: float | None, count: _Count) -> bool:
     if promised is None:
         return True
-    return evidence(count.disagreed, count.checked, promised) < 1.0 / _FALSE_ALARM
+    return log_evidence(count.disagreed, count.checked, promised) < -math.log(_FALSE_ALARMS)

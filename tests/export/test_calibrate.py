@@ -354,6 +354,32 @@ def test_too_few_and_too_long_prompts(folder, tmp_path):
         calibrated(folder, files=(path,))
 
 
+def test_some_too_long_prompts_are_counted(folder, tmp_path, caplog):
+    from adainfer_export.calibrate.fitting import _usable_parts
+
+    path = tmp_path / "mixed.jsonl"
+    prompts = [f"{i} " + "x" * (400 if i < 5 else 1) for i in range(70)]
+    path.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in prompts))
+    request = CalibrationRequest((path,))
+    _, skipped = _usable_parts(Engine.load(folder), request)
+    assert skipped == 5
+    (record,) = caplog.records
+    assert "5 of 70 prompts are left out: they are longer than" in record.getMessage()
+
+
+def test_prompts_of_token_ids_are_named(folder, tmp_path):
+    """Task files hold text: ids, whoever's tokeniser made them, are no prompt."""
+    from adainfer_runtime.tasks import read_tasks
+
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"prompt": "x"}\n{"prompt": [5, -1, 999999]}\n')
+    match = r"ids\.jsonl:2: prompt: Input should be a valid string"
+    with pytest.raises(TaskFileError, match=match):
+        calibrated(folder, files=(path,))
+    with pytest.raises(TaskFileError, match=match):  # what certify and eval read by
+        read_tasks([path])
+
+
 def test_labels_that_are_no_tokens(folder, tmp_path, monkeypatch):
     path = tmp_path / "labels.jsonl"
     line = {"prompt": "x", "labels": ["a", "b"], "task": "t"}

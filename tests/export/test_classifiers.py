@@ -232,3 +232,74 @@ def test_own_classifiers_that_are_no_files(tmp_path):
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with pytest.raises(CalibrationError, match="cannot be used as a classifier"):
         own_entry(tmp_path / "bad.onnx")
+
+
+def scoring(path, make_nodes, domain=""):
+    """An own classifier whose score is what the nodes give, its state kept."""
+    from onnx import TensorProto, helper, save
+
+    inputs = [helper.make_tensor_value_info("token", TensorProto.INT64, ["n"])]
+    for name in ("top_prob", "gap", "depth", "trust"):
+        inputs.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]))
+    inputs.append(helper.make_tensor_value_info("state", TensorProto.FLOAT, ["n", 1]))
+    outputs = [
+        helper.make_tensor_value_info("score", TensorProto.FLOAT, ["m"]),
+        helper.make_tensor_value_info("next_state", TensorProto.FLOAT, ["n", 1]),
+    ]
+    nodes = [*make_nodes(helper.make_node), helper.make_node("Identity", ["state"], ["next_state"])]
+    constants = [
+        helper.make_tensor("zero", TensorProto.FLOAT, [1], [0.0]),
+        helper.make_tensor("one", TensorProto.INT64, [1], [1]),
+        helper.make_tensor("first", TensorProto.INT64, [1], [0]),
+        helper.make_tensor("two", TensorProto.INT64, [2], [2, -1]),
+    ]
+    graph = helper.make_graph(nodes, "own", inputs, outputs, constants)
+    opsets = [helper.make_opsetid("", 21)]
+    if domain:
+        opsets.append(helper.make_opsetid(domain, 3))
+    save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("nodes", "match"),
+    [
+        (
+            lambda node: [node("Slice", ["gap", "first", "one"], ["score"])],
+            r"own\.onnx: output score must have shape \[3\] for n = 3, found \[1\]",
+        ),
+        (
+            lambda node: [node("Div", ["gap", "zero"], ["score"])],
+            r"own\.onnx: output score must be finite, found inf for n = 1",
+        ),
+        (
+            lambda node: [
+                node("Reshape", ["gap", "two"], ["pairs"]),
+                node("ReduceSum", ["pairs", "one"], ["score"], keepdims=0),
+            ],
+            r"own\.onnx does not run on n = 1: ",
+        ),
+    ],
+)
+def test_own_classifiers_are_run_before_any_work(tmp_path, nodes, match):
+    with pytest.raises(CalibrationError, match=match) as found:
+        own_entry(scoring(tmp_path / "own.onnx", nodes))
+    assert "\n" not in str(found.value)
+
+
+def test_own_classifiers_operators_are_those_of_the_target(tmp_path):
+    from adainfer_export.calibrate import CalibrationRequest
+    from adainfer_export.calibrate.classifiers import require_domains
+    from adainfer_export.calibrate.fitting import check_inputs
+
+    def scaled(node):
+        return [node("Scaler", ["gap"], ["score"], domain="ai.onnx.ml", offset=[0.0], scale=[2.0])]
+
+    path = scoring(tmp_path / "own.onnx", scaled, "ai.onnx.ml")
+    require_domains(path, "ort-cpu")
+    for target in ("ort-cuda", "tensorrt", "tensorrt-basic", "onnx-std"):
+        match = rf"own\.onnx: target {target} runs standard operators; found ai\.onnx\.ml\.Scaler"
+        with pytest.raises(CalibrationError, match=match):
+            check_inputs(CalibrationRequest(classifier_file=path), target)
+    standard = own_classifier(tmp_path / "standard.onnx")
+    require_domains(standard, "tensorrt")

@@ -131,9 +131,6 @@ def write(folder, **files):
                                           {"name": "default", "template": "D"}]}},
             "D",
         ),
-        ({"config": {"chat_template": ["x", {"name": "default"}]}, "jinja": "B"}, "B"),
-        ({"config": {"chat_template": [{"template": "T"},
-                                       {"name": "default", "template": "D"}]}}, "D"),
         ({"map": {"eos_token": {"content": "<e>"}}, "jinja": "{{ eos_token }}"}, "<e>"),
     ],
 )  # fmt: skip
@@ -144,11 +141,21 @@ def test_where_templates_stand(tiny, tmp_path, files, expected):
     assert template.render([{"role": "user", "content": "x"}]) == expected
 
 
-def test_templates_without_a_default_are_none(tiny, tmp_path):
-    spec = write(tmp_path / "folder", config={"chat_template": [{"template": "T"}, {"name": "x"}]})
+@pytest.mark.parametrize(
+    "entry",
+    [{"name": "tool_use"}, {"template": "T"}, {"name": 3, "template": "T"}, {"name": "x"}, "T"],
+)
+def test_several_templates_need_names_and_texts(tiny, tmp_path, entry):
+    entries = [{"name": "default", "template": "D"}, entry]
+    spec = write(tmp_path / "folder", config={"chat_template": entries})
     manifest = tiny("llama").engine.manifest.model_copy(update={"tokenizer": spec})
-    with pytest.raises(ChatTemplateError, match="has no chat template"):
-        load_chat_template(tmp_path / "folder", manifest).require()
+    match = "entry 2 of the tokenizer's chat_template must have a name and a template"
+    with pytest.raises(ManifestError, match=match):
+        load_chat_template(tmp_path / "folder", manifest)
+    spec = write(tmp_path / "folder", jinja="B")  # it is this that counts
+    manifest = manifest.model_copy(update={"tokenizer": spec})
+    template = load_chat_template(tmp_path / "folder", manifest)
+    assert template.render([{"role": "user", "content": "x"}]) == "B"
 
 
 def test_damaged_tokenizer_config(tiny, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import boosting, crf, logistic, svm, threshold
 from .base import ExitClassifier, FitData, FittedClassifier
-from .own import OwnClassifier, load_own
+from .own import OwnClassifier, load_own, require_domains
 
 __all__ = [
     "CLASSIFIERS",
@@ -18,6 +18,7 @@ __all__ = [
     "FittedClassifier",
     "OwnClassifier",
     "own_entry",
+    "require_domains",
 ]
 
 _STATE = ("stability", "rise")
