@@ -22,6 +22,7 @@ class SummaryRow:
     accuracy_adaptive: float | None
     agreement: float
     mean_layers: float
+    layers_deviation: float
     layers_saved: float
     seconds_off: float
     seconds_adaptive: float
@@ -44,6 +45,7 @@ def _row(off: TaskResult, adaptive: TaskResult) -> SummaryRow:
         accuracy_adaptive=adaptive.accuracy,
         agreement=adaptive.agreement,
         mean_layers=adaptive.mean_layers,
+        layers_deviation=adaptive.layers_deviation,
         layers_saved=adaptive.layers_saved,
         seconds_off=off.seconds,
         seconds_adaptive=adaptive.seconds,

@@ -35,6 +35,7 @@ def test_a_flat_row_per_task_and_the_mean(tiny):
         "accuracy_adaptive": adaptive.tasks[0].accuracy,
         "agreement": adaptive.tasks[0].agreement,
         "mean_layers": 2.0,
+        "layers_deviation": 0.0,
         "layers_saved": 0.5,
         "seconds_off": off.tasks[0].seconds,
         "seconds_adaptive": adaptive.tasks[0].seconds,
