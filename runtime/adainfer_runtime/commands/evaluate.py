@@ -88,8 +88,8 @@ def run_eval(
             help="Also write the results here; `-` prints them. `methods` holds every figure of "
             "each method; with adaptive among them, `summary` has a flat row per task, the mean "
             "last: task, examples, accuracy_off, accuracy_adaptive, agreement, mean_layers, "
-            "layers_deviation, layers_saved, seconds_off, seconds_adaptive (of the mean: sums); `fitted_on` counts "
-            "prompts that the exits were fitted on.",
+            "layers_deviation, layers_saved, seconds_off, seconds_adaptive (of the mean: sums); "
+            "`fitted_on` counts prompts that the exits were fitted on.",
         ),
     ] = None,
 ) -> None:
