@@ -24,7 +24,7 @@ from .distil import distil_adapters
 from .distilled import KeepLayer, keep_nothing
 from .head import read_head
 from .kept import KeptSteps
-from .low_rank import choose_ranks
+from .low_rank import AdapterBudget, choose_ranks
 from .predictions import Predictions, predict_candidates, predict_layers
 from .request import CalibrationRequest
 from .scored import CHOICE
@@ -218,8 +218,27 @@ def _fit_exits(
         best = tuple(select_classifiers(fit, choices, target, seed, entries).values())[:1]
         graphs += tuple(FittedGraph(CHOICE, classifier, choices) for classifier in best)
     reporter.step()
+    graphs = _within_budget(engine.manifest, graphs, adapters)
     with_trusts = {layer: (adapter, trusts[layer]) for layer, adapter in adapters.items()}
     return Fitted(parts, skipped, with_trusts, maps.block_influence, selection, graphs)
+
+
+def _within_budget(
+    manifest: Manifest, graphs: tuple[FittedGraph, ...], adapters: Mapping[int, AffineMap]
+) -> tuple[FittedGraph, ...]:
+    """Those whose adapters, stored once for all graphs, are small beside the model."""
+    budget, kept = AdapterBudget.of(manifest), list[FittedGraph]()
+    for graph in graphs:
+        layers = {layer for one in (*kept, graph) for layer in one.classifier.layers}
+        if budget.takes_all(adapters[layer] for layer in layers if layer in adapters):
+            kept.append(graph)
+        else:
+            _LOG.warning(
+                "exit graph %s is left out: with its adapters, all of them would take more than "
+                "5%% of the model",
+                graph.name,
+            )
+    return tuple(kept)
 
 
 def _usable_parts(engine: Engine, request: CalibrationRequest) -> tuple[Parts, int]:

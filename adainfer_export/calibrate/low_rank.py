@@ -11,7 +11,7 @@ that, held-out prompts decide per exit point.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +30,7 @@ __all__ = ["AdapterBudget", "choose_ranks"]
 Float32 = npt.NDArray[np.float32]
 
 _SHARE = 0.05
-_POINTS = 4  # of all exit graphs together: a graph has three at most, and they share most
+_POINTS = 4  # expected of all exit graphs together: a graph has three at most, and they share most
 _BYTES_PER_WEIGHT = 2  # float16
 _PARTS_OF_WIDTH = (2, 3, 4, 8)
 _FEWEST_HELD_OUT = 30  # answers
@@ -38,7 +38,11 @@ _FEWEST_HELD_OUT = 30  # answers
 
 @dataclass(frozen=True)
 class AdapterBudget:
-    """How many weights one adapter may have."""
+    """How many weights one adapter may have.
+
+    Where exit graphs have more different points than was expected, `takes_all` says which of them
+    is one too many.
+    """
 
     weights: int
 
@@ -48,6 +52,13 @@ class AdapterBudget:
         stages = [record for name, record in manifest.files.items() if name.startswith("stages/")]
         stored = sum(record.bytes for record in stages)
         return cls(int(_SHARE * stored / _POINTS / _BYTES_PER_WEIGHT))
+
+    def takes_all(self, adapters: Iterable[AffineMap]) -> bool:
+        """Whether so many different ones are within a twentieth together. Those of rank 1 are:
+        there is nothing smaller.
+        """
+        counted = sum(adapter.weights for adapter in adapters if adapter.rank > 1)
+        return counted <= _POINTS * self.weights
 
     def takes_full(self, width: int) -> bool:
         """Whether a square matrix is within it."""

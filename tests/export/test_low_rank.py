@@ -107,3 +107,21 @@ def test_too_few_prompts_take_the_largest_form(traced, monkeypatch):
     monkeypatch.setattr(low_rank.AdapterBudget, "of", classmethod(lambda *_: budget))
     chosen = choose_ranks(engine, adapters, prompts, SilentReporter())
     assert all(adapter.up is None for adapter in chosen.values())
+
+
+def test_graphs_with_too_many_adapters_are_left_out(monkeypatch, caplog):
+    from adainfer_export.calibrate import fitting
+
+    def graph(name, *layers):
+        return SimpleNamespace(name=name, classifier=SimpleNamespace(layers=layers))
+
+    matrix, bias = np.zeros((8, 8), np.float32), np.zeros(8, np.float32)
+    adapters = {layer: AffineMap(matrix, bias) for layer in range(10)}
+    monkeypatch.setattr(low_rank.AdapterBudget, "of", classmethod(lambda *_: AdapterBudget(64)))
+    graphs = (graph("svm", 1, 2, 3), graph("crf", 1, 4, 5), graph("choice", 2, 4))
+    kept = fitting._within_budget(None, graphs, adapters)
+    assert [one.name for one in kept] == ["svm", "choice"]  # four different points are paid for
+    assert "exit graph crf is left out" in caplog.text
+    assert fitting._within_budget(None, graphs, {}) == graphs  # plain AdaInfer stores none
+    least = {layer: AffineMap(matrix[:, :1], bias, matrix[:1]) for layer in adapters}
+    assert fitting._within_budget(None, graphs, least) == graphs
