@@ -52,19 +52,20 @@ class AdaptiveTexts:
         self._prompts = [engine.tokenizer.encode(example.prompt) for example in examples]
         self._full: list[WrittenText] = []
         self._known: list[_Text] = []
-        reporter.begin("writing texts", len(examples) * (1 + thresholds))
+        reporter.begin("writing texts", len(examples))
         for prompt, task in zip(self._prompts, self.tasks, strict=True):
             self._full.append(self._writer.write(prompt, NoExit())[0])
             reporter.step(task)
+        reporter.begin("trying thresholds", thresholds)
 
     def at(self, threshold: float) -> TextOutcome:
         """The texts at a threshold that is no safer than the last one asked for."""
         texts = []
-        for row, task in enumerate(self.tasks):
+        for row in range(len(self.tasks)):
             known = self._known[row] if self._known else None
             stays = known is not None and known.next_score < threshold
             texts.append(known if known is not None and stays else self._write(row, threshold))
-            self._reporter.step(task)
+        self._reporter.step()
         self._known = texts
         return TextOutcome(
             threshold,
