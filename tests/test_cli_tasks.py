@@ -147,4 +147,4 @@ def test_help(name):
 def test_help_says_what_copies_are_not_for():
     shown = " ".join(command("adainfer", "tasks", "shots", "--help").stdout.split())
     assert "not independent" in shown
-    assert "for certifying use --copies 1" in shown
+    assert "not a stronger certificate" in shown
