@@ -129,8 +129,7 @@ def _answers_json(renewal: Renewal | None) -> dict[str, Any]:
         name: certificate.model_dump(mode="json")
         for name, certificate in renewal.manifest.certificates.items()
     }
-    left_out = renewal.prompts.left_out
-    return {"certificates": certificates, **left_out, "too_long": left_out["not_taken"]}
+    return {"certificates": certificates, **renewal.prompts.left_out}
 
 
 def _texts_json(renewal: TextRenewal | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import random
 import shutil
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +57,20 @@ def main() -> None:
         made for shots in arguments.shots for made in recombine(known, shots=shots, seed=shots)
     ]
     write_tasks(fitting, mixed)
-    prompts = {"files": (fitting,), "limit": arguments.calibration_limit}
-    common = {**prompts, "target_agreement": arguments.target_agreement}
-    with_adapters = CalibrationRequest(
-        **common, adapters="ridge", classifiers=_KINDS, context_exit=True, translators="ridge"
+    plain_adainfer = CalibrationRequest(
+        files=(fitting,),
+        limit=arguments.calibration_limit,
+        target_agreement=arguments.target_agreement,
+        adapters="none",
+        classifiers=_VANILLA,
     )
-    plain_adainfer = CalibrationRequest(**common, adapters="none", classifiers=_VANILLA)
+    with_adapters = replace(
+        plain_adainfer,
+        adapters="ridge",
+        classifiers=_KINDS,
+        context_exit=True,
+        translators="ridge",
+    )
     adapted = _calibrated(arguments, "adapted", with_adapters)
     vanilla = _calibrated(arguments, "vanilla", plain_adainfer)
     tests = [

@@ -94,8 +94,10 @@ class AdaptiveTexts:
 
 @dataclass(frozen=True)
 class _Text:
-    """Attributes:
-    next_score: the largest below the threshold: any threshold above it writes the same text.
+    """One text at one threshold, against the full model's.
+
+    Attributes:
+        next_score: the largest below the threshold: any threshold above it writes the same text.
     """
 
     differing: npt.NDArray[np.float64]

@@ -74,8 +74,11 @@ class AnswerTraces:
 
     @classmethod
     def concatenate(cls, parts: Sequence[AnswerTraces]) -> AnswerTraces:
-        """Those of different prompts at the same layers, numbered anew; times are averaged."""
-        first = np.cumsum([0, *(int(part.prompts.max(initial=0)) for part in parts)])
+        """Those of different prompts at the same layers, numbered anew; times are averaged. What
+        is `held_out` stays so: moments were summed without it.
+        """
+        most = [int(part.prompts.max(initial=0)) for part in parts]
+        first = np.cumsum([0, *(-(-last // _HELD_OUT) * _HELD_OUT for last in most)])
         return cls(
             parts[0].layers,
             np.concatenate([part.hidden for part in parts]),

@@ -285,17 +285,17 @@ def trace_contexts_above(
                 number: _flatten(rotary.undo(key), value) for number, (key, value) in kv.items()
             }
             lesson_bytes -= sum(states.nbytes // 2 for states in hidden.values())
-            held_out_lesson = False
-            if lesson_bytes > 0 and len(ids) > 1:
-                held_out_lesson = len(lessons) % _HELD_OUT == 0
-                lessons.append(_lesson(session, answers, hidden, kv, held_out=held_out_lesson))
-        if held_out_lesson:
-            fitted = fitted[:0]
+            is_lesson = lesson_bytes > 0 and len(ids) > 1
+            compared_on = is_lesson and len(lessons) % _HELD_OUT == 0
+            if is_lesson:
+                lessons.append(_lesson(session, answers, hidden, kv, held_out=compared_on))
+        reporter.step(example.task)
+        if compared_on:
+            continue
         for layer in layers:
             target = np.concatenate([flat[n] for n in range(layer + 1, total + 1)], axis=1)
             rows = hidden[layer][fitted]
             moments[layer].add(rows, target[fitted], np.ones(len(rows), np.float32))
-        reporter.step(example.task)
     return TracedContexts(moments, tuple(lessons))
 
 

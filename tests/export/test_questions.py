@@ -19,7 +19,12 @@ from adainfer_export.calibrate.questions import (
     solved_by,
 )
 from adainfer_export.calibrate.scored import Scored
-from adainfer_export.calibrate.traces import answer_positions, trace_answers, trace_prompts
+from adainfer_export.calibrate.traces import (
+    AnswerTraces,
+    answer_positions,
+    trace_answers,
+    trace_prompts,
+)
 from adainfer_export.errors import CalibrationError
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime.engine_folder import load_manifest
@@ -130,6 +135,19 @@ def test_moments_hold_neither_held_out_answers_nor_prompts_to_compare_by(engine)
     everything = solved_by(examples[:9])
     _, kept = moments(*examples[:9], held_out=everything)
     assert len(kept.token) == 9  # their own
+
+
+def test_prompts_to_compare_by_stay_those_when_traces_are_put_together(engine):
+    examples = few_shot(25, shots=2)
+    traced = [
+        trace_answers(engine, some, SilentReporter(), in_context=False)
+        for some in (examples[:12], examples[12:])
+    ]
+    together = AnswerTraces.concatenate(traced)
+    held_out = np.concatenate([part.held_out for part in traced])
+    np.testing.assert_array_equal(together.held_out, held_out)
+    assert held_out.sum() == 2
+    assert len(set(together.prompts.tolist())) == 25
 
 
 def test_certifying_prompts_ask_what_was_not_fitted_on(tiny, tmp_path):
