@@ -147,7 +147,7 @@ def _looks(
     exits = ExitCosts(
         costs,
         layers,
-        fills=options.kv_policy != "deferred",
+        kv_policy=options.kv_policy,
         confirmed=options.probe == "shortlist",
     )
     return Paying(exits, shares)

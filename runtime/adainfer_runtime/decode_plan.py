@@ -15,6 +15,7 @@ from typing import Literal
 from .decode_costs import DecodeCosts
 from .draft_schedule import UNKNOWN_AGREEMENT, agreement_by_layer
 from .exit_looks import ExitCosts
+from .kv_fill import KvPolicy
 from .manifest import Manifest
 from .session import ExitProbe
 
@@ -35,6 +36,7 @@ class DecodeForecast:
         share: of tokens that leave early, or of drafts that are right, on held-out prompts.
         relative: expected time of a token over the full model's, at that share.
         pays_from: least share at which it costs less than the full model; None: at none.
+        kv_policy: of positions that left early; drafts leave none behind.
     """
 
     mode: Literal["adaptive", "verified"]
@@ -44,6 +46,7 @@ class DecodeForecast:
     share: float
     relative: float
     pays_from: float | None
+    kv_policy: KvPolicy = "deferred"
 
 
 def forecast_decode(
@@ -51,7 +54,7 @@ def forecast_decode(
     costs: Callable[[ExitProbe], DecodeCosts],
     looks: tuple[tuple[int, ...], tuple[float, ...]] | None,
 ) -> tuple[DecodeForecast, ...]:
-    """Every way that the folder has, by mode, exit point and probe.
+    """Every way that the folder has, by mode, exit point, probe and KV policy.
 
     Args:
         looks: exit points of mode `adaptive`, and the share of held-out prompts that leaves at
@@ -62,7 +65,7 @@ def forecast_decode(
     for probe in probes:
         known = costs(probe)
         if looks is not None:
-            found.append(_looks(known, probe, *looks))
+            found += _looks(known, probe, *looks)
         found += _drafts(manifest, known, probe)
     return tuple(sorted(found, key=lambda forecast: (forecast.mode, forecast.relative)))
 
@@ -81,8 +84,22 @@ def best_drafting(manifest: Manifest, costs: DecodeCosts) -> float:
 
 def _looks(
     costs: DecodeCosts, probe: ExitProbe, layers: tuple[int, ...], shares: tuple[float, ...]
+) -> Iterator[DecodeForecast]:
+    """Under the exact KV policy, and those that fill after any of the exit points."""
+    yield _looks_under("deferred", costs, probe, layers, shares)
+    for policy, fills in costs.fills.items():
+        if any(layer in fills.above for layer in layers):
+            yield _looks_under(policy, costs, probe, layers, shares)
+
+
+def _looks_under(
+    policy: KvPolicy,
+    costs: DecodeCosts,
+    probe: ExitProbe,
+    layers: tuple[int, ...],
+    shares: tuple[float, ...],
 ) -> DecodeForecast:
-    every = ExitCosts(costs, layers, confirmed=probe == "shortlist")
+    every = ExitCosts(costs, layers, policy, confirmed=probe == "shortlist")
     total = sum(shares)
     alike = tuple(share / total for share in shares) if total else (1.0, *shares[1:])
 
@@ -101,6 +118,7 @@ def _looks(
         sum(moved),
         chosen.token(moved) / costs.token,
         _pays_from(relative),
+        policy,
     )
 
 

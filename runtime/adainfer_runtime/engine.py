@@ -23,7 +23,6 @@ from .engine_folder import load_manifest, verify_files
 from .errors import DeadlineError, ExitUnavailableError, RequestError
 from .exit_policy import ExitPolicy, NoExit
 from .generation_options import CancelToken, GenerationKeywords, GenerationOptions
-from .kv_fill import KvPolicy
 from .lifetime import Lifetime, closed
 from .long_text import LongText
 from .manifest import Manifest
@@ -331,8 +330,7 @@ class Engine:
         Raises:
             ExitUnavailableError: the folder has no plan, or one of another class of device.
         """
-        kv_policy: KvPolicy = "deferred" if shape.deferred else "translated"
-        text = LongText(shape.new_tokens, kv_policy) if shape.new_tokens > 1 else None
+        text = LongText(shape.new_tokens, shape.kv_policy) if shape.new_tokens > 1 else None
         label = 1 if shape.candidates else None
         return self._forecasts(shape, Strictness(None, level, self._device_class, text, label))
 

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from .decode_costs import DecodeCosts
 from .exit_policy import ExitPolicy, NoExit, SomeChecks
+from .kv_fill import KvPolicy
 
 __all__ = ["Always", "ExitCosts", "Looks", "Paying"]
 
@@ -44,14 +45,15 @@ class ExitCosts:
 
     Attributes:
         layers: the exit points', ascending.
-        fills: approximate K and V are made for what is skipped; otherwise a later token runs the
-            skipped layers too, in one pass with its own.
+        kv_policy: whether approximate K and V are made for what is skipped, and at which price;
+            under `deferred`, and at exit points that the policy does not serve, a later token runs
+            the skipped layers too, in one pass with its own.
         confirmed: what leaves is looked at once more, with the full probe.
     """
 
     costs: DecodeCosts
     layers: tuple[int, ...]
-    fills: bool = False
+    kv_policy: KvPolicy = "deferred"
     confirmed: bool = False
 
     def cheapest(self, shares: Sequence[float]) -> tuple[ExitCosts, tuple[float, ...]]:
@@ -113,14 +115,18 @@ class ExitCosts:
     def _leaving(self, layer: int, gone: float) -> float:
         """What a token that leaves still costs, where so many leave in all."""
         confirming = self.costs.probe * self.costs.share if self.confirmed else 0.0
-        return confirming + (self.costs.layers - layer) * self._later_row(gone)
+        return confirming + self._skipped(layer, gone)
 
-    def _later_row(self, share: float) -> float:
-        """A skipped layer's time in the pass of the token that goes deeper."""
-        if self.fills:
-            return 0.0  # a small part of a layer
-        waiting = min(max(1, round(share / max(1.0 - share, 1e-6))), self.costs.rows[-1][0])
-        return (self.costs.batch(waiting + 1) - self.costs.share) / waiting
+    def _skipped(self, layer: int, gone: float) -> float:
+        """What the layers above cost once a token goes deeper, for one of those that wait for it:
+        so many as leave one after another.
+        """
+        costs = self.costs
+        waiting = min(max(1, round(gone / max(1.0 - gone, 1e-6))), costs.rows[-1][0])
+        fill = costs.fill(self.kv_policy, layer, waiting)
+        if fill is not None:
+            return fill
+        return (costs.layers - layer) * (costs.batch(waiting + 1) - costs.share) / waiting
 
 
 class Paying:

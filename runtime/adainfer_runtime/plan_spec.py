@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["Machine", "PlanSpec", "StageTimes"]
+__all__ = ["FillTimes", "Machine", "PlanSpec", "StageTimes"]
 
 
 _Positive = Annotated[int, Field(gt=0, le=1 << 24)]
@@ -25,6 +25,28 @@ class Machine(_Record):
     threads: int
 
 
+class FillTimes(_Record):
+    """Medians of measured seconds that approximate K and V take, their way into the cache included.
+
+    Attributes:
+        rows: positions filled in one go, ascending; what follows is parallel to it.
+        propagate: one skipped layer by its own weights (KV policy `propagate`); empty where the
+            target has no stages for it.
+        translated: by exit layer: all layers above it (KV policy `translated`).
+    """
+
+    rows: Annotated[tuple[_Positive, ...], Field(min_length=1)]
+    propagate: tuple[_Seconds, ...] = ()
+    translated: dict[int, tuple[_Seconds, ...]] = {}
+
+    @model_validator(mode="after")
+    def _parallel(self) -> FillTimes:
+        known = (*self.translated.values(), *((self.propagate,) if self.propagate else ()))
+        if any(len(seconds) != len(self.rows) for seconds in known):
+            raise ValueError("rows and fills must be parallel")
+        return self
+
+
 class StageTimes(_Record):
     """Medians of measured seconds.
 
@@ -38,6 +60,7 @@ class StageTimes(_Record):
         candidates: a probe over a handful of rows; `shortlist` the low-rank one, if there is any.
         context_rows: positions of a prompt, ascending; `context` is parallel to it.
         context: by exit layer: translation, and the last positions through the layers above.
+        fills: of approximate K and V; None where the folder makes none, or the times are older.
     """
 
     rows: tuple[_Positive, ...]
@@ -54,6 +77,7 @@ class StageTimes(_Record):
     shortlist: _Seconds | None = None
     context_rows: tuple[_Positive, ...] = ()
     context: dict[int, tuple[_Seconds, ...]] = {}
+    fills: FillTimes | None = None
 
     @model_validator(mode="after")
     def _parallel(self) -> StageTimes:

@@ -176,9 +176,11 @@ def prepare(
         options.cancelled,
     )
     check_request(request, 0, engine.manifest.max_seq_len)
-    deferred = options.decoding.kv_policy == "deferred"
     shape = RequestShape(
-        len(tokens), options.max_new_tokens, reused_tokens=reused, deferred=deferred
+        len(tokens),
+        options.max_new_tokens,
+        reused_tokens=reused,
+        kv_policy=options.decoding.kv_policy,
     )
     mode, policy = _planned(engine, options, shape)
     return TextRequest(engine, tokens, options, mode, policy, request, arrived)

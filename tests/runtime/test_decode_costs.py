@@ -10,8 +10,8 @@ from adainfer_runtime.decode_costs import DecodeCosts, decode_costs
 from adainfer_runtime.decode_options import DecodeOptions, make_decoder
 from adainfer_runtime.exit_looks import ExitCosts
 from adainfer_runtime.exit_policy import NoExit
-from adainfer_runtime.manifest import ShortlistSpec
-from adainfer_runtime.plan_spec import Machine, PlanSpec, StageTimes
+from adainfer_runtime.manifest import ClassifierSpec, ExitPoint, ExitSpec, ShortlistSpec
+from adainfer_runtime.plan_spec import FillTimes, Machine, PlanSpec, StageTimes
 from adainfer_runtime.sampling import Greedy
 
 HERE = Machine(device_class="cpu", processor="this one", threads=2)
@@ -75,6 +75,49 @@ def test_a_shortlist_costs_what_was_measured_or_its_share_of_the_probe(manifest)
     measured = planned(with_one, shortlist=0.5)
     assert decode_costs(measured, HERE, shortlist=True).draft_probe == pytest.approx(0.5)
     assert decode_costs(planned(manifest), HERE, shortlist=True).draft_probe is None
+
+
+def exiting(manifest, *layers):
+    """With answer exits after these layers, and a context exit after the first of them."""
+    points = tuple(ExitPoint(exit_layer=layer) for layer in layers)
+    spec = ExitSpec(
+        points=points,
+        classifier=ClassifierSpec(kind="svm", graph="x", state_size=3, features=()),
+        threshold=0.5,
+        target_agreement=0.98,
+    )
+    first = points[0].model_copy(update={"translate": "t", "multiply_adds": 600})
+    context = spec.model_copy(update={"points": (first,)})
+    return manifest.model_copy(update={"exit": spec, "context_exit": context})
+
+
+def test_measured_fills_in_layers_of_one_row(manifest):
+    fills = FillTimes(rows=(1, 8), propagate=(0.125, 0.5), translated={1: (0.25, 1.0)})
+    costs = decode_costs(planned(exiting(manifest, 1, 3), fills=fills), HERE)
+    # A layer of one row takes 1 s; of four, three lie above layer 1 and one above layer 3.
+    assert costs.fill("propagate", 1, 1) == pytest.approx(3 * 0.125)
+    assert costs.fill("propagate", 3, 8) == pytest.approx(0.5 / 8)
+    assert costs.fill("propagate", 3, 16) == pytest.approx(0.5 / 8)
+    assert costs.fill("translated", 1, 8) == pytest.approx(1.0 / 8)
+    assert costs.fill("translated", 3, 8) is None
+    assert costs.fill("deferred", 1, 1) is None
+    # Texts that share passes fill each for itself.
+    assert costs.of_texts(4).fill("propagate", 1, 1) == costs.fill("propagate", 1, 1)
+
+
+def test_fills_that_were_not_measured_cost_their_multiply_adds(manifest):
+    made = exiting(manifest, 1, 3)
+    layer = sum(stage.multiply_adds for stage in manifest.layer_stages) / 4
+    work = manifest.kv_fills[4].multiply_adds / layer
+    assert 0.0 < work < 0.5
+    for costs in (decode_costs(made, None), decode_costs(planned(made), HERE)):
+        assert costs.fill("propagate", 3, 1) == pytest.approx(work)
+        assert costs.fill("propagate", 1, 1) == pytest.approx(3 * work)
+        assert costs.fill("propagate", 3, 2) == pytest.approx(work * costs.batch(2) / 2)
+        assert costs.fill("translated", 1, 1) == pytest.approx(600 / layer)
+        assert costs.fill("translated", 3, 1) is None
+    bare = made.model_copy(update={"stages": (*manifest.cut, manifest.probe)})
+    assert "propagate" not in DecodeCosts.of_manifest(bare).fills
 
 
 def test_a_round_of_drafts():

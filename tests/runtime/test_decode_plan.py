@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from adainfer_runtime.decode_costs import DecodeCosts
+from adainfer_runtime.decode_costs import DecodeCosts, FillCosts
 from adainfer_runtime.decode_plan import forecast_decode
 from adainfer_runtime.draft_schedule import agreement_by_layer, default_draft_layer
 from adainfer_runtime.exit_looks import ExitCosts
@@ -87,6 +89,20 @@ def test_dear_probes_never_pay(manifest):
     (looks,) = [forecast for forecast in found if forecast.mode == "adaptive"]
     assert looks.pays_from is None
     assert looks.relative > 1.0
+
+
+def test_exits_are_forecast_under_every_kv_policy_that_fills_there(manifest):
+    fills = {
+        "propagate": FillCosts((1,), {16: (0.5,), 24: (0.25,)}),
+        "translated": FillCosts((1,), {8: (0.1,)}),  # no exit point of answers
+    }
+    costs = replace(CHEAP, fills=fills)
+    found = forecast_decode(manifest, lambda probe: costs, ((16, 24), (0.3, 0.3)))
+    by_policy = {forecast.kv_policy: forecast for forecast in found}
+    assert set(by_policy) == {"deferred", "propagate"}
+    token = ExitCosts(costs, (16, 24), "propagate").token((0.3, 0.3))
+    assert by_policy["propagate"].relative == pytest.approx(token / costs.token)
+    assert by_policy["propagate"].relative < by_policy["deferred"].relative
 
 
 def test_engines_without_exits_have_nothing_to_plan(tiny):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adainfer_runtime import ClassifierExit, DecodeOptions, Engine, FixedExit, NoExit
-from adainfer_runtime.decode_costs import DecodeCosts
+from adainfer_runtime.decode_costs import DecodeCosts, FillCosts
 from adainfer_runtime.decoding import PolicyDecoder
 from adainfer_runtime.exit_looks import Always, ExitCosts, Paying
 from adainfer_runtime.exit_policy import ExitCheck
@@ -21,6 +21,11 @@ from .test_planning import exits
 
 LARGE = DecodeCosts(layers=32, probe=0.5, classifier=0.25, rows=((1, 1.0), (2, 0.6), (4, 0.5)))
 SMALL = DecodeCosts(layers=30, probe=5.0)  # a dear head: SmolLM2's
+# Of one position, and of four together; only what left after layer 16 has a map.
+FILLS = {
+    "propagate": FillCosts((1, 4), {8: (6.0, 12.0), 16: (4.0, 8.0), 24: (2.0, 4.0)}),
+    "translated": FillCosts((1, 4), {16: (1.0, 3.0)}),
+}
 
 
 def test_cost_of_a_token_that_looks():
@@ -30,8 +35,8 @@ def test_cost_of_a_token_that_looks():
     # Half leave at 16: the others go on, with one skipped row along (a fifth of its own pass).
     left = 16.75 + 0.5 * (8.75 + 8.5) + 0.5 * 16 * 0.2
     assert two.token((0.5, 0.0)) == pytest.approx(left)
-    filled = ExitCosts(LARGE, (16, 24), fills=True)
-    assert filled.token((0.5, 0.0)) == pytest.approx(left - 1.6)
+    filled = ExitCosts(LARGE, (16, 24), "propagate")
+    assert filled.token((0.5, 0.0)) == pytest.approx(left - 1.6)  # of an unknown price: none
     confirmed = ExitCosts(LARGE, (16, 24), confirmed=True)
     assert confirmed.token((0.5, 0.0)) == pytest.approx(left + 0.25)
     # Many wait for one that goes deeper: their rows are cheaper together.
@@ -39,6 +44,37 @@ def test_cost_of_a_token_that_looks():
     assert two.token((0.25, 0.5)) == pytest.approx(
         16.75 + 0.75 * 8.75 + 0.25 * 8.5 + (0.25 * 16 + 0.5 * 8) / 3
     )
+
+
+def test_a_token_that_leaves_pays_for_what_fills_its_layers():
+    costs = replace(LARGE, fills=FILLS)
+    free, propagated, translated, deferred = (
+        ExitCosts(known, (16, 24), policy)
+        for known, policy in (
+            (LARGE, "propagate"), (costs, "propagate"), (costs, "translated"), (costs, "deferred"),
+        )
+    )  # fmt: skip
+    half, often = (0.5, 0.0), (0.8, 0.0)
+    assert propagated.token(half) == pytest.approx(free.token(half) + 0.5 * 4.0)
+    assert translated.token(half) == pytest.approx(free.token(half) + 0.5 * 1.0)
+    # Four wait for one that goes deeper, and are filled in one go.
+    assert propagated.token(often) == pytest.approx(free.token(often) + 0.8 * 8.0 / 4)
+    # The policy has no map there: what waits is run, as under the exact policy.
+    assert translated.token((0.0, 0.5)) == pytest.approx(deferred.token((0.0, 0.5)))
+    assert propagated.token((0.0, 0.5)) != pytest.approx(deferred.token((0.0, 0.5)))
+
+
+def test_dear_fills_are_not_worth_a_look():
+    """Half of the tokens leave: that pays unless filling eats what it spares."""
+    dear = {"propagate": FillCosts((1,), {24: (9.0,)})}
+    shares = (0.0, 0.5)
+    for fills, layers in ((FILLS, (24,)), (dear, ())):
+        every = ExitCosts(replace(LARGE, fills=fills), (16, 24), "propagate")
+        assert every.cheapest(shares)[0].layers == layers
+    # A text's tokens then look no more, but for one now and then.
+    costs = replace(LARGE, fills=dear)
+    paying = Paying(ExitCosts(costs, (24,), "propagate"), (0.5,), retry_every=10)
+    assert looked(paying, lambda token: 24, 30, layer=24) == []
 
 
 def looked(paying, exits, tokens, layer=16):
@@ -77,13 +113,13 @@ def test_exits_that_can_never_pay_are_never_looked_at():
     shares=st.lists(st.floats(0.0, 0.3), min_size=3, max_size=3),
     check=st.floats(0.0, 6.0),
     probe=st.floats(0.0, 6.0),
-    fills=st.booleans(),
+    policy=st.sampled_from(["deferred", "propagate", "translated"]),
     confirmed=st.booleans(),
 )
-def test_points_are_those_that_cost_least(shares, check, probe, fills, confirmed):
+def test_points_are_those_that_cost_least(shares, check, probe, policy, confirmed):
     """Against every set of points, one by one."""
-    costs = DecodeCosts(layers=32, probe=probe, classifier=check, rows=LARGE.rows)
-    every = ExitCosts(costs, (8, 16, 24), fills=fills, confirmed=confirmed)
+    costs = DecodeCosts(layers=32, probe=probe, classifier=check, rows=LARGE.rows, fills=FILLS)
+    every = ExitCosts(costs, (8, 16, 24), policy, confirmed=confirmed)
 
     def cost(kept):
         layers = tuple(every.layers[point] for point in kept)
@@ -100,7 +136,7 @@ def test_points_are_those_that_cost_least(shares, check, probe, fills, confirmed
 def test_a_text_looks_where_it_pays():
     """A dear look at the first point, at which few leave, is left out; now and then it is taken."""
     costs = DecodeCosts(layers=32, probe=0.5, classifier=1.5, rows=LARGE.rows)
-    paying = Paying(ExitCosts(costs, (8, 24), fills=True), (0.02, 0.9), retry_every=10)
+    paying = Paying(ExitCosts(costs, (8, 24), "propagate"), (0.02, 0.9), retry_every=10)
     policy = Scripted((8, 24))
     seen = []
     for _ in range(30):
@@ -175,3 +211,22 @@ def test_approximate_fills_are_counted(tiny):
     # position is computed.
     assert (done.statistics.kv_filled, done.statistics.kv_fills) == (2 * (len(PROMPT) - 1), 0)
     assert looking.statistics.kv_filled == done.statistics.kv_filled
+
+
+def test_requests_pay_the_fills_of_their_kv_policy(tiny):
+    """Under `propagate` dear fills keep a text from looking; under `deferred` nothing is filled."""
+    engine = tiny("llama").engine
+    manifest = engine.manifest.model_copy(update={"exit": exits(((0.9,), (0.9,), (0.9,)))})
+    looking = Engine(manifest, _Scorer(engine.backend, 1.0), engine.tokenizer)
+    settings = {"max_new_tokens": 6, "mode": "adaptive", "ignore_eos": True}
+    cheap, dear = (
+        DecodeCosts(layers=4, probe=0.0, fills={"propagate": FillCosts((1,), {2: (price,)})})
+        for price in (0.25, 3.0)
+    )
+    for costs, policy, expected in (
+        (cheap, "propagate", (2,) * 6),
+        (dear, "propagate", (2, 4, 4, 4, 4, 4)),
+        (dear, "deferred", (2,) * 6),
+    ):
+        options = DecodeOptions(costs=costs, kv_policy=policy)
+        assert looking.generate(PROMPT, decoding=options, **settings).exit_layers == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from adainfer_runtime.manifest import (
     ExitPoint,
     ExitSpec,
 )
-from adainfer_runtime.plan_spec import Machine, PlanSpec, StageTimes
+from adainfer_runtime.plan_spec import FillTimes, Machine, PlanSpec, StageTimes
 from adainfer_runtime.planning import (
     RecentExits,
     RequestShape,
@@ -38,6 +39,7 @@ from adainfer_runtime.planning import (
 )
 from adainfer_runtime.tasks import TaskExample
 from adainfer_runtime.text_request import prepare
+from tests.export.exit_folder import make_exit_folder
 
 from .test_deferred import PROMPT
 
@@ -165,6 +167,10 @@ def test_measured_times_are_positive_and_parallel(tiny):
     assert times.rows[-1] == 128  # the engine takes no more
     assert all(seconds > 0 for seconds in (*times.layer, times.step, times.probe, times.candidates))
     assert times.context == {}
+    # The lengths of fills are those that the engine takes, one of a single position among them.
+    assert times.fills.rows == (1, 2, 4, 8, 16, 64)
+    assert all(seconds > 0 for seconds in times.fills.propagate)
+    assert times.fills.translated == {}
     assert engine.generate([5, 6, 7], max_new_tokens=2, ignore_eos=True).tokens  # still in order
 
 
@@ -185,10 +191,45 @@ def test_bench_and_plan_commands(tiny, tmp_path):
     assert [entry["prompt_tokens"] for entry in plans] == [8, 32]
     assert {entry["auto"] for entry in plans} == {"off"}
     assert all(math.isfinite(entry["modes"]["off"]["seconds"]) for entry in plans)
+    assert [entry["kv_fills"] for entry in plans] == [spec.times.fills.model_dump(mode="json")] * 2
     shown = run(build_app(), ["plan", str(folder), "--prompt-tokens", "8"])
     assert "8 prompt tokens, 1 new token(s)" in shown.stdout
+    assert "propagated layer, 4 positions" in shown.stdout
     wrong = run(build_app(), ["plan", str(folder), "--prompt-tokens", "x"])
     assert isinstance(wrong.exception, RequestError)
+
+
+def test_fills_of_every_kv_policy_are_measured_and_shown(tiny, tmp_path):
+    folder = make_exit_folder(tiny("llama").folder, tmp_path / "engines")
+    run = CliRunner().invoke
+    measured = run(build_app(), ["bench", str(folder), "--repeats", "1"]).stdout
+    fills = load_manifest(folder).plan.times.fills
+    assert fills.translated.keys() == {1, 2, 3}
+    assert all(len(seconds) == len(fills.rows) > 1 for seconds in fills.translated.values())
+    assert all(seconds > 0 for times in fills.translated.values() for seconds in times)
+    shown = run(build_app(), ["plan", str(folder), "--prompt-tokens", "8"]).stdout
+    for stdout in (measured, shown):
+        assert "propagated layer, 8" in stdout
+        assert "translated above 3, 16" in stdout
+
+
+def test_a_plan_from_before_fills_were_measured_is_good(tiny):
+    """Its fills cost what multiply-adds say; the plan shows none."""
+    engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))), **FREE)
+    data = engine.manifest.plan.model_dump(mode="json")
+    assert data["times"].pop("fills") is None
+    assert PlanSpec.model_validate(data) == engine.manifest.plan
+    shape = RequestShape(10, 2, kv_policy="propagate")
+    (_, adaptive) = engine.forecasts(shape)
+    assert adaptive.seconds < engine.forecasts(RequestShape(10, 2))[1].seconds
+
+
+@pytest.mark.parametrize(
+    "changes", [{"propagate": [0.1]}, {"translated": {"2": [0.1]}}, {"rows": []}, {"rows": [0, 1]}]
+)
+def test_fills_must_be_parallel_to_their_rows(changes):
+    with pytest.raises(ValueError, match=r"rows"):
+        FillTimes.model_validate({"rows": [1, 2]} | changes)
 
 
 def test_auto_stops_looking_where_requests_do_not_exit_and_tries_again(tiny):
@@ -330,10 +371,32 @@ def test_what_the_cache_holds_is_not_read_and_nothing_is_owed_for_approximate_en
     assert PREDICTOR.off(shape) == pytest.approx(PREDICTOR.layers(4, 4, 6) + 100.0)
     check = ExitCheck(2)
     owing, filling = (
-        PREDICTOR.exits([check], [0.5], RequestShape(10, 2, deferred=deferred))
-        for deferred in (True, False)
+        PREDICTOR.exits([check], [0.5], RequestShape(10, 2, kv_policy=policy))
+        for policy in ("deferred", "propagate")
     )
     assert owing - filling == pytest.approx(0.5 * PREDICTOR.layers(2, 10))
+
+
+# Seconds of 1 and 10 positions; a map of the context exit after layer 2 alone.
+FILLS = FillTimes(rows=(1, 10), propagate=(0.25, 0.5), translated={2: (0.125, 0.375)})
+
+
+def test_a_prompt_that_left_early_owes_the_fills_that_were_measured():
+    filling = TimePredictor(TIMES.model_copy(update={"fills": FILLS}), num_layers=4, max_rows=10)
+
+    def owed(policy, layer, positions=10):
+        shape = RequestShape(positions, 2, kv_policy=policy)
+        with_it = filling.exits([ExitCheck(layer)], [0.5], shape)
+        return with_it - filling.exits([ExitCheck(layer)], [0.5], replace(shape, new_tokens=1))
+
+    # Three layers above one are filled; what the policy does not serve is run.
+    rest = owed("propagate", 1) - 0.5 * 3 * 0.5
+    assert owed("propagate", 3) == pytest.approx(rest + 0.5 * 0.5)
+    assert owed("translated", 2) == pytest.approx(rest + 0.5 * 0.375)
+    assert owed("translated", 3) == pytest.approx(rest + 0.5 * filling.layers(1, 10))
+    assert owed("deferred", 3) == owed("translated", 3)
+    assert filling.fill("propagate", 2, 20) == pytest.approx(2 * 2 * 0.5)  # beyond: in proportion
+    assert filling.fill("translated", 2, 1) == 0.125
 
 
 def test_auto_drafts_where_that_is_expected_to_be_faster(tiny):
@@ -431,7 +494,10 @@ def test_forecasts_of_texts_at_a_level_are_of_what_certificates_cover(tiny):
     assert [f.mode for f in answers.forecasts(shape)] == ["off", "adaptive"]
     assert [f.mode for f in answers.forecasts(shape, level=0.02)] == ["off"]
     assert answers.generate("x", mode="auto", level=0.02, max_new_tokens=2).tokens
-    assert [f.mode for f in answers.decode_forecasts()] == ["adaptive", "verified"]
+    found = [(f.mode, f.kv_policy) for f in answers.decode_forecasts()]
+    assert sorted(found) == [
+        ("adaptive", "deferred"), ("adaptive", "propagate"), ("verified", "deferred"),
+    ]  # fmt: skip
     assert [f.mode for f in answers.decode_forecasts(level=0.02)] == ["verified"]
     # After a context exit, the text is the full model's, given its first token; not over others.
     times = TIMES.model_copy(update=FREE | {"context": {2: (0.0, 0.0)}})
@@ -439,7 +505,7 @@ def test_forecasts_of_texts_at_a_level_are_of_what_certificates_cover(tiny):
     context = {"context_exit": spec, "plan": plan}
     both = Engine(answers.manifest.model_copy(update=context), engine.backend, engine.tokenizer)
     assert [f.mode for f in both.forecasts(shape, level=0.02)] == ["off", "context"]
-    translated = RequestShape(10, 2, deferred=False)
+    translated = RequestShape(10, 2, kv_policy="translated")
     assert [f.mode for f in both.forecasts(translated, level=0.02)] == ["off"]
 
 

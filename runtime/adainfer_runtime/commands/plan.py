@@ -19,8 +19,9 @@ from ..engine_folder import load_manifest, replace_manifest, verify_files
 from ..errors import RequestError
 from ..exit_policy import ExitCheck
 from ..output_files import require_writable_folder
-from ..plan_spec import PlanSpec
+from ..plan_spec import FillTimes, PlanSpec, StageTimes
 from ..planning import ModeForecast, RequestShape, machine, measure_times, pick_mode
+from ..planning.predict import at_rows
 from .options import DeviceOption, LevelOption, ThreadsOption
 
 __all__ = ["register"]
@@ -100,13 +101,17 @@ def plan(
     found = [(shape, engine.forecasts(shape, level=level)) for shape in shapes]
     has_decode = new_tokens > 1 and engine.manifest.exit is not None
     decode = engine.decode_forecasts(level=level) if has_decode else ()
+    fills = known.times.fills if known is not None else None
     if json_output:
-        print(json.dumps([_as_json(shape, forecasts, decode) for shape, forecasts in found]))
+        entries = [_as_json(shape, forecasts, decode, fills) for shape, forecasts in found]
+        print(json.dumps(entries))
         return
     for shape, forecasts in found:
         Console().print(_forecast_table(shape, forecasts))
     if decode:
         Console().print(_decode_table(decode))
+    if known is not None and fills is not None:
+        Console().print(_fill_table(known.times))
 
 
 def _lengths(text: str) -> list[int]:
@@ -117,7 +122,10 @@ def _lengths(text: str) -> list[int]:
 
 
 def _as_json(
-    shape: RequestShape, forecasts: tuple[ModeForecast, ...], decode: tuple[DecodeForecast, ...]
+    shape: RequestShape,
+    forecasts: tuple[ModeForecast, ...],
+    decode: tuple[DecodeForecast, ...],
+    fills: FillTimes | None,
 ) -> dict[str, object]:
     modes = {
         forecast.mode: {
@@ -136,6 +144,7 @@ def _as_json(
         "auto": pick_mode(forecasts).mode,
         "modes": modes,
         "decode": [asdict(forecast) for forecast in decode],
+        "kv_fills": None if fills is None else fills.model_dump(mode="json"),
     }
 
 
@@ -176,7 +185,8 @@ def _decode_table(forecasts: tuple[DecodeForecast, ...]) -> Table:
     for forecast in forecasts:
         after = f"after {', '.join(map(str, forecast.layers))}"
         drafts = f"{forecast.drafts} draft(s) {after}"
-        way, unit = (drafts, "right") if forecast.drafts else (f"exits {after}", "leaving")
+        exits = f"exits {after}, {forecast.kv_policy}"
+        way, unit = (drafts, "right") if forecast.drafts else (exits, "leaving")
         pays = "never" if forecast.pays_from is None else f"{forecast.pays_from:.0%} {unit}"
         table.add_row(
             f"{forecast.mode}: {way}",
@@ -217,7 +227,36 @@ def _times_table(spec: PlanSpec) -> Table:
             table.add_row(
                 f"context exit after {layer}, {rows} positions", _milliseconds(seconds), ratio
             )
+    for row in _fill_rows(times):
+        table.add_row(*row)
     return table
+
+
+def _fill_table(times: StageTimes) -> Table:
+    table = Table(
+        "KV policy",
+        "time",
+        "in layers of as many positions",
+        title="approximate keys and values of what exits skip",
+    )
+    for row in _fill_rows(times):
+        table.add_row(*row)
+    return table
+
+
+def _fill_rows(times: StageTimes) -> Iterator[tuple[str, str, str]]:
+    """What is filled, its time, and that in layers of as many positions."""
+    fills = times.fills
+    if fills is None:
+        return
+    measured = {"propagated layer": fills.propagate} | {
+        f"translated above {layer}": seconds for layer, seconds in fills.translated.items()
+    }
+    for name, by_rows in measured.items():
+        # Policies that the folder has no stages for were not measured.
+        for rows, seconds in zip(fills.rows if by_rows else (), by_rows, strict=True):
+            layer = at_rows(rows, times.rows, times.layer)
+            yield f"{name}, {rows} positions", _milliseconds(seconds), f"{seconds / layer:.2f}"
 
 
 def _milliseconds(seconds: float) -> str:

@@ -4,13 +4,14 @@
 `recent` saw.
 """
 
-from ..plan_spec import Machine, PlanSpec, StageTimes
+from ..plan_spec import FillTimes, Machine, PlanSpec, StageTimes
 from .bench import machine, measure_times
 from .choose import ModeForecast, forecast_modes, pick_mode
 from .predict import RequestShape, TimePredictor
 from .recent import RecentExits
 
 __all__ = [
+    "FillTimes",
     "Machine",
     "ModeForecast",
     "PlanSpec",

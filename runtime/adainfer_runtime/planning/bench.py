@@ -17,7 +17,8 @@ from ..backends import ExitEvidence
 from ..certificate import device_class
 from ..devices import find_gpu
 from ..exit_policy import ExitCheck, NoExit
-from ..plan_spec import Machine, StageTimes
+from ..kv_fill import KvPolicy, find_filler
+from ..plan_spec import FillTimes, Machine, StageTimes
 from ..session import Session
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = ["machine", "measure_times"]
 
 _ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 _CONTEXT_ROWS = (8, 32, 128, 512)
+_FILL_ROWS = (1, 2, 4, 8, 16, 64, 256)
 _CANDIDATES = 4
 
 
@@ -73,7 +75,9 @@ def measure_times(
         for point in manifest.context_points
         if context_rows
     }
-    on_step("probes and exits")
+    on_step("context exits")
+    fills = bench.fills(most)
+    on_step("approximate keys and values")
     adapted = next((n for n, p in manifest.exit_points.items() if p.adapter), None)
     return StageTimes(
         rows=rows,
@@ -90,6 +94,7 @@ def measure_times(
         shortlist=bench.seconds(lambda: backend.shortlist(hidden)) if manifest.shortlist else None,
         context_rows=context_rows if context else (),
         context=context,
+        fills=fills,
     )
 
 
@@ -159,6 +164,25 @@ class _Bench:
         probe = self.seconds(lambda: self._probe_of(session))
         return max(0.0, float(np.median(taken[1:])) - probe)
 
+    def fills(self, most: int) -> FillTimes | None:
+        """Of the KV policies that the folder has stages for, over `most` positions at most; None
+        where it has none.
+        """
+        manifest = self._engine.manifest
+        rows = tuple(n for n in _FILL_ROWS if n <= most)
+        propagate: tuple[float, ...] = ()
+        if manifest.kv_fills:
+            # All layers in turn: of one alone the weights would stay in the caches.
+            depth = manifest.model.num_layers
+            propagate = tuple(self._fill("propagate", 0, count) / depth for count in rows)
+        translated = {
+            point: tuple(self._fill("translated", point, count) for count in rows)
+            for point in manifest.context_points
+        }
+        if not propagate and not translated:
+            return None
+        return FillTimes(rows=rows, propagate=propagate, translated=translated)
+
     def classifier(self, hidden: np.ndarray[tuple[int], np.dtype[np.float32]]) -> float:
         """Seconds of one classifier; the folder's first."""
         backend, known = self._engine.backend, self._engine.manifest.classifiers
@@ -167,6 +191,23 @@ class _Bench:
         evidence = ExitEvidence(backend.probe(hidden), 0.0)
         state = np.zeros(known[0].state_size, np.float32)
         return self.seconds(lambda: backend.classify(known[0].graph, evidence, 0.5, state))
+
+    def _fill(self, policy: KvPolicy, exit_layer: int, rows: int) -> float:
+        """Seconds of all layers above an exit layer, for so many positions."""
+        backend, manifest = self._engine.backend, self._engine.manifest
+        filler = find_filler(policy, backend, manifest)
+        assert filler is not None  # policy `deferred` alone has none
+        above = range(exit_layer + 1, manifest.model.num_layers + 1)
+        shape = (rows, manifest.model.hidden_size)
+        hidden = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+        buffers = backend.open_sequence()
+
+        def fill() -> None:
+            found, _ = filler.fill(exit_layer, above, hidden, 0)
+            for layer, (key, value) in found.items():
+                buffers.write_kv(layer, 0, key, value)
+
+        return self.seconds(fill)
 
     def _probe_of(self, session: Session) -> object:
         hidden = session.hidden()

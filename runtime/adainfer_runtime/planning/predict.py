@@ -8,9 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..exit_policy import ExitCheck
+from ..kv_fill import KvPolicy
 from ..plan_spec import StageTimes
 
-__all__ = ["RequestShape", "TimePredictor"]
+__all__ = ["RequestShape", "TimePredictor", "at_rows"]
+
+
+def at_rows(count: int, rows: Sequence[int], measured: Sequence[float]) -> float:
+    """What was measured at these numbers of rows, at another: interpolated, and beyond the largest
+    in proportion.
+    """
+    return float(np.interp(count, rows, measured)) * max(1.0, count / rows[-1])
 
 
 @dataclass(frozen=True)
@@ -20,15 +28,15 @@ class RequestShape:
     Attributes:
         candidates: the answer is one of a few tokens.
         reused_tokens: of the prompt, that the KV cache holds already.
-        deferred: where the prompt stops early, the second token pays for the layers that it left
-            out (the exact KV policy); otherwise they get approximate keys and values.
+        kv_policy: where the prompt stops early, the second token pays for what it left out:
+            `deferred` for its layers, other policies for approximate keys and values.
     """
 
     prompt_tokens: int
     new_tokens: int = 1
     candidates: bool = False
     reused_tokens: int = 0
-    deferred: bool = True
+    kv_policy: KvPolicy = "deferred"
 
     @property
     def read(self) -> int:
@@ -76,8 +84,8 @@ class TimePredictor:
             total += left * self._prompt(check.layer - reached, shape)
             total += left * self.check(check, shape, over_candidates=over_candidates)
             left, reached = left - share, check.layer
-            if shape.new_tokens > 1 and shape.deferred:
-                total += share * self._prompt(self.num_layers - reached, shape)
+            if shape.new_tokens > 1:
+                total += share * self._owed(reached, shape)
         rest = self._prompt(self.num_layers - reached, shape) + self._probe(shape)
         return total + max(left, 0.0) * rest + self._decode(shape)
 
@@ -93,9 +101,24 @@ class TimePredictor:
         if check.kind == "answer":
             probe = times.candidates if over_candidates else times.probe
             return times.adapter + probe + times.classifier
-        seconds = float(np.interp(shape.read, times.context_rows, times.context[check.layer]))
-        beyond = shape.read / times.context_rows[-1]
-        return seconds * max(1.0, beyond) + times.probe + times.classifier
+        seconds = at_rows(shape.read, times.context_rows, times.context[check.layer])
+        return seconds + times.probe + times.classifier
+
+    def fill(self, policy: KvPolicy, exit_layer: int, positions: int) -> float | None:
+        """Approximate K and V of all layers above an exit layer; None where a later token runs
+        these layers instead. Of plans that did not measure it 0: it is a small part of the layers.
+        """
+        measured = self.times.fills
+        if policy == "deferred":
+            return None
+        if measured is None:
+            return 0.0
+        if policy == "propagate":
+            above = self.num_layers - exit_layer
+            known = tuple(above * seconds for seconds in measured.propagate)
+        else:
+            known = measured.translated.get(exit_layer, ())
+        return at_rows(positions, measured.rows, known) if known else None
 
     def layers(self, count: int, positions: int, past: int = 0) -> float:
         """`count` layers over positions that follow `past` others, in as many passes as needed."""
@@ -109,6 +132,11 @@ class TimePredictor:
 
     def _prompt(self, count: int, shape: RequestShape) -> float:
         return self.layers(count, shape.read, shape.reused_tokens)
+
+    def _owed(self, exit_layer: int, shape: RequestShape) -> float:
+        """What the second token pays for a prompt that stopped there."""
+        filled = self.fill(shape.kv_policy, exit_layer, shape.read)
+        return self._prompt(self.num_layers - exit_layer, shape) if filled is None else filled
 
     def _embed(self, positions: int) -> float:
         whole, rest = divmod(positions, self.max_rows)
