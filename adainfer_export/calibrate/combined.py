@@ -63,6 +63,7 @@ def combine(answer: Scored, context: Scored, path: Path) -> Scored:
         tuple(checks.tolist()),
         tuple(exits.tolist()),
         common,
+        parts[0].lengths,
     )
 
 

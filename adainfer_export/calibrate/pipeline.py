@@ -30,6 +30,7 @@ from .exit_files import Files, write_exits, write_report
 from .fitting import Fitted, classifier_entries, fit_graphs
 from .fresh_prompts import fitted_on
 from .kept import KeptSteps, identity_of
+from .length_shares import share_fields
 from .request import CalibrationRequest
 from .scored import CHOICE, CONTEXT, Scored, observe, score_predictions
 from .select import Outcome, choose_threshold, outcome_figures
@@ -184,7 +185,7 @@ def _finish(manifest: Manifest, judged: Mapping[str, _Judged], tried: int) -> Ma
         found = judged[name]
         return {
             "threshold": found.outcome.threshold,
-            "exit_shares": found.scored.exit_shares(found.grid),
+            **share_fields(found.scored, found.grid),
             "certificate": make_certificate(
                 manifest,
                 found.scored,

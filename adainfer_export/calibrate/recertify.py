@@ -20,6 +20,7 @@ from ..progress import Reporter
 from .certify import make_certificate
 from .combined import combine, path_grid
 from .fresh_prompts import FreshPrompts, fresh_prompts
+from .length_shares import share_fields
 from .scored import CONTEXT, Scored, observe
 from .traces import fits
 
@@ -77,7 +78,7 @@ def recertify(
             "certificate": make_certificate(
                 manifest, seen, grid, data, against, device_class=engine.device_class
             ),
-            "exit_shares": seen.exit_shares(grid),
+            **share_fields(seen, grid),
         }
 
     renewed = manifest.with_exits(

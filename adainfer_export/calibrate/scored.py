@@ -38,6 +38,7 @@ class Scored:
         check_layers: `[points]`, time of one check in units of one layer over one prompt;
             `exit_check_layers` of the one that an exit is taken at, see `Predictions`.
         prompts: `[prompts]`, ascending numbers that name the prompts; None: 0, 1, 2 …
+        lengths: `[prompts]`, tokens of each; None where nobody asks.
     """
 
     layers: tuple[int, ...]
@@ -48,6 +49,7 @@ class Scored:
     check_layers: tuple[float, ...]
     exit_check_layers: tuple[float, ...]
     prompts: npt.NDArray[np.int64] | None = None
+    lengths: npt.NDArray[np.int64] | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence[Scored]) -> Scored:
@@ -58,6 +60,7 @@ class Scored:
             agrees=np.concatenate([part.agrees for part in parts]),
             tasks=tuple(task for part in parts for task in part.tasks),
             prompts=None,
+            lengths=None,
         )
 
     def rows(self, chosen: npt.NDArray[np.bool_]) -> Scored:
@@ -68,6 +71,7 @@ class Scored:
             agrees=self.agrees[chosen],
             tasks=tuple(np.array(self.tasks, object)[chosen]),
             prompts=self.numbers[chosen],
+            lengths=None if self.lengths is None else self.lengths[chosen],
         )
 
     @property
@@ -160,7 +164,7 @@ def observe(
         gold = _first_token(engine, example) if against == "gold" else None
         for name, watch in watches.items():
             if (name != CHOICE or candidates) and (name != CONTEXT or has_context):
-                watch.add(number, example.task, seen[-1 if name == CHOICE else 0], gold)
+                watch.add(number, example.task, len(ids), seen[-1 if name == CHOICE else 0], gold)
         reporter.step(example.task)
     layers = engine.manifest.model.num_layers
     return {name: watch.scored(layers) for name, watch in watches.items()}
@@ -187,14 +191,16 @@ class _Watch:
         self._agrees: list[list[bool]] = []
         self._tasks: list[str] = []
         self._prompts: list[int] = []
+        self._lengths: list[int] = []
 
-    def add(self, number: int, task: str, seen: Observation, gold: int | None) -> None:
+    def add(self, number: int, task: str, length: int, seen: Observation, gold: int | None) -> None:
         harmless = gold is not None and seen.full.token != gold
         tokens = [seen.evidence[check].result.token for check in self.policy.checks]
         self._scores.append(self.policy.scores(seen.evidence))
         self._agrees.append([harmless or token == seen.full.token for token in tokens])
         self._tasks.append(task)
         self._prompts.append(number)
+        self._lengths.append(length)
 
     def scored(self, num_layers: int) -> Scored:
         layers = self.policy.exit_layers
@@ -210,6 +216,7 @@ class _Watch:
             self._check_layers,
             self._check_layers if pays_twice else (0.0,) * len(layers),
             np.array(self._prompts, np.int64),
+            np.array(self._lengths, np.int64),
         )
 
 

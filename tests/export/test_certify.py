@@ -108,6 +108,21 @@ def write_prompts(path, first, last):
     path.write_text("\n".join(lines))
 
 
+def test_shares_by_length_are_renewed_with_the_certificate(folder, tmp_path):
+    prompts = [f"{n}: y {n}:" + f" and {n}, so on:" * (n % 2) for n in range(300, 520)]
+    lines = (json.dumps({"prompt": prompt}) for prompt in prompts)
+    (tmp_path / "traffic.jsonl").write_text("\n".join(lines))
+    recertify(folder, [tmp_path / "traffic.jsonl"], SilentReporter())
+    spec = load_manifest(folder).exit
+    encode = Engine.load(folder).tokenizer.encode
+    medians = [np.median([len(encode(p)) for p in prompts[kind::2]]) for kind in (0, 1)]
+    assert [shares.tokens for shares in spec.length_shares] == medians
+    assert [shares.prompts for shares in spec.length_shares] == [110, 110]
+    # Shrunk towards those of all, which lie in between.
+    both = np.array([shares.exit_shares for shares in spec.length_shares])
+    assert both.mean(axis=0) == pytest.approx(np.array(spec.exit_shares), abs=2e-4)
+
+
 def test_renewed_certificate_uses_new_prompts_alone(folder, tmp_path):
     before = load_manifest(folder)
     write_prompts(tmp_path / "traffic.jsonl", 200, 420)
@@ -117,7 +132,11 @@ def test_renewed_certificate_uses_new_prompts_alone(folder, tmp_path):
     certificate = after.exit.certificate
     assert certificate.data == ("traffic.jsonl",)
     assert certificate.levels[0].prompts == 220 - renewal.prompts.fitted_on
-    renewed = {"certificate": None, "exit_shares": ()}  # nothing else: the graph is frozen
+    renewed = {
+        "certificate": None,
+        "exit_shares": (),
+        "length_shares": (),
+    }  # nothing else: the graph is frozen
     assert after.exit.model_copy(update=renewed) == before.exit.model_copy(update=renewed)
     assert len(after.exit.exit_shares) == len(after.exit.thresholds)
     write_prompts(tmp_path / "same.jsonl", 0, 240)

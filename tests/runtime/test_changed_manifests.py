@@ -49,7 +49,8 @@ def with_shares(manifest):
 
     def shared(spec):
         rows = [[0.1] * len(spec.points), [0.2] * len(spec.points)]
-        given = {"thresholds": [1.0, 0.0], "exit_shares": rows}
+        by_length = [{"tokens": n, "prompts": 60, "exit_shares": rows} for n in (4, 9)]
+        given = {"thresholds": [1.0, 0.0], "exit_shares": rows, "length_shares": by_length}
         return spec.model_validate(spec.model_dump() | given)
 
     return manifest.model_copy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
 
@@ -28,6 +29,8 @@ from adainfer_runtime.manifest import (
     ClassifierSpec,
     ExitPoint,
     ExitSpec,
+    LengthShares,
+    Manifest,
 )
 from adainfer_runtime.plan_spec import FillTimes, Machine, PlanSpec, StageTimes
 from adainfer_runtime.planning import (
@@ -150,6 +153,82 @@ def test_shares_are_those_of_the_threshold_that_applies(tiny):
     assert [forecast.mode for forecast in strict] == ["off"]  # no certificate, no such mode
 
 
+def by_length(**shares):
+    """`exits`, with what prompts of some lengths do at the lowest threshold."""
+    known = tuple(
+        LengthShares(tokens=int(name[1:]), prompts=60, exit_shares=((0.0,), (0.0,), (share,)))
+        for name, share in shares.items()
+    )
+    return exits(((0.0,), (0.4,), (0.8,))).model_copy(update={"length_shares": known})
+
+
+def test_prompts_leave_as_those_of_their_length_did(tiny):
+    """Between two lengths interpolated, beyond them like the nearest."""
+    engine = planned(tiny("llama").engine, by_length(n10=0.0, n20=0.4, n40=0.8), **FREE)
+    for tokens, share in (
+        (1, 0.0),
+        (10, 0.0),
+        (15, 0.2),
+        (20, 0.4),
+        (30, 0.6),
+        (40, 0.8),
+        (99, 0.8),
+    ):
+        _, adaptive = engine.forecasts(RequestShape(tokens))
+        assert adaptive.shares == pytest.approx((share,))
+    # So a short prompt is not asked, which pooled shares would have done.
+    assert engine.policy("auto", shape=RequestShape(10)).checks == ()
+    assert engine.policy("auto", shape=RequestShape(40)).checks == (ExitCheck(2),)
+    pooled = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))), **FREE)
+    assert pooled.policy("auto", shape=RequestShape(10)).checks == (ExitCheck(2),)
+    # Thresholds apply as they do to pooled shares; in decode the text's tokens tell, not lengths.
+    none = planned(tiny("llama").engine, by_length(n10=0.0).model_copy(update={"threshold": 3.0}))
+    assert none.forecasts(RequestShape(10))[1].shares == (0.0,)
+    (looks,) = [
+        f for f in engine.decode_forecasts() if (f.mode, f.kv_policy) == ("adaptive", "deferred")
+    ]
+    assert looks.share == 0.8
+
+
+def test_what_came_lately_counts_for_every_length(tiny):
+    engine = planned(tiny("llama").engine, by_length(n10=0.2, n40=0.8), **FREE)
+    policy = engine.policy("adaptive")
+    engine.recent.record(policy, 4)
+    for tokens, share in ((10, 0.2), (40, 0.8)):
+        _, adaptive = engine.forecasts(RequestShape(tokens))
+        assert adaptive.shares == pytest.approx((4 * share / 5,))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ([(20, 3), (10, 3)], "ascending, found [20, 10]"),
+        ([(10, 3), (10, 3)], "ascending, found [10, 10]"),
+        ([(10, 3), (20, 2)], "as many rows and shares"),
+        ([(10, 0)], "as many rows and shares"),
+    ],
+)
+def test_shares_by_length_fit_those_of_all_prompts(changes, said):
+    data = exits(((0.0,), (0.4,), (0.8,))).model_dump(mode="json")
+    data["length_shares"] = [
+        {"tokens": tokens, "prompts": 60, "exit_shares": [[0.1]] * rows} for tokens, rows in changes
+    ]
+    with pytest.raises(ValueError, match=re.escape(said)):
+        ExitSpec.model_validate(data)
+
+
+def test_folders_from_before_shares_by_length_are_good(tiny, tmp_path):
+    engine = planned(tiny("llama").engine, exits(((0.0,), (0.4,), (0.8,))), **FREE)
+    data = engine.manifest.model_dump(mode="json")
+    assert data["exit"].pop("length_shares") == []
+    assert data["plan"]["times"].pop("fills") is None
+    assert data["schema_version"] == 5
+    old = Manifest.model_validate(data)
+    assert old.exit == engine.manifest.exit
+    made = Engine(old, engine.backend, engine.tokenizer)
+    assert {made.forecasts(RequestShape(n))[1].shares for n in (5, 50)} == {(0.8,)}
+
+
 def test_auto_needs_a_plan_and_a_shape(tiny):
     engine = tiny("llama").engine
     with pytest.raises(ExitUnavailableError, match=r"has no plan.*: run `adainfer bench DIR`"):
@@ -211,6 +290,23 @@ def test_fills_of_every_kv_policy_are_measured_and_shown(tiny, tmp_path):
     for stdout in (measured, shown):
         assert "propagated layer, 8" in stdout
         assert "translated above 3, 16" in stdout
+    # The same folder, with shares by length: the plan shows them, and others for other lengths.
+    manifest = load_manifest(folder)
+    points = len(manifest.exit.points)
+    rows = {tokens: ((share,) * points,) for tokens, share in ((8, 0.125), (24, 0.375))}
+    shares = {
+        "thresholds": (manifest.exit.threshold,),
+        "exit_shares": ((0.25,) * points,),
+        "length_shares": tuple(
+            LengthShares(tokens=tokens, prompts=60, exit_shares=row) for tokens, row in rows.items()
+        ),
+    }
+    spec = manifest.exit.model_copy(update=shares)
+    write_manifest(folder, manifest.model_copy(update={"exit": spec}))
+    lengths = ["--prompt-tokens", "8,16,24"]
+    plans = json.loads(run(build_app(), ["plan", str(folder), *lengths, "--json"]).stdout)
+    shown = [entry["modes"]["adaptive"]["checks"][0]["share"] for entry in plans]
+    assert shown == pytest.approx([0.125, 0.25, 0.375])
 
 
 def test_a_plan_from_before_fills_were_measured_is_good(tiny):

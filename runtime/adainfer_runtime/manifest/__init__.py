@@ -8,6 +8,7 @@ from .exits import (
     CombinedExitSpec,
     ExitPoint,
     ExitSpec,
+    LengthShares,
     ShortlistSpec,
 )
 from .model import KvGeometry, ModelSpec, Quantisation, SourceFile, SourceSpec
@@ -27,6 +28,7 @@ __all__ = [
     "ExitSpec",
     "FileRecord",
     "KvGeometry",
+    "LengthShares",
     "Manifest",
     "ModelSpec",
     "Quantisation",

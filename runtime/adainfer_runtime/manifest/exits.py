@@ -17,6 +17,7 @@ __all__ = [
     "CombinedExitSpec",
     "ExitPoint",
     "ExitSpec",
+    "LengthShares",
     "ShortlistSpec",
     "check_shares",
 ]
@@ -58,12 +59,27 @@ class ClassifierSpec(Record):
     inputs: tuple[ClassifierInput, ...] = _ALL_BUT_LOGITS
 
 
+class LengthShares(Record):
+    """`exit_shares` of those held-out prompts that are about as long.
+
+    Attributes:
+        tokens: their median length.
+        prompts: how many they are.
+        exit_shares: as the exit graph's own, towards which they are drawn: few prompts say little.
+    """
+
+    tokens: Length
+    prompts: Count
+    exit_shares: tuple[tuple[Share, ...], ...]
+
+
 class ExitSpec(Record):
     """What `adaptive` mode evaluates between layers.
 
     Without points the calibration's answer was "do not exit": adaptive then runs every layer.
     `thresholds` is the grid that certificates test, from the safest down; `exit_shares` says, for
-    each of them, which share of held-out prompts leaves at each point. Of a context exit the last
+    each of them, which share of held-out prompts leaves at each point, `length_shares` the same by
+    the prompts' length, ascending, where there were prompts enough. Of a context exit the last
     `answer_rows` positions do not stop: they run through all layers over the translated ones;
     `certificate` is of its first token; `text_certificate` is of its texts that go on over
     translated K,V, and of an answer exit's with exits at every token.
@@ -75,6 +91,7 @@ class ExitSpec(Record):
     target_agreement: float
     thresholds: tuple[float, ...] = ()
     exit_shares: tuple[tuple[Share, ...], ...] = ()
+    length_shares: tuple[LengthShares, ...] = ()
     certificate: Certificate | None = None
     text_certificate: TextCertificate | None = None
     kv_policy: Literal["deferred"] = "deferred"
@@ -91,6 +108,7 @@ class ExitSpec(Record):
         if self.classifier is not None and self.threshold is None:
             raise ValueError("a classifier without a threshold")
         check_shares(self.exit_shares, len(self.thresholds), len(layers))
+        _check_lengths(self.exit_shares, self.length_shares)
         return self
 
 
@@ -103,6 +121,7 @@ class CombinedExitSpec(Record):
             orders them, so that certificates test them like any other: minus the place.
         threshold: minus the place of the pair that is taken by default.
         exit_shares: per place, which share of held-out prompts leaves at each check.
+        length_shares: the same by the prompts' length, see `ExitSpec`.
     """
 
     answer: str
@@ -110,6 +129,7 @@ class CombinedExitSpec(Record):
     threshold: float
     target_agreement: float
     exit_shares: tuple[tuple[Share, ...], ...] = ()
+    length_shares: tuple[LengthShares, ...] = ()
     certificate: Certificate | None = None
     calibration: dict[str, Any] = Field(default_factory=dict)
 
@@ -123,6 +143,7 @@ class CombinedExitSpec(Record):
         places = [self.threshold, *(e.threshold for e in levels if e.threshold is not None)]
         if any(not 0 <= -place < len(self.path) for place in places):
             raise ValueError(f"a threshold is no place on the path of {len(self.path)} pairs")
+        _check_lengths(self.exit_shares, self.length_shares)
         return self
 
 
@@ -150,3 +171,15 @@ def check_shares(shares: tuple[tuple[float, ...], ...], thresholds: int, checks:
     """Raises ValueError unless there is a row for each threshold and a share for each check."""
     if shares and (len(shares) != thresholds or any(len(row) != checks for row in shares)):
         raise ValueError("exit_shares must have a row for each threshold, a share for each check")
+
+
+def _check_lengths(
+    pooled: tuple[tuple[float, ...], ...], by_length: tuple[LengthShares, ...]
+) -> None:
+    """Raises ValueError unless lengths ascend, and each has as many shares as all of them."""
+    lengths = [shares.tokens for shares in by_length]
+    if lengths != sorted(set(lengths)):
+        raise ValueError(f"lengths of length_shares must be ascending, found {lengths}")
+    sizes = [len(row) for row in pooled]
+    if any([len(row) for row in shares.exit_shares] != sizes for shares in by_length):
+        raise ValueError("length_shares must have as many rows and shares as exit_shares")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
+
+import numpy as np
 
 from ..certificate import ExitMode
 from ..errors import ExitUnavailableError
@@ -44,7 +47,7 @@ def forecast_modes(
     drafting: float = 1.0,
 ) -> tuple[ModeForecast, ...]:
     """Every mode that the folder has at this strictness, `off` first; requests leave as held-out
-    prompts did, and as those did that came lately.
+    prompts of about their length did, and as those did that came lately, of whatever length.
 
     How many of its checks a mode takes follows from the request: whether a look pays depends on the
     prompt's length and on what comes after the answer. Only the last ones may be left out, for this
@@ -70,7 +73,11 @@ def forecast_modes(
             continue
         if policy.checks and spec.exit_shares and predictor.knows(policy.checks):
             known = exit_shares(
-                spec, strictness, mode, among_labels=shape.candidates and policy.over_candidates
+                spec,
+                strictness,
+                mode,
+                among_labels=shape.candidates and policy.over_candidates,
+                prompt_tokens=shape.prompt_tokens,
             )
             found.append(_cheapest(mode, policy, known, predictor, shape, recent))
     return tuple(found)
@@ -112,24 +119,37 @@ def exit_shares(
     mode: ExitMode,
     *,
     among_labels: bool = False,
+    prompt_tokens: int | None = None,
 ) -> tuple[float, ...]:
     """Of held-out prompts, the share that leaves at each check at the threshold that applies, or
     at the next safer one that was looked at.
+
+    Args:
+        prompt_tokens: of prompts of this length, where the folder tells them apart; default: all.
     """
-    return shares_at(spec, strictness.of(spec, mode, among_labels=among_labels)[0])
+    threshold = strictness.of(spec, mode, among_labels=among_labels)[0]
+    return shares_at(spec, threshold, prompt_tokens)
 
 
-def shares_at(spec: ExitSpec | CombinedExitSpec, threshold: float) -> tuple[float, ...]:
-    """The same for a threshold of the spec's scores."""
+def shares_at(
+    spec: ExitSpec | CombinedExitSpec, threshold: float, prompt_tokens: int | None = None
+) -> tuple[float, ...]:
+    """The same for a threshold of the spec's scores.
+
+    Between two lengths shares are interpolated, so that one token more never makes a step; what is
+    shorter or longer than all of them leaves as the nearest does.
+    """
     grid: Iterable[float] = (
         spec.thresholds if isinstance(spec, ExitSpec) else (-n for n in range(len(spec.path)))
     )
-    shares = (0.0,) * len(spec.exit_shares[0])
-    for known, row in zip(grid, spec.exit_shares, strict=True):
-        if known < threshold:
-            break
-        shares = row
-    return shares
+    safe = sum(1 for _ in takewhile(lambda known: known >= threshold, grid))
+    if safe == 0:
+        return (0.0,) * len(spec.exit_shares[0])
+    if prompt_tokens is None or not spec.length_shares:
+        return spec.exit_shares[safe - 1]
+    lengths = [shares.tokens for shares in spec.length_shares]
+    rows = np.array([shares.exit_shares[safe - 1] for shares in spec.length_shares])
+    return tuple(float(np.interp(prompt_tokens, lengths, column)) for column in rows.T)
 
 
 _Spec = tuple[ExitMode, ExitSpec | CombinedExitSpec]
