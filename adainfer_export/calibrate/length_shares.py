@@ -65,12 +65,12 @@ def _rows(scored: Scored, grid: Float64) -> Float64:
 def _bins(lengths: Int64) -> list[npt.NDArray[np.bool_]]:
     """Members of as many bins as have prompts enough each, the shortest first; none for one bin.
 
-    Prompts of the same length stay together, so that bins need not be of equal size.
+    Prompts of the same length stay together: bins need not be of equal size, nor as many as tried.
     """
     for count in range(min(_MOST_BINS, len(lengths) // _LEAST_PROMPTS), 1, -1):
         edges = np.quantile(lengths, np.arange(1, count) / count)
         place = np.searchsorted(edges, lengths)
-        members = [place == number for number in range(count)]
-        if all(chosen.sum() >= _LEAST_PROMPTS for chosen in members):
+        members = [place == number for number in np.unique(place)]
+        if len(members) > 1 and min(chosen.sum() for chosen in members) >= _LEAST_PROMPTS:
             return members
     return []

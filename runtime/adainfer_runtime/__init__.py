@@ -3,7 +3,7 @@
 from .batch import BatchScheduler, ContinuousBatching, TakeTurns
 from .confidence import ConfidenceDecay
 from .conversation import Conversation
-from .decode_costs import DecodeCosts
+from .decode_costs import DecodeCosts, FillCosts
 from .decode_options import DecodeOptions
 from .draft_schedule import Adaptive, Fixed
 from .engine import Engine
@@ -63,6 +63,7 @@ __all__ = [
     "EngineStatistics",
     "ExitPolicy",
     "ExitUnavailableError",
+    "FillCosts",
     "Fixed",
     "FixedExit",
     "GenerationOptions",

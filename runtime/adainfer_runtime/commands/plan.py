@@ -19,9 +19,8 @@ from ..engine_folder import load_manifest, replace_manifest, verify_files
 from ..errors import RequestError
 from ..exit_policy import ExitCheck
 from ..output_files import require_writable_folder
-from ..plan_spec import FillTimes, PlanSpec, StageTimes
+from ..plan_spec import FillTimes, PlanSpec
 from ..planning import ModeForecast, RequestShape, machine, measure_times, pick_mode
-from ..planning.predict import at_rows
 from .options import DeviceOption, LevelOption, ThreadsOption
 
 __all__ = ["register"]
@@ -73,6 +72,8 @@ def bench(
         print(spec.model_dump_json(indent=1))
         return
     Console().print(_times_table(spec))
+    if times.fills is not None:
+        Console().print(_fill_table(times.fills))
 
 
 def plan(
@@ -110,8 +111,8 @@ def plan(
         Console().print(_forecast_table(shape, forecasts))
     if decode:
         Console().print(_decode_table(decode))
-    if known is not None and fills is not None:
-        Console().print(_fill_table(known.times))
+    if fills is not None:
+        Console().print(_fill_table(fills))
 
 
 def _lengths(text: str) -> list[int]:
@@ -185,7 +186,7 @@ def _decode_table(forecasts: tuple[DecodeForecast, ...]) -> Table:
     for forecast in forecasts:
         after = f"after {', '.join(map(str, forecast.layers))}"
         drafts = f"{forecast.drafts} draft(s) {after}"
-        exits = f"exits {after}, {forecast.kv_policy}"
+        exits = f"exits {after} (KV {forecast.kv_policy})"
         way, unit = (drafts, "right") if forecast.drafts else (exits, "leaving")
         pays = "never" if forecast.pays_from is None else f"{forecast.pays_from:.0%} {unit}"
         table.add_row(
@@ -227,36 +228,20 @@ def _times_table(spec: PlanSpec) -> Table:
             table.add_row(
                 f"context exit after {layer}, {rows} positions", _milliseconds(seconds), ratio
             )
-    for row in _fill_rows(times):
-        table.add_row(*row)
     return table
 
 
-def _fill_table(times: StageTimes) -> Table:
+def _fill_table(fills: FillTimes) -> Table:
     table = Table(
         "KV policy",
-        "time",
-        "in layers of as many positions",
-        title="approximate keys and values of what exits skip",
+        *map(str, fills.rows),
+        title="keys and values of what exits skip: ms, by positions filled in one go",
     )
-    for row in _fill_rows(times):
-        table.add_row(*row)
-    return table
-
-
-def _fill_rows(times: StageTimes) -> Iterator[tuple[str, str, str]]:
-    """What is filled, its time, and that in layers of as many positions."""
-    fills = times.fills
-    if fills is None:
-        return
-    measured = {"propagated layer": fills.propagate} | {
-        f"translated above {layer}": seconds for layer, seconds in fills.translated.items()
-    }
+    measured = {"propagate, a layer": fills.propagate} if fills.propagate else {}
+    measured |= {f"translated, above {n}": times for n, times in fills.translated.items()}
     for name, by_rows in measured.items():
-        # Policies that the folder has no stages for were not measured.
-        for rows, seconds in zip(fills.rows if by_rows else (), by_rows, strict=True):
-            layer = at_rows(rows, times.rows, times.layer)
-            yield f"{name}, {rows} positions", _milliseconds(seconds), f"{seconds / layer:.2f}"
+        table.add_row(name, *(f"{seconds * 1000:.3f}" for seconds in by_rows))
+    return table
 
 
 def _milliseconds(seconds: float) -> str:
