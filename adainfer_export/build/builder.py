@@ -18,6 +18,7 @@ from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.errors import DeviceError
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.plans import (
+    BACKEND_MODULES,
     DEFAULT_MAX_ROWS,
     DEFAULT_OPTIMISATION_LEVEL,
     PLAN_FOLDER,
@@ -32,7 +33,7 @@ from adainfer_runtime.plans import (
 
 from ..errors import BuildError
 from .profiles import profiles_of
-from .worker import MODULES, Job, Outcome
+from .worker import Job, Outcome
 
 __all__ = ["BuildReport", "BuildRequest", "PlanBuilder", "SubprocessBuilder", "build_plans"]
 
@@ -143,14 +144,14 @@ class SubprocessBuilder:
 
     def __init__(self, backend: Literal["tensorrt", "tensorrt-rtx"]) -> None:
         self._backend = backend
-        if importlib.util.find_spec(MODULES[backend]) is None:
+        if importlib.util.find_spec(BACKEND_MODULES[backend]) is None:
             raise DeviceError(
-                f"{backend} is not installed ({MODULES[backend]}): {_INSTALL[backend]}"
+                f"{backend} is not installed ({BACKEND_MODULES[backend]}): {_INSTALL[backend]}"
             )
 
     def version(self) -> str:
         """Asked in a process of its own, too."""
-        code = f"import {MODULES[self._backend]} as trt; print(trt.__version__)"
+        code = f"import {BACKEND_MODULES[self._backend]} as trt; print(trt.__version__)"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False
         )

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODULES", "Job", "Outcome", "peak_memory_bytes"]
+from adainfer_runtime.plans import BACKEND_MODULES, Backend
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+__all__ = ["Job", "Outcome", "peak_memory_bytes"]
+
 _FUSED_ATTENTION = ("_mha", "fmha", "fused_attention")
 
 
@@ -26,7 +27,7 @@ _FUSED_ATTENTION = ("_mha", "fmha", "fused_attention")
 class Job:
     """One plan to build. `profiles` maps inputs to [smallest, usual, largest] shapes."""
 
-    backend: str
+    backend: Backend
     onnx: str
     plan: str
     sm: tuple[int, ...]
@@ -57,7 +58,7 @@ def main() -> None:
     job_path, report_path = map(Path, sys.argv[1:3])
     job = Job(**json.loads(job_path.read_text(encoding="utf-8")))
     start = time.perf_counter()
-    trt = importlib.import_module(MODULES[job.backend])
+    trt = importlib.import_module(BACKEND_MODULES[job.backend])
     outcome = _build(trt, job)
     seconds = time.perf_counter() - start
     report = {**asdict(outcome), "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}

@@ -21,6 +21,7 @@ from .errors import PlanError, one_line
 from .manifest import Manifest
 
 __all__ = [
+    "BACKEND_MODULES",
     "DEFAULT_MAX_ROWS",
     "DEFAULT_OPTIMISATION_LEVEL",
     "PLAN_FOLDER",
@@ -39,6 +40,8 @@ __all__ = [
 PLAN_FOLDER = "plans"
 _STAMP = "stamp.json"
 Backend = Literal["tensorrt", "tensorrt-rtx"]
+# Their Python modules.
+BACKEND_MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 # Of `adainfer build`: what a command that repeats a build need not name.
 DEFAULT_MAX_ROWS = 512
 DEFAULT_OPTIMISATION_LEVEL = 3

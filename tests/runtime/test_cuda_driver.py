@@ -30,6 +30,7 @@ class FakeRuntime(ModuleType):
         self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
         self.live = dict.fromkeys(("stream", "memory", "pinned", "graph", "executable"), 0)
         self.memory, self.failing, self.capturing = {}, {}, False
+        self.last_error = 0
         for name, what, step in (
             ("cudaStreamCreate", "stream", 1),
             ("cudaStreamDestroy", "stream", -1),
@@ -46,6 +47,7 @@ class FakeRuntime(ModuleType):
         self._define("cudaFree", self._free)
         self._define("cudaMallocHost", self._pin)
         self._define("cudaMemcpy2DAsync", self._copy_rows)
+        self._define("cudaGetLastError", self._clear)
         self._define("cudaMemGetInfo", lambda: (1 << 20, 8 << 30))
         self._define("cudaStreamBeginCapture", self._begin)
         self._define("cudaStreamEndCapture", self._end)
@@ -53,6 +55,7 @@ class FakeRuntime(ModuleType):
     def _define(self, name, work):
         def call(*arguments):
             if name in self.failing:
+                self.last_error = self.failing[name]
                 return (Error(self.failing[name]), *self.failing.get("results", ()))
             return (Error(0), *work(*arguments))
 
@@ -87,6 +90,10 @@ class FakeRuntime(ModuleType):
     def _copy_rows(self, target, target_pitch, source, source_pitch, width, height, kind, stream):
         for row in range(height):
             ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
+        return ()
+
+    def _clear(self):
+        self.last_error = 0
         return ()
 
     def _begin(self, stream, mode):
@@ -148,6 +155,7 @@ def test_a_recording_that_fails_leaves_no_graph(cuda):
     cuda.failing["cudaGraphInstantiate"] = 3
     with pytest.raises(StageError, match="cudaGraphInstantiate failed with cudaErrorSomething"):
         driver.record(lambda: None)
+    assert cuda.last_error == 0  # TensorRT would take it for its own
     cuda.failing.clear()
     assert (cuda.left["graph"], cuda.left["executable"]) == (0, 0)
     assert driver.record(lambda: None)  # and the driver is usable

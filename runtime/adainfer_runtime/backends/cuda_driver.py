@@ -136,11 +136,15 @@ class CudaDriver:
         graph goes with the call.
         """
         with self.lock:
-            graph = self._capture(work)
             try:
-                launchable = self._call(self._cuda.cudaGraphInstantiate, graph, 0)
-            finally:
-                self._call(self._cuda.cudaGraphDestroy, graph)
+                graph = self._capture(work)
+                try:
+                    launchable = self._call(self._cuda.cudaGraphInstantiate, graph, 0)
+                finally:
+                    self._call(self._cuda.cudaGraphDestroy, graph)
+            except BaseException:
+                self._cuda.cudaGetLastError()  # or who asks for it next is told of this one
+                raise
             return _Graph(self, launchable)
 
     def launch(self, graph: Any) -> None:
