@@ -13,7 +13,8 @@ import pytest
 from adainfer_runtime.backends import cuda_driver
 from adainfer_runtime.backends.cuda_driver import CudaDriver
 from adainfer_runtime.backends.device_blocks import DeviceBlocks
-from adainfer_runtime.errors import DeviceMemoryError, StageError
+from adainfer_runtime.devices import GpuInfo
+from adainfer_runtime.errors import DeviceError, DeviceMemoryError, StageError
 
 
 class Error(int):
@@ -117,7 +118,9 @@ def cuda(monkeypatch):
     runtime = FakeRuntime()
     bindings = ModuleType("cuda.bindings")
     bindings.runtime = runtime
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    package = ModuleType("cuda")
+    package.bindings = bindings
+    monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr(cuda_driver, "find_gpu", object)
     return runtime
@@ -141,6 +144,21 @@ def test_everything_goes_with_the_driver(cuda):
     driver.allocate(1)
     del driver
     assert cuda.left == NOTHING
+
+
+def test_bindings_that_the_driver_is_too_old_for_are_named(cuda, monkeypatch):
+    monkeypatch.setattr(cuda_driver, "find_gpu", lambda: GpuInfo("Orin", 87, 8 << 30, "12.6"))
+    sys.modules["cuda.bindings"].__version__ = "13.5.0"
+    cuda.failing |= {"cudaStreamCreate": 35, "results": (None,)}
+    match = (
+        r"^device cuda: cuda-python 13\.5\.0 needs a later driver than this one for CUDA 12\.6 .*: "
+        r"pip install 'cuda-python<13', or update the driver$"
+    )
+    with pytest.raises(DeviceError, match=match):
+        CudaDriver("tensorrt")
+    cuda.failing["cudaStreamCreate"] = 100
+    with pytest.raises(StageError, match="cudaStreamCreate failed"):
+        CudaDriver("tensorrt")
 
 
 def test_a_recording_that_fails_leaves_no_graph(cuda):

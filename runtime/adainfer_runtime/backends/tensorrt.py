@@ -102,7 +102,7 @@ def installed_modules() -> dict[Backend, Any]:
     """
     found = {}
     for backend, name in BACKEND_MODULES.items():
-        with suppress(ImportError):
+        with suppress(ImportError, OSError):  # of one that lacks its own libraries
             found[backend] = importlib.import_module(name)
     if not found:
         raise DeviceError(
