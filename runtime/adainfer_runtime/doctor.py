@@ -20,7 +20,10 @@ __all__ = ["Ability", "Diagnosis", "diagnose", "module_version"]
 # Looked up as distributions: two of them hold one module, and torch is slow to load.
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "torch", "mobius-onnx")
 # Loaded as the runtime does: several distributions bring each, for this or that CUDA.
-_MODULES = {**BACKEND_MODULES, "cuda-python": cuda_bindings.MODULE}
+_MODULES: tuple[tuple[str, str], ...] = (
+    *BACKEND_MODULES.items(),
+    ("cuda-python", cuda_bindings.MODULE),
+)
 _TENSORRT = "TensorRT with its Python package (JetPack, CUDA)"
 _MINIMUM_TENSORRT = (10, 3)
 _FUSED_TENSORRT = (10, 15)
@@ -78,7 +81,7 @@ def diagnose(
             packages[name] = version(name)
         except metadata.PackageNotFoundError:
             continue
-    for name, module_name in _MODULES.items():
+    for name, module_name in _MODULES:
         try:
             loaded = module(module_name)
         except (ImportError, OSError) as error:  # of a library of its own
