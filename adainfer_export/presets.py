@@ -99,7 +99,14 @@ def find_preset(name: str) -> DevicePreset:
 
 
 def require_precision(preset: DevicePreset, precision: str) -> None:
-    """Raises `UnsupportedError` where the board's GPU does not have it."""
+    """Raises `UnsupportedError` where the board's GPU does not have it, or where more would be
+    written than is counted for a board: weights and caches of 32 bits.
+    """
+    if precision == "fp32":
+        raise UnsupportedError(
+            f"preset {preset.name}: precision fp32 takes twice the memory of the 16 bits that are "
+            f"counted for this board; export with --precision {preset.precision} or fp16"
+        )
     if preset.sm < least_sm(precision):
         raise UnsupportedError(
             f"preset {preset.name}: precision {precision} needs a GPU of SM {least_sm(precision)} "

@@ -13,11 +13,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
-from adainfer_runtime.devices import GpuInfo, find_gpu, least_sm
+from adainfer_runtime.devices import RTX_SM, GpuInfo, find_gpu, least_sm
 from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.errors import DeviceError
 from adainfer_runtime.manifest import Manifest
 from adainfer_runtime.plans import (
+    BACKEND_MODULES,
+    DEFAULT_MAX_ROWS,
+    DEFAULT_OPTIMISATION_LEVEL,
     PLAN_FOLDER,
     BuildStamp,
     PlanRecord,
@@ -30,11 +33,10 @@ from adainfer_runtime.plans import (
 
 from ..errors import BuildError
 from .profiles import profiles_of
-from .worker import MODULES, Job, Outcome
+from .worker import Job, Outcome
 
 __all__ = ["BuildReport", "BuildRequest", "PlanBuilder", "SubprocessBuilder", "build_plans"]
 
-_MAX_ROWS = 512
 _RTX_DEFAULT = (86, 89, 120)
 _NEEDS = {"tensorrt": (10, 15), "tensorrt-basic": (10, 3)}  # target: least TensorRT version
 _INSTALL = {
@@ -59,7 +61,8 @@ class BuildRequest:
 
     Attributes:
         sm: compute capabilities (`tensorrt-rtx` alone; `tensorrt` builds for the GPU at hand);
-            where empty, those of `_RTX_DEFAULT` that have the folder's precision.
+            where empty, that of the GPU at hand, and where TensorRT-RTX has none for it or there is
+            no GPU, those of `_RTX_DEFAULT` that have the folder's precision.
         stages: patterns of ONNX files, such as `layer_*`; all where empty.
         max_rows: positions that one pass may carry.
         single_profile: one profile for decoding and prompts (see `profiles_of`).
@@ -68,8 +71,8 @@ class BuildRequest:
     backend: Literal["tensorrt", "tensorrt-rtx"]
     sm: tuple[int, ...] = ()
     stages: tuple[str, ...] = ()
-    max_rows: int = _MAX_ROWS
-    optimisation_level: int = 3
+    max_rows: int = DEFAULT_MAX_ROWS
+    optimisation_level: int = DEFAULT_OPTIMISATION_LEVEL
     single_profile: bool = False
 
 
@@ -141,14 +144,14 @@ class SubprocessBuilder:
 
     def __init__(self, backend: Literal["tensorrt", "tensorrt-rtx"]) -> None:
         self._backend = backend
-        if importlib.util.find_spec(MODULES[backend]) is None:
+        if importlib.util.find_spec(BACKEND_MODULES[backend]) is None:
             raise DeviceError(
-                f"{backend} is not installed ({MODULES[backend]}): {_INSTALL[backend]}"
+                f"{backend} is not installed ({BACKEND_MODULES[backend]}): {_INSTALL[backend]}"
             )
 
     def version(self) -> str:
         """Asked in a process of its own, too."""
-        code = f"import {MODULES[self._backend]} as trt; print(trt.__version__)"
+        code = f"import {BACKEND_MODULES[self._backend]} as trt; print(trt.__version__)"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=False
         )
@@ -289,9 +292,9 @@ def _new_stamp(
     manifest: Manifest, request: BuildRequest, version: str, gpu: GpuInfo | None
 ) -> BuildStamp:
     least, name = least_sm(manifest.precision), None
-    sm = request.sm or tuple(number for number in _RTX_DEFAULT if number >= least)
+    gpu = gpu or find_gpu()
+    sm = request.sm or _rtx_families(gpu, least)
     if request.backend == "tensorrt":
-        gpu = gpu or find_gpu()
         if gpu is None:
             raise DeviceError(
                 "--backend tensorrt builds on the GPU that will run the plans, and none was found; "
@@ -315,3 +318,10 @@ def _new_stamp(
         optimisation_level=request.optimisation_level,
         single_profile=request.single_profile,
     )
+
+
+def _rtx_families(gpu: GpuInfo | None, least: int) -> tuple[int, ...]:
+    """What TensorRT-RTX builds for where nothing is asked for."""
+    if gpu is not None and gpu.sm in RTX_SM:
+        return (gpu.sm,)
+    return tuple(number for number in _RTX_DEFAULT if number >= least)

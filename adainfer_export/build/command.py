@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from adainfer_runtime.engine_folder import load_manifest, verify_files
+from adainfer_runtime.plans import DEFAULT_MAX_ROWS, DEFAULT_OPTIMISATION_LEVEL
 
 from ..errors import BuildError
 from .builder import BuildReport, BuildRequest, build_plans
@@ -50,7 +51,8 @@ def build(
     sm: Annotated[
         str,
         typer.Option(
-            help="Compute capabilities, of tensorrt-rtx; default 86,89,120 (fp8: 89,120)."
+            help="Compute capabilities, of tensorrt-rtx; default: this machine's GPU, and "
+            "without one 86,89,120 (fp8: 89,120)."
         ),
     ] = "",
     stages: Annotated[
@@ -59,10 +61,10 @@ def build(
     ] = None,
     max_rows: Annotated[
         int, typer.Option(help="Positions that one pass may carry (prompt chunks).", min=1)
-    ] = 512,
+    ] = DEFAULT_MAX_ROWS,
     optimisation_level: Annotated[
         int, typer.Option(help="Of TensorRT's builder.", min=0, max=5)
-    ] = 3,
+    ] = DEFAULT_OPTIMISATION_LEVEL,
     single_profile: Annotated[
         bool,
         typer.Option(

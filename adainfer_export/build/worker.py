@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODULES", "Job", "Outcome", "peak_memory_bytes"]
+from adainfer_runtime.plans import BACKEND_MODULES, Backend
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+__all__ = ["Job", "Outcome", "peak_memory_bytes"]
+
 _FUSED_ATTENTION = ("_mha", "fmha", "fused_attention")
 
 
@@ -26,7 +27,7 @@ _FUSED_ATTENTION = ("_mha", "fmha", "fused_attention")
 class Job:
     """One plan to build. `profiles` maps inputs to [smallest, usual, largest] shapes."""
 
-    backend: str
+    backend: Backend
     onnx: str
     plan: str
     sm: tuple[int, ...]
@@ -57,7 +58,7 @@ def main() -> None:
     job_path, report_path = map(Path, sys.argv[1:3])
     job = Job(**json.loads(job_path.read_text(encoding="utf-8")))
     start = time.perf_counter()
-    trt = importlib.import_module(MODULES[job.backend])
+    trt = importlib.import_module(BACKEND_MODULES[job.backend])
     outcome = _build(trt, job)
     seconds = time.perf_counter() - start
     report = {**asdict(outcome), "seconds": seconds, "peak_memory_bytes": peak_memory_bytes()}
@@ -76,28 +77,41 @@ def peak_memory_bytes() -> int:
 
 def _build(trt: Any, job: Job) -> Outcome:
     log = _make_log(trt)
+    try:
+        return _build_with(trt, job, log)
+    except _RefusedError as error:
+        said = f": {_one_line(' '.join(log.errors))}" if log.errors else ""
+        return Outcome(f"{error}{said}")
+
+
+def _build_with(trt: Any, job: Job, log: Any) -> Outcome:
     builder = trt.Builder(log)
     # TensorRT 11 knows strongly typed networks alone, and no flag for them.
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     network = builder.create_network(0 if flag is None else 1 << int(flag))
+    if network is None:
+        raise _RefusedError("it makes no network")
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(job.onnx):
         reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         return Outcome(f"the parser refuses it: {_one_line(' '.join(reasons))}")
     config = builder.create_builder_config()
+    if config is None:
+        raise _RefusedError("it makes no builder configuration")
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = job.optimisation_level
-    if job.backend == "tensorrt-rtx" and (error := _set_capabilities(trt, config, job.sm)):
-        return Outcome(error)
+    if job.backend == "tensorrt-rtx":
+        _set_capabilities(trt, config, job.sm)
     # TensorRT-RTX: nothing is allocated while a plan runs, which a CUDA graph could not record.
     if (strict := getattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION", None)) is not None:
         config.set_flag(strict)
-    for profile in job.profiles:
-        config.add_optimization_profile(_profile(builder, network, profile))
+    for number, shapes in enumerate(job.profiles):
+        if config.add_optimization_profile(_profile(builder, network, shapes)) < 0:
+            raise _RefusedError(f"profile {number} is refused")
     cache = _attach_cache(config, job, log)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        return Outcome(f"the builder refuses it: {_one_line(' '.join(log.errors))}")
+        raise _RefusedError("the builder refuses it")
     Path(job.plan).write_bytes(memoryview(plan))
     if cache is not None and job.timing_cache is not None:
         _write_cache(Path(job.timing_cache), memoryview(cache.serialize()))
@@ -110,23 +124,36 @@ def _build(trt: Any, job: Job) -> Outcome:
     )
 
 
-def _set_capabilities(trt: Any, config: Any, sm: tuple[int, ...]) -> str | None:
+class _RefusedError(Exception):
+    """TensorRT said no; why is in its log."""
+
+
+def _set_capabilities(trt: Any, config: Any, sm: tuple[int, ...]) -> None:
     config.num_compute_capabilities = len(sm)
     for index, number in enumerate(sm):
         capability = getattr(trt.ComputeCapability, f"SM{number}", None)
         # The setter answers False where the capability is not supported; a build then crashes.
         if capability is None or not config.set_compute_capability(capability, index):
-            return f"TensorRT-RTX {trt.__version__} does not build for SM {number}"
-    return None
+            raise _RefusedError(f"TensorRT-RTX {trt.__version__} does not build for SM {number}")
 
 
 def _profile(builder: Any, network: Any, shapes: Mapping[str, Any]) -> Any:
     profile = builder.create_optimization_profile()
+    if profile is None:
+        raise _RefusedError("it makes no profile")
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        if -1 in tuple(tensor.shape):
-            smallest, usual, largest = (tuple(shape) for shape in shapes[tensor.name])
-            profile.set_shape(tensor.name, smallest, usual, largest)
+        if -1 not in tuple(tensor.shape):
+            continue
+        if tensor.name not in shapes:
+            raise _RefusedError(f"input {tensor.name} has no shapes; export the model again")
+        given = [tuple(shape) for shape in shapes[tensor.name]]
+        try:
+            profile.set_shape(tensor.name, *given)
+        except ValueError:
+            raise _RefusedError(
+                f"input {tensor.name} {list(tensor.shape)} does not take {given}"
+            ) from None
     return profile
 
 

@@ -6,12 +6,14 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["GpuInfo", "find_gpu", "jetson_model", "least_sm"]
+__all__ = ["RTX_SM", "GpuInfo", "find_gpu", "jetson_model", "least_sm"]
 
 _NAME_BYTES = 128
 _MULTIPROCESSORS, _SM_MAJOR, _SM_MINOR = 16, 75, 76  # CUdevice_attribute
 # NVIDIA's support matrices: bfloat16 and int4 weights from Ampere on, 8-bit floats from Ada on.
 _LEAST_SM = {"bf16": 80, "int4": 80, "fp8": 89}
+# Compute capabilities that TensorRT-RTX 1.7 builds for and runs on: its setter refuses all others.
+RTX_SM = (75, 80, 86, 89, 120, 121)
 _DEVICE_TREE = Path("/proc/device-tree/model")
 
 

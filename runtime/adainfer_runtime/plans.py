@@ -10,17 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from .devices import GpuInfo
-from .errors import PlanError
+from .devices import RTX_SM, GpuInfo
+from .errors import PlanError, one_line
 from .manifest import Manifest
 
 __all__ = [
+    "BACKEND_MODULES",
+    "DEFAULT_MAX_ROWS",
+    "DEFAULT_OPTIMISATION_LEVEL",
     "PLAN_FOLDER",
     "Backend",
     "BuildStamp",
@@ -37,6 +40,11 @@ __all__ = [
 PLAN_FOLDER = "plans"
 _STAMP = "stamp.json"
 Backend = Literal["tensorrt", "tensorrt-rtx"]
+# Their Python modules.
+BACKEND_MODULES: dict[Backend, str] = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+# Of `adainfer build`: what a command that repeats a build need not name.
+DEFAULT_MAX_ROWS = 512
+DEFAULT_OPTIMISATION_LEVEL = 3
 
 # Of one profile: smallest, usual and largest shape by input.
 PlanShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
@@ -87,6 +95,16 @@ class BuildStamp(BaseModel):
         """Name of the folder."""
         return "-".join([self.backend, self.version, *(f"sm{sm}" for sm in self.sm)])
 
+    @property
+    def profile_options(self) -> tuple[str, ...]:
+        """Options of `adainfer build` that give plans like these, on whatever GPU."""
+        options = ["--single-profile"] if self.single_profile else []
+        if self.max_rows != DEFAULT_MAX_ROWS:
+            options.append(f"--max-rows {self.max_rows}")
+        if self.optimisation_level != DEFAULT_OPTIMISATION_LEVEL:
+            options.append(f"--optimisation-level {self.optimisation_level}")
+        return tuple(options)
+
     def same_build(self, other: BuildStamp) -> bool:
         """Whether plans of the other stamp may stand beside this one's."""
         mine, theirs = (stamp.model_dump(exclude={"plans"}) for stamp in (self, other))
@@ -136,43 +154,46 @@ def find_stamp(
         for path in sorted((folder / PLAN_FOLDER).glob(f"*/{_STAMP}"))
         if (stamp := load_stamp(folder, path.parent.name)) is not None
     ]
-    preferred = next(iter(installed))
     if not stamps:
-        raise PlanError(f"{folder} has no TensorRT plans: {_build(folder, preferred)}")
+        raise PlanError(f"{folder} has no TensorRT plans: {_first_build(folder, installed, gpu)}")
     fitting = [s for backend in installed for s in stamps if s.backend == backend]
     fitting = [s for s in fitting if not _misfit(s, installed, gpu)]
     if not fitting:
-        known = [stamp for stamp in stamps if stamp.backend in installed]
         found = "; ".join(_misfit(stamp, installed, gpu) for stamp in stamps)
-        backend = known[0].backend if known else preferred
         here = " and ".join(f"{name} {version}" for name, version in installed.items())
         raise PlanError(
             f"{folder}: no plans for {here} on {gpu.model}, SM {gpu.sm} (found: {found}): "
-            f"{_build(folder, backend)}"
+            f"{_first_build(folder, installed, gpu, stamps)}"
         )
     problems = [_find_problem(folder, manifest, stamp) for stamp in fitting]
     for stamp, problem in zip(fitting, problems, strict=True):
         if problem is None:
             return stamp
-    raise PlanError(f"{problems[0]}: {_build(folder, fitting[0].backend)}")
+    raise PlanError(f"{problems[0]}: {_build_again(folder, fitting[0])}")
 
 
 def check_plan(folder: Path, stamp: BuildStamp, file: str) -> Path:
     """The plan of an ONNX file, as it was built.
 
     Raises:
-        PlanError: there is none, or it was changed.
+        PlanError: there is none, it cannot be read, or it was changed.
     """
     record = stamp.plans.get(file)
     if record is None:
-        raise PlanError(f"{folder}: the plan of {file} is missing: {_build(folder, stamp.backend)}")
+        raise PlanError(f"{folder}: the plan of {file} is missing: {_build_again(folder, stamp)}")
     path = folder / PLAN_FOLDER / stamp.name / record.file
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:  # a plan may be loaded long after the stamp was read
+        raise PlanError(
+            f"{path} cannot be read ({error.strerror or one_line(error)}): "
+            f"{_build_again(folder, stamp)}"
+        ) from None
     if digest != record.sha256:
         raise PlanError(
             f"{path} is not the plan that was built (its sha256 differs): remove it, then "
-            f"{_build(folder, stamp.backend)}"
+            f"{_build_again(folder, stamp)}"
         )
     return path
 
@@ -200,8 +221,43 @@ def _find_problem(folder: Path, manifest: Manifest, stamp: BuildStamp) -> str | 
     return None
 
 
-def _build(folder: Path, backend: Backend) -> str:
-    return f"run `adainfer build {folder} --backend {backend}` on this device"
+def _first_build(
+    folder: Path, installed: Mapping[Backend, str], gpu: GpuInfo, stamps: Sequence[BuildStamp] = ()
+) -> str:
+    """What gives plans for this GPU: in the form of those for another one or version, if any."""
+    usable = [name for name in installed if name == "tensorrt" or gpu.sm in RTX_SM]
+    if not usable:
+        return (
+            f"TensorRT-RTX has no plans for this GPU (SM {gpu.sm}); install the TensorRT of your "
+            "CUDA or JetPack with its Python package, then "
+            f"{_command(folder, 'tensorrt', _options_of(stamps))}"
+        )
+    known = [stamp for stamp in stamps if stamp.backend in usable]
+    backend = known[0].backend if known else usable[0]
+    same = [stamp for stamp in known if stamp.backend == backend]
+    if backend == "tensorrt":
+        return _command(folder, backend, _options_of(same))
+    families = next((stamp.sm for stamp in same if gpu.sm in stamp.sm), (gpu.sm,))
+    return _command(folder, backend, _options_of(same), families)
+
+
+def _build_again(folder: Path, stamp: BuildStamp) -> str:
+    """What mends a build, and keeps the plans of it that are current."""
+    sm = stamp.sm if stamp.backend == "tensorrt-rtx" else ()
+    return _command(folder, stamp.backend, stamp.profile_options, sm)
+
+
+def _options_of(stamps: Sequence[BuildStamp]) -> tuple[str, ...]:
+    return stamps[0].profile_options if stamps else ()
+
+
+def _command(
+    folder: Path, backend: Backend, options: tuple[str, ...], sm: tuple[int, ...] = ()
+) -> str:
+    """`sm` of TensorRT-RTX, which does not build for the GPU at hand alone."""
+    families = (f"--sm {','.join(map(str, sm))}",) if sm else ()
+    line = " ".join(("adainfer build", str(folder), *options, *families, "--backend", backend))
+    return f"run `{line}` on this device"
 
 
 def engine_files(manifest: Manifest) -> tuple[str, ...]:

@@ -80,6 +80,17 @@ def test_weights_that_do_not_fit_are_refused():
         fitting("jetson-orin-nano", "fp16")
 
 
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda preset: preset.name)
+def test_boards_do_not_get_32_bits(preset, tmp_path):
+    """Lengths count 16: refused before the checkpoint is even looked for."""
+    request = ExportRequest(
+        "no-such-model", tmp_path / "x", target="tensorrt-basic", precision="fp32", preset=preset
+    )
+    match = rf"^preset {preset.name}: precision fp32 .*; export with --precision {preset.precision}"
+    with pytest.raises(UnsupportedError, match=match):
+        export(request)
+
+
 def test_engines_are_no_larger_than_a_board_can_build():
     most = {p.name: most_layers_per_engine(p, LLAMA2_7B, p.precision) for p in PRESETS}
     assert 1 < most["jetson-orin-nano"] < most["jetson-orin"] < 32

@@ -22,11 +22,17 @@ _GUARD = 256
 
 
 class FakeDriver:
-    """See `adainfer_runtime.backends.tensorrt.GraphDriver`. `room` is what can be allocated."""
+    """See `tensorrt_protocols.GraphDriver`. `room` is what can be allocated.
 
-    def __init__(self, room=None):
+    `capture_fails` makes recording fail as CUDA does: within a stage's run ("run"), or by what the
+    stream says of it at its end ("end").
+    """
+
+    def __init__(self, room=None, capture_fails=None):
         self.lock = threading.RLock()
         self.room = room
+        self.capture_fails = capture_fails
+        self.captures = 0  # that were tried
         self.graphs = 0  # that were recorded and not given back
         self.blocks = {}
         self._next = _BASE
@@ -94,11 +100,14 @@ class FakeDriver:
     def record(self, work):
         with self.lock:
             assert self._recording is None
+            self.captures += 1
             self._recording = (threading.get_ident(), [])
             try:
                 work()
             finally:
                 (_, recorded), self._recording = self._recording, None
+            if self.capture_fails == "end":
+                raise StageError("CUDA: cudaStreamEndCapture failed")
             return FakeGraph(self, recorded)
 
     def launch(self, recorded):
@@ -183,7 +192,7 @@ class FakeLoader:
 
 
 class FakePlan:
-    """See `adainfer_runtime.backends.tensorrt.Plan`."""
+    """See `tensorrt_protocols.Plan`."""
 
     def __init__(self, path, driver, profiles, *, aliases):
         self.path = path
@@ -218,7 +227,7 @@ class FakePlan:
         zipped = zip(bounds.smallest, shape, bounds.largest, strict=True)
         return all(low <= size <= high for low, size, high in zipped)
 
-    def context(self, profile):
+    def context(self, profile, *, fixed_shapes):
         self.contexts.append(FakeContext(self, self._driver, profile))
         return self.contexts[-1]
 
@@ -249,7 +258,7 @@ class FakePlan:
 
 
 class FakeContext:
-    """See `adainfer_runtime.backends.tensorrt.PlanContext`.
+    """See `tensorrt_protocols.PlanContext`.
 
     It keeps NVIDIA's rules for graphs: a context that was captured is left alone, the run after a
     change of shapes is none that is captured, and nothing is set within a capture.
@@ -279,6 +288,8 @@ class FakeContext:
         if self._driver.recording:
             assert self._settled, "the first run after a change of shapes is captured"
             self.captured = True
+            if self._driver.capture_fails == "run":
+                raise StageError("TensorRT could not run a stage; see its log")
         self._settled = True
         self._plan.start(dict(self._shapes), dict(self._addresses))
 

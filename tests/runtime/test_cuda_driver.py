@@ -13,7 +13,8 @@ import pytest
 from adainfer_runtime.backends import cuda_driver
 from adainfer_runtime.backends.cuda_driver import CudaDriver
 from adainfer_runtime.backends.device_blocks import DeviceBlocks
-from adainfer_runtime.errors import DeviceMemoryError, StageError
+from adainfer_runtime.devices import GpuInfo
+from adainfer_runtime.errors import DeviceError, DeviceMemoryError, StageError
 
 
 class Error(int):
@@ -30,6 +31,7 @@ class FakeRuntime(ModuleType):
         self.cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
         self.live = dict.fromkeys(("stream", "memory", "pinned", "graph", "executable"), 0)
         self.memory, self.failing, self.capturing = {}, {}, False
+        self.last_error = 0
         for name, what, step in (
             ("cudaStreamCreate", "stream", 1),
             ("cudaStreamDestroy", "stream", -1),
@@ -46,6 +48,7 @@ class FakeRuntime(ModuleType):
         self._define("cudaFree", self._free)
         self._define("cudaMallocHost", self._pin)
         self._define("cudaMemcpy2DAsync", self._copy_rows)
+        self._define("cudaGetLastError", self._clear)
         self._define("cudaMemGetInfo", lambda: (1 << 20, 8 << 30))
         self._define("cudaStreamBeginCapture", self._begin)
         self._define("cudaStreamEndCapture", self._end)
@@ -53,6 +56,7 @@ class FakeRuntime(ModuleType):
     def _define(self, name, work):
         def call(*arguments):
             if name in self.failing:
+                self.last_error = self.failing[name]
                 return (Error(self.failing[name]), *self.failing.get("results", ()))
             return (Error(0), *work(*arguments))
 
@@ -89,6 +93,10 @@ class FakeRuntime(ModuleType):
             ctypes.memmove(target + row * target_pitch, source + row * source_pitch, width)
         return ()
 
+    def _clear(self):
+        self.last_error = 0
+        return ()
+
     def _begin(self, stream, mode):
         self.capturing = True
         return ()
@@ -110,7 +118,9 @@ def cuda(monkeypatch):
     runtime = FakeRuntime()
     bindings = ModuleType("cuda.bindings")
     bindings.runtime = runtime
-    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    package = ModuleType("cuda")
+    package.bindings = bindings
+    monkeypatch.setitem(sys.modules, "cuda", package)
     monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
     monkeypatch.setattr(cuda_driver, "find_gpu", object)
     return runtime
@@ -136,6 +146,21 @@ def test_everything_goes_with_the_driver(cuda):
     assert cuda.left == NOTHING
 
 
+def test_bindings_that_the_driver_is_too_old_for_are_named(cuda, monkeypatch):
+    monkeypatch.setattr(cuda_driver, "find_gpu", lambda: GpuInfo("Orin", 87, 8 << 30, "12.6"))
+    sys.modules["cuda.bindings"].__version__ = "13.5.0"
+    cuda.failing |= {"cudaStreamCreate": 35, "results": (None,)}
+    match = (
+        r"^device cuda: cuda-python 13\.5\.0 needs a later driver than this one for CUDA 12\.6 .*: "
+        r"pip install 'cuda-python<13', or update the driver$"
+    )
+    with pytest.raises(DeviceError, match=match):
+        CudaDriver("tensorrt")
+    cuda.failing["cudaStreamCreate"] = 100
+    with pytest.raises(StageError, match="cudaStreamCreate failed"):
+        CudaDriver("tensorrt")
+
+
 def test_a_recording_that_fails_leaves_no_graph(cuda):
     driver = CudaDriver("cuda")
 
@@ -148,6 +173,7 @@ def test_a_recording_that_fails_leaves_no_graph(cuda):
     cuda.failing["cudaGraphInstantiate"] = 3
     with pytest.raises(StageError, match="cudaGraphInstantiate failed with cudaErrorSomething"):
         driver.record(lambda: None)
+    assert cuda.last_error == 0  # TensorRT would take it for its own
     cuda.failing.clear()
     assert (cuda.left["graph"], cuda.left["executable"]) == (0, 0)
     assert driver.record(lambda: None)  # and the driver is usable

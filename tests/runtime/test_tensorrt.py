@@ -22,7 +22,9 @@ from adainfer_runtime.backends.device_backend import DeviceBackend
 from adainfer_runtime.backends.device_memory import DeviceRows, Tensor, from_storage, to_storage
 from adainfer_runtime.backends.device_sequence import BoundRun
 from adainfer_runtime.backends.ort_cpu import open_session
-from adainfer_runtime.backends.tensorrt import EnginePlan, PlanStage, PlanStages
+from adainfer_runtime.backends.tensorrt import PlanStages
+from adainfer_runtime.backends.tensorrt_graphs import GraphRecorder
+from adainfer_runtime.backends.tensorrt_stage import PlanStage
 from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.devices import GpuInfo
 from adainfer_runtime.engine_folder import load_manifest
@@ -39,9 +41,9 @@ PROMPT = [5, 17, 200, 43, 9, 120, 77, 31, 250, 8]
 TARGETS = [("onnx-std", "fp32"), ("tensorrt", "fp16"), ("tensorrt-basic", "fp32")]
 
 
-def fake_backend(made, max_rows=16, aliases=True, single=False):
+def fake_backend(made, max_rows=16, aliases=True, single=False, capture_fails=None):
     manifest = made.engine.manifest
-    driver = FakeDriver()
+    driver = FakeDriver(capture_fails=capture_fails)
     records = {
         file: PlanRecord(
             file=f"../../{file}",
@@ -424,7 +426,7 @@ class Plain:
     def accepts(self, profile, name, shape):
         return True
 
-    def context(self, profile):
+    def context(self, profile, *, fixed_shapes):
         context = SimpleNamespace(told=[], runs=0, capturable=lambda: self._capturable)
         context.set_input_shape = lambda name, shape: context.told.append((name, shape))
         context.set_address = lambda name, address: context.told.append((name, address))
@@ -443,7 +445,7 @@ def run():
 def test_a_graph_is_recorded_after_one_plain_run(run):
     driver, bound = run
     plan = Plain()
-    call = PlanStage("s", plan, driver).bind(bound)
+    call = PlanStage("s", plan, GraphRecorder(driver)).bind(bound)
     for _ in range(5):
         call()
     (context,) = plan.contexts
@@ -456,7 +458,7 @@ def test_a_graph_is_recorded_after_one_plain_run(run):
 def test_what_tensorrt_cannot_capture_runs_plainly(run):
     driver, bound = run
     plan = Plain(capturable=False)
-    call = PlanStage("s", plan, driver).bind(bound)
+    call = PlanStage("s", plan, GraphRecorder(driver)).bind(bound)
     for _ in range(5):
         call()
     assert plan.contexts[0].runs == 5
@@ -466,7 +468,7 @@ def test_what_tensorrt_cannot_capture_runs_plainly(run):
 def test_every_graph_has_a_context_of_its_own(run):
     driver, bound = run
     plan = Plain()
-    stage = PlanStage("s", plan, driver)
+    stage = PlanStage("s", plan, GraphRecorder(driver))
     passing = dataclasses.replace(bound, repeatable=False)
     for call in [stage.bind(bound), stage.bind(bound), stage.bind(passing), stage.bind(passing)]:
         for _ in range(3):
@@ -493,7 +495,7 @@ def test_a_prompt_after_decoding_leaves_captured_contexts_alone(tiny, target):
 def test_the_fake_device_notices_what_graphs_forbid(layer_run):
     """What the tests above rely on."""
     stage, bound, driver = layer_run
-    context = stage._plan.context(stage._profile(bound))
+    context = stage._plan.context(stage._profile(bound), fixed_shapes=True)
     for name, tensor in bound.inputs.items():
         context.set_input_shape(name, tensor.shape)
     for name, tensor in (*bound.inputs.items(), *bound.outputs.items()):
@@ -524,92 +526,6 @@ def test_a_plan_that_was_changed_is_not_loaded(tiny):
     match = r"embed.onnx is not the plan that was built .*: remove it, then run `adainfer build"
     with pytest.raises(PlanError, match=match):
         stages.load(file)
-
-
-class ScriptedTensorRT:
-    """As much of TensorRT's Python API as a plan needs; `calls` is what contexts were told."""
-
-    TensorIOMode = SimpleNamespace(INPUT="in", OUTPUT="out")
-    ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user")
-
-    def __init__(self):
-        self.calls = []
-        self.strategies = []
-
-    def engine(self, sizes):
-        return SimpleNamespace(
-            num_io_tensors=0,
-            num_optimization_profiles=len(sizes),
-            get_device_memory_size_for_profile_v2=lambda profile: sizes[profile],
-            create_execution_context=self.create,
-            create_runtime_config=lambda: RuntimeConfig(self),
-        )
-
-    def create(self, strategy):
-        self.strategies.append(getattr(strategy, "told", strategy))
-        context = SimpleNamespace()
-        for name in (
-            "set_optimization_profile_async",
-            "set_device_memory",
-            "execute_async_v3",
-            "is_stream_capturable",
-        ):
-            setattr(context, name, lambda *given, name=name: self.calls.append((name, *given)) or 1)
-        return context
-
-
-class RuntimeConfig:
-    """TensorRT-RTX's."""
-
-    made = 0
-
-    def __init__(self, trt):
-        self.told = []
-
-    def set_execution_context_allocation_strategy(self, strategy):
-        self.told.append(strategy)
-
-    def create_runtime_cache(self):
-        RuntimeConfig.made += 1
-        return "cache"
-
-    def set_runtime_cache(self, cache):
-        self.told.append(cache)
-
-
-def test_scratch_memory_is_set_once_and_never_moves():
-    trt, places = ScriptedTensorRT(), []
-
-    def scratch(size):
-        places.append(size)
-        return 0x1000, max(places)
-
-    plan = EnginePlan(trt, trt.engine([100, 300]), 7, scratch)
-    assert places == [100, 300]  # all of it is known before the first context
-    context = plan.context(0)
-    for _ in range(3):
-        context.enqueue()
-    kinds = [kind for kind, *_ in trt.calls]
-    assert kinds == [
-        "set_optimization_profile_async",
-        "set_device_memory",
-        *3 * ["execute_async_v3"],
-    ]
-    assert ("set_device_memory", 0x1000, 300) in trt.calls
-    assert context.capturable()
-    assert trt.calls[-1] == ("is_stream_capturable", 7)
-    assert trt.strategies == ["user"]
-
-
-def test_contexts_of_tensorrt_rtx_share_their_kernels():
-    trt = ScriptedTensorRT()
-    trt.IRuntimeCache = object
-    RuntimeConfig.made = 0
-    plan = EnginePlan(trt, trt.engine([1]), 7, lambda size: (0, size))
-    for _ in range(3):
-        plan.context(0)
-    assert trt.strategies == 3 * [["user", "cache"]]
-    assert RuntimeConfig.made == 1
 
 
 def test_what_the_device_does_not_have_is_said(tiny):

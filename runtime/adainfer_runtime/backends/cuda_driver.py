@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..cuda_bindings import too_new
 from ..devices import find_gpu
 from ..errors import DeviceError, DeviceMemoryError, StageError
 
@@ -18,6 +19,7 @@ __all__ = ["CudaDriver"]
 
 _INSTALL = "pip install 'adainfer-export[{extra}]'"
 _MEMORY_IS_FULL = 2  # cudaErrorMemoryAllocation
+_DRIVER_IS_OLD = 35  # cudaErrorInsufficientDriver
 
 
 class CudaDriver:
@@ -30,14 +32,16 @@ class CudaDriver:
             extra: of this package, that brings what is missing.
 
         Raises:
-            DeviceError: no GPU, or cuda-python is not installed.
+            DeviceError: no GPU, or no cuda-python that its driver takes.
         """
-        if find_gpu() is None:
+        gpu = find_gpu()
+        if gpu is None:
             raise DeviceError(
                 "device cuda: no NVIDIA GPU was found (no driver, or no device); use device cpu, "
                 "and see `adainfer doctor`"
             )
         try:
+            from cuda import bindings
             from cuda.bindings import runtime
         except ImportError:
             raise DeviceError(
@@ -50,7 +54,12 @@ class CudaDriver:
         self._pinned: list[int] = []
         self._recording = False
         self._waiting: list[Callable[[], None]] = []
-        self._stream: Any = self._call(runtime.cudaStreamCreate)
+        error, *found = runtime.cudaStreamCreate()  # the first call of all
+        if int(error) == _DRIVER_IS_OLD:
+            version = getattr(bindings, "__version__", "of an unknown version")
+            raise DeviceError(f"device cuda: {too_new(version, gpu.driver)}")
+        self._check(error, "cudaStreamCreate")
+        self._stream: Any = found[0]
 
     def __del__(self) -> None:
         if hasattr(self, "_waiting"):  # it was opened
@@ -136,11 +145,15 @@ class CudaDriver:
         graph goes with the call.
         """
         with self.lock:
-            graph = self._capture(work)
             try:
-                launchable = self._call(self._cuda.cudaGraphInstantiate, graph, 0)
-            finally:
-                self._call(self._cuda.cudaGraphDestroy, graph)
+                graph = self._capture(work)
+                try:
+                    launchable = self._call(self._cuda.cudaGraphInstantiate, graph, 0)
+                finally:
+                    self._call(self._cuda.cudaGraphDestroy, graph)
+            except BaseException:
+                self._cuda.cudaGetLastError()  # or who asks for it next is told of this one
+                raise
             return _Graph(self, launchable)
 
     def launch(self, graph: Any) -> None:
