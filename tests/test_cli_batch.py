@@ -100,11 +100,36 @@ def test_a_prompt_that_fails_gets_its_error_and_the_others_their_text(tiny, prom
     ]  # fmt: skip
     assert "do not fit this engine's maximum" in lines[1]["error"]
     out.unlink()
-    shown = run(tiny("llama").folder, "--prompts", prompts, "--out", out, "--timeout", "1e-9")
+    late = ["--prompts", prompts, "--out", out, "--timeout", "1e-9"]
+    shown = run(tiny("llama").folder, *late)
+    assert shown.exit_code == 1
     assert "3 failed: see their lines" in " ".join(shown.stderr.split())
     assert {line["error"].split(" passed")[0] for line in read(out) if line["index"] != 1} == {
         "the deadline of 1e-09 s"
     }
+
+
+def test_errors_stay_unless_they_are_to_be_tried_again(tiny, prompts, tmp_path):
+    out, again = tmp_path / "texts.jsonl", ["--resume", "--retry-errors"]
+    long = "long " * 200
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in ("a", long, "b")))
+    arguments = [tiny("llama").folder, "--prompts", prompts, "--out", out, "--json"]
+    with pytest.raises(RequestError, match="--retry-errors goes with --resume"):
+        run(*arguments, "--retry-errors")
+    assert run(*arguments, "--timeout", "1e-9").exit_code == 1
+    kept = out.read_text()
+    assert run(*arguments, "--resume").exit_code == 1  # nothing is new, and there is no text
+    assert out.read_text() == kept
+    done = run(*arguments, *again)
+    counts = json.loads(done.stdout)
+    assert (done.exit_code, counts["generated"], counts["failed"]) == (0, 2, 1)
+    lines = read(out)
+    assert [line["index"] for line in lines] == [0, 1, 2]
+    assert ["error" in line for line in lines] == [False, True, False]
+    done = run(*arguments, *again)
+    assert (done.exit_code, json.loads(done.stdout)["failed"]) == (0, 1)
+    assert read(out) == lines
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_what_fails_before_the_first_text_leaves_nothing_behind(tiny, prompts, tmp_path):

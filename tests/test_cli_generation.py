@@ -36,7 +36,7 @@ from adainfer_runtime.errors import (
 )
 from adainfer_runtime.generation_options import GenerationKeywords
 from adainfer_runtime.kv_fill import KvPolicy
-from adainfer_runtime.results import StreamEvent
+from adainfer_runtime.results import Span, StreamEvent
 from adainfer_runtime.session import ExitProbe
 
 from .checkpoints import make_checkpoint
@@ -78,13 +78,16 @@ def test_run_options_are_those_of_generate(folder, engine):
         "run", folder, "--prompt", "hello", "--max-new-tokens", 12, "--temperature", 0.9,
         "--top-k", 50, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty", 1.1,
         "--frequency-penalty", 0.2, "--presence-penalty", 0.1, "--seed", 4, "--stop", "zz",
-        "--stop", "qq", "--logprobs", 2, "--min-new-tokens", 3, "--json",
+        "--stop", "qq", "--logprobs", 2, "--min-new-tokens", 3, "--stop-token-id", 9,
+        "--stop-token-id", 11, "--logit-bias", "20=2.5", "--logit-bias", "7=-inf", "--ignore-eos",
+        "--json",
     )  # fmt: skip
     data = json.loads(done.stdout)
     expected = engine.generate(
         "hello", max_new_tokens=12, temperature=0.9, top_k=50, top_p=0.9, min_p=0.01,
         repetition_penalty=1.1, frequency_penalty=0.2, presence_penalty=0.1, seed=4,
-        stop=["zz", "qq"], logprobs=2, min_new_tokens=3,
+        stop=["zz", "qq"], logprobs=2, min_new_tokens=3, stop_token_ids=[9, 11],
+        logit_bias={20: 2.5, 7: float("-inf")}, ignore_eos=True,
     )  # fmt: skip
     assert data["text"] == expected.text
     assert tuple(data["tokens"]) == expected.tokens
@@ -92,13 +95,31 @@ def test_run_options_are_those_of_generate(folder, engine):
     assert {"prompt_seconds", "time_to_first_token", "kv_fills"} <= set(data["statistics"])
 
 
+def test_tokens_and_biases_of_the_command_line():
+    options = options_of(
+        "--stop-token-id", 3, "--stop-token-id", 4, "--ignore-eos", "--logit-bias", "5=-inf",
+        "--logit-bias", "6=1.5",
+    )  # fmt: skip
+    assert options["stop_token_ids"] == (3, 4)
+    assert options["ignore_eos"]
+    assert options["logit_bias"] == {5: float("-inf"), 6: 1.5}
+    for wrong in ("5", "5=", "=1", "a=1", "5=b", "5=1=2"):
+        with pytest.raises(RequestError, match=f"--logit-bias must be ID=VALUE.* found '{wrong}'"):
+            run("run", "no-engine", "--prompt", "x", "--logit-bias", wrong)
+
+
 def decoding_of(*arguments):
     """What a command line hands on."""
+    found = options_of(*arguments)
+    return found if isinstance(found, str) else found["decoding"]
+
+
+def options_of(*arguments):
     seen = []
 
     @takes_generation_options(max_new_tokens=64)
     def command(options: GenerationKeywords) -> None:
-        seen.append(options["decoding"])
+        seen.append(options)
 
     app = typer.Typer()
     app.command()(command)
@@ -190,7 +211,8 @@ def test_flags_that_a_mode_would_ignore_are_refused(tmp_path, command, flags, ma
     [
         ["--temperature", 0.5], ["--stop", "x"], ["--logprobs", 1], ["--show-exits"], ["--stream"],
         ["--max-new-tokens", 3], ["--seed", 0], ["--mode", "verified", "--drafts", 1],
-        ["--mode", "adaptive", "--kv-policy", "propagate"],
+        ["--mode", "adaptive", "--kv-policy", "propagate"], ["--stop-token-id", 3],
+        ["--ignore-eos"], ["--logit-bias", "3=1"],
     ],
 )  # fmt: skip
 def test_a_choice_refuses_what_speaks_of_a_text(tmp_path, flags):
@@ -251,6 +273,55 @@ def test_run_errors(folder):
         run("run", folder, "--prompt", "x", "--top-p", 0)
     with pytest.raises(RequestError, match="certificates speak of greedy decoding"):
         run("run", folder, "--prompt", "x", "--level", 0.02, "--temperature", 1)
+
+
+@pytest.mark.parametrize("command", ["run", "chat"])
+def test_input_that_is_no_text_is_one_line(folder, command):
+    prompt = {"run": ["--prompt", "-"], "chat": []}[command]
+    for arguments, sent in (
+        ([*prompt, "--max-new-tokens", "2"], b"hi\ncaf\xe9 is\n"),
+        (["--prompt" if command == "run" else "--system", b"caf\xe9 is"], b"hi\n"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", MAIN, command, str(folder), *arguments],
+            input=sent, capture_output=True, check=False,
+            env={**os.environ, "PYTHONIOENCODING": "utf-8:strict"},
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        last = done.stderr.decode().splitlines()[-1]
+        assert re.match("error: (standard input is no text|the text is no valid Unicode)", last)
+        assert b"Traceback" not in done.stderr
+
+
+def test_a_line_that_is_no_text_is_asked_for_again(monkeypatch):
+    typed = iter(["hi", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"), EOFError])
+
+    def answer(prompt):
+        said = next(typed)
+        if isinstance(said, str):
+            return said
+        raise said
+
+    monkeypatch.setattr("builtins.input", answer)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    notes = []
+    assert list(_lines(notes.append)) == ["hi"]
+    assert notes[1].startswith("that was no text: 'utf-8' codec")
+
+
+def test_text_that_was_held_back_has_its_own_colours(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    colours = ExitColours(SimpleNamespace(depth=4, exit_layers=(2, 3)))
+    events = [
+        StreamEvent("", 1, 2),
+        StreamEvent("ab", 2, 4, spans=(Span("a", 2), Span("b", 4))),
+        StreamEvent("c", result="result", spans=(Span("c", 3),)),
+    ]
+    out = io.StringIO()
+    AnswerPrinter(colours, out).print(events)
+    assert out.getvalue() == "\x1b[92ma\x1b[0mb\x1b[96mc\x1b[0m\n"
 
 
 def test_tokens_are_coloured_by_exit_layer(monkeypatch):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -83,6 +85,25 @@ def test_the_table_has_what_forecasts_are_made_from(tiny, tmp_path):
     (off,) = content["rows"]  # not calibrated: nothing else can be compared
     assert (off["name"], off["ratio"], off["exits"]) == ("off", 1.0, {"4": 1.0})
     assert off["text_agreement"] == 1.0
+    assert (off["low"], off["high"]) == (1.0, 1.0)
+    assert "ratio (quartiles)" in done.stdout
+
+
+def test_rows_of_the_table(monkeypatch):
+    """Every way is there with the full probe and the shortlist, planned and forced."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    rows = importlib.import_module("generation_table")._rows
+    manifest = SimpleNamespace(
+        exit=object(), plan=None, shortlist=object(), exit_points={19: None, 25: None},
+        context_points={19: None},
+    )  # fmt: skip
+    names = [row.name for row in rows(SimpleNamespace(manifest=manifest), 64, None)]
+    for probe in ("full", "shortlist"):
+        assert {f"verified, {probe}", f"verified, {probe}, forced: 1 of layer 19"} <= set(names)
+        for policy in ("deferred", "propagate", "translated"):
+            assert f"adaptive, {policy}, {probe}" in names
+            assert f"adaptive, {policy}, {probe}, forced" in names
+    assert len(names) == len(set(names)) == 1 + (5 + 9) + (3 + 6)
 
 
 def test_throughput_of_batches(tiny, tmp_path):

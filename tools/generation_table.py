@@ -3,10 +3,11 @@
     python tools/generation_table.py build/smollm2 --prompts 12 --tokens 64 --rounds 5
 
 Every round gives each row its turn at each prompt, in rotating order; speeds, prompts included, are
-medians over rounds, ratios are to mode off within the same round. Agreement per token is with the
-full model's token after the row's own text so far; per text it is with mode off's whole text. Rows
-marked `forced` override what the planner would do; the others may choose not to exit or draft at
-all (`--planned` leaves the former out). The file of `--json` is what `decode_forecast.py` reads.
+medians over rounds, ratios are to mode off within the same round, with their quartiles. Agreement
+per token is with the full model's token after the row's own text so far; per text it is with mode
+off's whole text. Rows marked `forced` override what the planner would do; the others may choose not
+to exit or draft at all (`--planned` leaves the former out). The file of `--json` is what
+`decode_forecast.py` reads.
 """
 
 from __future__ import annotations
@@ -67,6 +68,7 @@ class Figures:
     """A row of the table; speeds in tokens per second, layers per generated token.
 
     Attributes:
+        ratio: to mode off; `low` and `high` are its quartiles over rounds.
         exits: share of tokens by the layer that gave them.
         accepted: share of drafts.
     """
@@ -74,6 +76,8 @@ class Figures:
     name: str
     tokens_per_second: float
     ratio: float
+    low: float
+    high: float
     layers_per_token: float
     compute_saved: float
     token_agreement: float
@@ -120,7 +124,8 @@ def _rows(engine: Engine, tokens: int, forced_threshold: float | None) -> Iterat
         plain = DecodeOptions(probe=probe)
         yield Row(f"verified, {probe}", "verified", plain)
         for layer in manifest.exit_points:
-            for drafts in (1, *(_FORCED_DRAFTS if layer == min(manifest.exit_points) else ())):
+            more = _FORCED_DRAFTS if probe == "full" and layer == min(manifest.exit_points) else ()
+            for drafts in (1, *more):
                 options = replace(plain, draft_layer=layer, draft_schedule=Fixed(drafts))
                 name = f"verified, {probe}, forced: {drafts} of layer {layer}"
                 yield Row(name, "verified", options)
@@ -142,7 +147,8 @@ def _adaptive_rows(
         yield Row(name, "adaptive", options)
         always = replace(options, exit_looks="always")
         yield Row(f"{name}, forced", "adaptive", always)
-        yield Row(f"{name}, forced, falling", "adaptive", replace(always, confidence=decay))
+        if plain.probe == "full":  # a threshold falls over either probe's scores alike
+            yield Row(f"{name}, forced, falling", "adaptive", replace(always, confidence=decay))
         if forced_threshold is not None:
             yield Row(f"{name}, forced: {forced_threshold}", "adaptive", always, forced_threshold)
 
@@ -184,6 +190,7 @@ def _figures(
 ) -> Figures:
     mine, off = measured[name], measured["off"]
     ratios = [base / own for own, base in zip(mine.seconds, off.seconds, strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     same = [a.tokens == b.tokens for a, b in zip(mine.results, off.results, strict=True)]
     depth = engine.manifest.depth
     drafts = sum((result.statistics.drafts for result in mine.results), DraftCount())
@@ -192,6 +199,8 @@ def _figures(
         name,
         new / statistics.median(mine.seconds),
         statistics.median(ratios),
+        low,
+        high,
         depth * (1.0 - float(np.mean([r.decode_layers_saved for r in mine.results]))),
         float(np.mean([result.compute_saved for result in mine.results])),
         float(np.mean(list(_agreement(engine, prompts, mine.results, off.results)))),
@@ -225,21 +234,21 @@ def _agreement(
 def _show(figures: list[Figures], arguments: argparse.Namespace) -> None:
     title = f"{arguments.folder}: {arguments.prompts} prompts, {arguments.tokens} tokens each"
     table = Table(title=title)
-    for column in ("", "tokens/s", "ratio", "layers/token", "compute saved", "agreement: tokens",
-                   "texts", "accepted/pass"):  # fmt: skip
+    for column in ("", "tokens/s", "ratio (quartiles)", "layers/token", "compute saved",
+                   "agreement: tokens", "texts", "accepted/pass"):  # fmt: skip
         table.add_column(column, justify="left" if not column else "right")
     for row in figures:
         table.add_row(
             row.name,
             f"{row.tokens_per_second:.1f}",
-            f"{row.ratio:.3f}",
+            f"{row.ratio:.3f} ({row.low:.3f}–{row.high:.3f})",
             f"{row.layers_per_token:.2f}",
             f"{row.compute_saved:.1%}",
             f"{row.token_agreement:.3f}",
             f"{row.text_agreement:.2f}",
             "" if row.accepted_per_pass is None else f"{row.accepted_per_pass:.2f}",
         )
-    Console(width=120).print(table)
+    Console(width=140).print(table)
 
 
 def _arguments() -> argparse.Namespace:

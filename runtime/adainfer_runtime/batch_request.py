@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,12 @@ from .generation_options import GenerationOptions
 from .results import GenerationResult, StreamEvent
 from .session import Session
 from .text_request import TextRequest, prepare
+from .values import require_methods
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-__all__ = ["BatchListener", "prepare_texts"]
+__all__ = ["BatchListener", "check_batch", "prepare_texts"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,26 @@ class BatchListener:
     on_error: Callable[[int, RequestError | DeadlineError], None] | None = None
 
 
+def check_batch(prompts: object, scheduler: object) -> None:
+    """Raises RequestError for what are no prompts, or what cannot schedule them."""
+    if isinstance(prompts, str):
+        raise RequestError("prompts is one text: give a list, or the text to generate")
+    if not isinstance(prompts, Iterable) or isinstance(prompts, Mapping | bytes):
+        raise RequestError(f"prompts must be a list, found {type(prompts).__name__}")
+    require_methods("scheduler", scheduler, ["run"], "ContinuousBatching()")
+
+
 def prepare_texts(
     engine: Engine,
     prompts: Sequence[str | Sequence[int]],
     options: GenerationOptions,
     listener: BatchListener,
+    arrived: float,
 ) -> list[Text[GenerationResult | None]]:
     """A text for each prompt that can be served; None is what comes of one that fails later.
+
+    Args:
+        arrived: `time.perf_counter()` when the batch came. Timeouts are from each text's own start.
 
     Raises:
         RequestError: a prompt cannot be served, and nobody is to be told.
@@ -46,12 +60,12 @@ def prepare_texts(
     for place, prompt in enumerate(prompts):
         try:
             tokens = engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-            texts.append(_BatchText(place, prepare(engine, tokens, options), listener))
+            request = prepare(engine, tokens, options, arrived=arrived, own_start=True)
+            texts.append(_BatchText(place, request, listener))
         except RequestError as error:
-            named = type(error)(f"prompt {place}: {error}")
             if listener.on_error is None:
-                raise named from error
-            listener.on_error(place, named)
+                raise type(error)(f"prompt {place}: {error}") from error
+            listener.on_error(place, error)
     return texts
 
 

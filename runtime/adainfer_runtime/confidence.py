@@ -9,6 +9,7 @@ from typing import Protocol
 
 from .errors import RequestError
 from .exit_policy import ClassifierExit, ExitPolicy
+from .values import require_number, require_whole
 
 __all__ = ["ConfidenceDecay", "DecayingExit", "ExitSchedule"]
 
@@ -33,6 +34,8 @@ class ConfidenceDecay:
     tokens: int
 
     def __post_init__(self) -> None:
+        require_number("tau", self.tau)
+        require_whole("tokens", self.tokens)
         if not (math.isfinite(self.tau) and self.tau >= 0.0 and self.tokens >= 1):
             raise RequestError(
                 f"confidence decay needs tau of at least 0 and tokens of at least 1, found "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Unpack
 
@@ -60,10 +61,13 @@ class Conversation:
 
     def stream(self, content: str, **options: Unpack[GenerationKeywords]) -> Iterator[StreamEvent]:
         """The same, token by token (see `Engine.stream`). A stream that was left is closed."""
+        arrived = time.perf_counter()
         self._stop_running()
         asked: list[dict[str, object]] = [*self._messages, {"role": "user", "content": content}]
         tokens = self._engine.tokenizer.encode_chat(asked)
-        request = prepare(self._engine, tokens, GenerationOptions.of(options), self._session)
+        request = prepare(
+            self._engine, tokens, GenerationOptions.of(options), self._session, arrived=arrived
+        )
         self._running = self._turn(request, asked)
         return self._running
 

@@ -18,13 +18,14 @@ from .planning.choose import shares_at
 from .results import NO_DRAFTS, DraftCount
 from .sampling import Sampler
 from .session import ExitProbe, Session
-from .values import require_number, require_one_of, require_whole
+from .values import require_methods, require_number, require_one_of, require_whole
 from .verified import EXPECTED_ACCEPTANCE, VerifiedDecoder, verified_decoder
 
 __all__ = ["DEFAULT_OPTIONS", "DecodeOptions", "ExitLooks", "drafts_of", "make_decoder"]
 
 
 ExitLooks = Literal["paying", "always"]
+_SCHEDULES = ("length", "keeps")  # what they do
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class DecodeOptions:
         acceptance: share of drafts expected to be right before any was judged.
 
     Raises:
-        RequestError: a value outside its range.
+        RequestError: a value of the wrong kind or outside its range.
     """
 
     kv_policy: KvPolicy = "deferred"
@@ -64,9 +65,18 @@ class DecodeOptions:
         require_one_of("exit_looks", self.exit_looks, get_args(ExitLooks))
         if self.draft_layer is not None:
             require_whole("draft_layer", self.draft_layer)
+        self._check_kinds()
         require_number("acceptance", self.acceptance)
         if not 0 <= self.acceptance <= 1:
             raise RequestError(f"acceptance must be between 0 and 1, found {self.acceptance}")
+
+    def _check_kinds(self) -> None:
+        if self.draft_schedule is not None:
+            require_methods("draft_schedule", self.draft_schedule, _SCHEDULES, "Fixed(2)")
+        for name, kind in (("confidence", ConfidenceDecay), ("costs", DecodeCosts)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise RequestError(f"{name} must be {kind.__name__}, found {value!r}")
 
     @property
     def changed(self) -> tuple[str, ...]:

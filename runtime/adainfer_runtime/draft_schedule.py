@@ -8,8 +8,10 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from .decode_costs import DecodeCosts, expected_tokens
+from .errors import RequestError
 from .manifest import Manifest
 from .session import ExitProbe
+from .values import require_whole
 
 __all__ = [
     "UNKNOWN_AGREEMENT",
@@ -68,9 +70,18 @@ class DraftSchedule(Protocol):
 
 @dataclass(frozen=True)
 class Fixed:
-    """So many drafts every time, however they fare (for tests and comparisons)."""
+    """So many drafts every time, however they fare (for tests and comparisons).
+
+    Raises:
+        RequestError: no whole number of 0 or more.
+    """
 
     drafts: int
+
+    def __post_init__(self) -> None:
+        require_whole("drafts", self.drafts)
+        if self.drafts < 0:
+            raise RequestError(f"drafts must be 0 or more, found {self.drafts}")
 
     def length(self, acceptance: Acceptance) -> int:
         """Always the same."""

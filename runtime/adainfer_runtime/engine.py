@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,7 +14,7 @@ from weakref import WeakSet
 
 from .backends import Backend, load_backend
 from .batch import BatchScheduler, ContinuousBatching
-from .batch_request import BatchListener, prepare_texts
+from .batch_request import BatchListener, check_batch, prepare_texts
 from .certificate import device_class, device_option
 from .choose import ChoiceOptions, Chosen, choose, join_label, listed_labels, longest_label
 from .conversation import Conversation
@@ -236,7 +237,7 @@ class Engine:
 
     @property
     def statistics(self) -> EngineStatistics:
-        """What was done since the engine was loaded."""
+        """What was done since the engine was loaded, also for texts that failed or were closed."""
         return self.recorder.snapshot()
 
     def session(self) -> Session:
@@ -412,7 +413,7 @@ class Engine:
 
         Raises:
             RequestError: the request cannot be served; the engine stays usable.
-            DeadlineError: the timeout passed.
+            DeadlineError: the timeout passed, from this call on.
         """
         return finish(self.stream(prompt, **options))
 
@@ -425,7 +426,9 @@ class Engine:
         Yields:
             an event per token, and a last one with the result.
         """
-        request = prepare(self, self._tokens(prompt), GenerationOptions.of(options))
+        arrived = time.perf_counter()
+        tokens = self._tokens(prompt)
+        request = prepare(self, tokens, GenerationOptions.of(options), arrived=arrived)
         return request.run_on_borrowed()
 
     def generate_batch(
@@ -445,17 +448,18 @@ class Engine:
             on_result: told of each text as it ends, with its place among the prompts.
             on_error: told of each text that fails, with its place; the others go on then, and
                 results are of those alone. Default: the first failure is raised.
-            **options: as for `generate`; a timeout is of each text, from its own start.
+            **options: as for `generate`; a timeout is of each text, from its own start, which
+                comes after all prompts were tokenised.
 
         Raises:
             RequestError, DeadlineError: of the first text that fails, unless `on_error` is told;
                 the others are given up.
         """
-        if isinstance(prompts, str):
-            raise RequestError("prompts is one text: give a list, or the text to generate")
+        arrived = time.perf_counter()
+        check_batch(prompts, scheduler)
         self.lifetime.check()
         listener = BatchListener(on_result, on_error)
-        texts = prepare_texts(self, prompts, GenerationOptions.of(options), listener)
+        texts = prepare_texts(self, prompts, GenerationOptions.of(options), listener, arrived)
         with self.lifetime.work():
             results = scheduler.run(texts, self)
         return [result for result in results if result is not None]
@@ -475,7 +479,10 @@ class Engine:
             ChatTemplateError: the folder has no chat template, or it refuses these messages.
             RequestError, DeadlineError: see `generate`.
         """
-        return self.generate(self._tokenizer.encode_chat(messages), **options)
+        arrived = time.perf_counter()
+        tokens = self._tokenizer.encode_chat(messages)
+        request = prepare(self, tokens, GenerationOptions.of(options), arrived=arrived)
+        return finish(request.run_on_borrowed())
 
     def conversation(self, messages: Sequence[Mapping[str, Any]] = ()) -> Conversation:
         """A chat over one KV cache: each turn computes only what is new.

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from .decoding import Decoder, Emitted
 from .errors import DeadlineError, PromptTooLongError, RequestError
 from .ledger import WorkCount
-from .results import FinishReason, StreamEvent, TokenLogprob
+from .results import FinishReason, Span, StreamEvent, TokenLogprob
 from .session import Session, log_softmax
+from .text_progress import TextProgress
 from .text_stream import TextStream
 
 __all__ = ["GenerateRequest", "Generated", "check_request", "generate", "stream"]
@@ -31,7 +31,8 @@ class GenerateRequest:
         prompt: what is to be added to the session before the text.
         max_new_tokens: at least 1.
         eos_token_ids: tokens that end the text (they are not part of the result).
-        timeout: seconds after which `DeadlineError` is raised, or None.
+        timeout: seconds after which `DeadlineError` is raised, or None; they begin at `since`, by
+            `time.perf_counter()`, or (None) where work on the request does.
         stop_token_ids: the same, under another name of the reason.
         logprobs: alternatives per token; None for no log-probabilities at all.
         cancelled: asked before every token, and while the prompt is read; the text then ends as
@@ -45,6 +46,7 @@ class GenerateRequest:
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: int | None = None
     cancelled: Callable[[], bool] = _never
+    since: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Generated:
         prompt_seconds, decode_seconds: of the same work; of passes that others share, its part.
         first_token: the first that came, even if it ended the text; `first_token_at` by
             `time.perf_counter()`, `first_exit` the layers that it took.
-        text: of the tokens; `tail` is its end, which was let out only when no token followed.
+        text: of the tokens; `tail` is its end, which was let out only when no token followed, and
+            `tail_spans` the same by tokens.
     """
 
     tokens: tuple[int, ...]
@@ -74,6 +77,7 @@ class Generated:
     first_exit: int | None = None
     text: str = ""
     tail: str = ""
+    tail_spans: tuple[Span, ...] = ()
     logprobs: tuple[TokenLogprob, ...] | None = None
 
     @property
@@ -96,54 +100,13 @@ class _NoText:
         return False
 
 
-_NOTHING = WorkCount(0, 0)
-
-
-@dataclass
-class _Progress:
-    """What the loop has so far."""
-
-    session: Session
-    watch: Callable[[], AbstractContextManager[None]]
-    tokens: list[int] = field(default_factory=list)
-    exit_layers: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    first_token: int | None = None
-    first_token_at: float = 0.0
-    first_exit: int | None = None
-    prompt: WorkCount = _NOTHING
-    decode: WorkCount = _NOTHING
-    prompt_seconds: float = 0.0
-    decode_seconds: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._before = self.session.count
-
-    def advance(self, work: Callable[[], Emitted]) -> Emitted:
-        """One step of the decoder, measured."""
-        start, waited = time.perf_counter(), self.session.waited()
-        with self.watch():
-            emitted = work()
-        waited = self.session.waited() - waited
-        seconds, count = time.perf_counter() - start - waited, self.session.count - self._before
-        self._before += count
-        if self.first_token is None:
-            self.first_token, self.first_exit = emitted.token, emitted.exit_layer
-            self.first_token_at = time.perf_counter()
-            self.prompt, self.prompt_seconds = count, seconds
-        else:
-            self.decode += count
-            self.decode_seconds += seconds
-        return emitted
-
-
 def stream(
     session: Session,
     decoder: Decoder,
     request: GenerateRequest,
     max_length: int,
     text: TextStream | None = None,
-    watch: Callable[[], AbstractContextManager[None]] = nullcontext,
+    progress: TextProgress | None = None,
 ) -> Generator[StreamEvent, None, Generated]:
     """Extends the session with the prompt and continues it by the decoder, which works on it.
 
@@ -152,7 +115,7 @@ def stream(
 
     Args:
         text: turns tokens into text, and ends it at stop strings.
-        watch: entered while the model works.
+        progress: keeps count, also for a caller to whom nothing is returned.
 
     Raises:
         PromptTooLongError: prompt and new tokens exceed `max_length`.
@@ -163,8 +126,8 @@ def stream(
     """
     check_request(request, session.length, max_length)
     text = TextStream(_NoText()) if text is None else text
-    start = time.perf_counter()
-    progress = _Progress(session, watch)
+    start = time.perf_counter() if request.since is None else request.since
+    progress = TextProgress(session) if progress is None else progress
 
     def check() -> None:
         if request.cancelled():
@@ -191,12 +154,12 @@ def stream(
             if request.logprobs is not None:
                 logprob = _logprob(emitted, request.logprobs)
                 progress.logprobs.append(logprob)
-            piece = text.push(emitted.token)
-            yield StreamEvent(piece, emitted.token, emitted.exit_layer, logprob)
+            piece = text.push(emitted.token, emitted.exit_layer)
+            yield StreamEvent(piece, emitted.token, emitted.exit_layer, logprob, spans=text.spans)
             reason = _reason_between(request, text, len(progress.tokens), start)
-        decoder.close()
-    except GeneratorExit:
-        decoder.close()
+        _close(decoder, progress)
+    except (GeneratorExit, DeadlineError):
+        _close(decoder, progress)
         raise
     except _CancelledError:
         reason = "cancelled"
@@ -216,8 +179,15 @@ def stream(
         progress.first_exit,
         text.text,
         tail,
+        text.spans,
         None if request.logprobs is None else tuple(progress.logprobs),
     )
+
+
+def _close(decoder: Decoder, progress: TextProgress) -> None:
+    """Takes back what was never emitted, in the count as well."""
+    decoder.close()
+    progress.settle()
 
 
 def generate(

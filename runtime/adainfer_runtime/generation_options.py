@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -98,11 +98,12 @@ class GenerationOptions:
             needed (see `threshold_at_level`), it is the share of differing tokens.
         ignore_eos: go on after an end-of-text token (for benchmarks).
         stop: strings that end the text, which is returned without them. They are looked for in
-            the new text, not in the prompt. None: no such strings.
+            the new text, not in the prompt. None: no such strings. (Kept as a tuple, as are
+            `stop_token_ids`: what is given may be good for one pass only, or change later.)
         stop_token_ids: tokens that end the text beside the model's own.
         logprobs: this many alternatives per token, with log-probabilities; 0 gives the token's
             own alone, None none.
-        timeout: seconds after which `DeadlineError` is raised.
+        timeout: seconds from the request's arrival after which `DeadlineError` is raised.
         cancel: ends the text when it is cancelled; what there is, is returned.
         decoding: how the mode decodes, where its defaults are not wanted.
 
@@ -140,6 +141,8 @@ class GenerationOptions:
         return cls(**given, sampling=SamplingOptions(**sampling))
 
     def __post_init__(self) -> None:
+        for name in ("stop", "stop_token_ids"):
+            object.__setattr__(self, name, _listed(name, getattr(self, name)))
         self._check_kinds()
         self._check_ranges()
         self._check_certified()
@@ -157,10 +160,6 @@ class GenerationOptions:
             require_cancel(self.cancel)
         if not isinstance(self.decoding, DecodeOptions):
             raise RequestError(f"decoding must be DecodeOptions, found {self.decoding!r}")
-        for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, Iterable):
-                raise RequestError(f"{name} must be a list, found {value!r}")
         for text in self.stop_strings:
             if not isinstance(text, str):
                 raise RequestError(f"stop must be text, or a list of texts, found {text!r} in it")
@@ -221,15 +220,13 @@ class GenerationOptions:
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """`stop` as a tuple."""
-        if self.stop is None:
-            return ()
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        """`stop`, which is a tuple by now."""
+        return tuple(self.stop or ())
 
     @property
     def stop_ids(self) -> tuple[int, ...]:
-        """`stop_token_ids` as a tuple."""
-        return () if self.stop_token_ids is None else tuple(self.stop_token_ids)
+        """`stop_token_ids`, which is a tuple by now."""
+        return tuple(self.stop_token_ids or ())
 
     def ends(self, eos_token_ids: Sequence[int]) -> tuple[frozenset[int], frozenset[int]]:
         """Tokens that end the text: the model's, unless they are ignored, and the request's."""
@@ -240,3 +237,18 @@ class GenerationOptions:
         """What the sampler must forbid, and for how long."""
         eos, stop = self.ends(eos_token_ids)
         return MinimumLength(self.min_new_tokens, eos | stop)
+
+
+def _listed(name: str, value: object) -> tuple[Any, ...]:
+    """What was given as a tuple, one text as a tuple of it.
+
+    Raises:
+        RequestError: no list.
+    """
+    if value is None:
+        return ()
+    if isinstance(value, str):
+        return (value,)
+    if not isinstance(value, Iterable) or isinstance(value, Mapping):
+        raise RequestError(f"{name} must be a list, found {value!r}")
+    return tuple(value)

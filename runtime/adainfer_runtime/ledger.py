@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 __all__ = ["FillKind", "KvState", "Ledger", "Pass", "StageCost", "WorkCount"]
@@ -69,6 +69,11 @@ class WorkCount:
     def compute_saved(self) -> float:
         """1 − compute / dense_compute; 0 where nothing was asked for."""
         return 1.0 - self.compute / self.dense_compute if self.dense_compute else 0.0
+
+    @property
+    def unfinished(self) -> WorkCount:
+        """The same of work that was given up: what was not done of it is no saving."""
+        return replace(self, dense=self.executed, dense_compute=self.compute)
 
     def __add__(self, other: WorkCount) -> WorkCount:
         return WorkCount(

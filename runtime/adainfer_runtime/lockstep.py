@@ -81,9 +81,12 @@ class _Seat:
         after = float(wish.stage) if isinstance(wish, _StagePass) else int(stage) + 0.5
         self.progress = (tokens, after)
         self.wish = wish
-        start = time.perf_counter()
-        granted: _Granted = self._host.switch()
-        self.waited += time.perf_counter() - start - granted.seconds
+        start, own = time.perf_counter(), 0.0
+        try:
+            granted: _Granted = self._host.switch()
+            own = granted.seconds
+        finally:  # a text that is closed has waited as well
+            self.waited += time.perf_counter() - start - own
         return granted
 
     def count_token(self) -> None:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = [
     "NO_DRAFTS",
+    "NO_STATISTICS",
     "ChoiceResult",
     "DraftCount",
     "FinishReason",
     "GenerationResult",
     "RequestStatistics",
+    "Span",
     "StreamEvent",
     "TokenLogprob",
 ]
@@ -22,7 +24,9 @@ FinishReason = Literal["eos", "stop", "length", "cancelled"]
 
 @dataclass(frozen=True)
 class DraftCount:
-    """Drafts proposed and accepted, and the passes that verified them."""
+    """Drafts proposed and accepted, and the passes that verified them. Accepted are those that
+    were emitted: of drafts that are confirmed behind the end of a text nothing comes.
+    """
 
     proposed: int = 0
     accepted: int = 0
@@ -63,7 +67,9 @@ class RequestStatistics:
         time_to_first_token: seconds from the request's arrival, tokenisation included; None
             where no token came. In a batch what passed meanwhile on other texts is in.
         prompt_seconds: up to the first token; `decode_seconds` after it.
-        tokens_per_second: tokens after the first by `decode_seconds`; 0 where there were none.
+        decode_tokens: tokens after the first, with the one that ended the text, if one did: it
+            took a step like the others.
+        tokens_per_second: `decode_tokens` by `decode_seconds`; 0 where there were none.
         layers_executed: position-layers, prompt and decode together.
         kv_fills: those among them that were made up for earlier positions, whose layers an early
             exit had left out; `kv_filled` those that were given approximate keys and values
@@ -86,6 +92,10 @@ class RequestStatistics:
     stage_seconds: Mapping[str, float]
     drafts: DraftCount = NO_DRAFTS
     kv_filled: int = 0
+    decode_tokens: int = 0
+
+
+NO_STATISTICS = RequestStatistics(0, 0, 0, None, 0.0, 0.0, 0.0, 0, 0, {}, {})
 
 
 @dataclass(frozen=True)
@@ -118,6 +128,13 @@ class GenerationResult:
     logprobs: tuple[TokenLogprob, ...] | None = None
 
 
+class Span(NamedTuple):
+    """Text that came with a token, and the layers that the token took."""
+
+    text: str
+    exit_layer: int | None
+
+
 @dataclass(frozen=True)
 class StreamEvent:
     """A step of a text: one token, or the end.
@@ -126,6 +143,7 @@ class StreamEvent:
         text: what is certain now; empty while a character, or what may become a stop string,
             is incomplete. All of them together are the result's text.
         token: None in the last event, which carries `result`.
+        spans: `text` by the tokens that it came with: what was held back is of earlier ones.
     """
 
     text: str
@@ -133,6 +151,7 @@ class StreamEvent:
     exit_layer: int | None = None
     logprob: TokenLogprob | None = None
     result: GenerationResult | None = None
+    spans: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)

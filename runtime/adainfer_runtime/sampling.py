@@ -101,7 +101,10 @@ class Drawn:
         scores = self._scores(logits, tokens)
         if options.greedy:
             return _all_on_largest(scores)
-        scores = scores / options.temperature
+        # From the largest down: however small the temperature, the largest stays 0 and the others
+        # fall to minus infinity.
+        with np.errstate(over="ignore"):
+            scores = (scores - scores.max()) / options.temperature
         scores = keep_top_k(scores, options.top_k)
         scores = keep_top_p(scores, options.top_p)
         scores = keep_min_p(scores, options.min_p)
@@ -126,8 +129,11 @@ class Drawn:
         )
         if len(text) < self._minimum.tokens and self._minimum.ends:
             scores[sorted(self._minimum.ends)] = -np.inf
-        if not np.isfinite(scores.max()):
+        largest = scores.max()
+        if largest == -np.inf:
             raise RequestError("logit_bias and min_new_tokens forbid every token")
+        if not np.isfinite(largest):
+            raise RequestError("logit_bias is too large for the penalties: logits are infinite")
         return scores
 
 

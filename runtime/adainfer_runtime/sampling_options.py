@@ -21,6 +21,7 @@ _NUMBERS = (
     "frequency_penalty",
     "presence_penalty",
 )
+_REPETITION = (0.01, 100.0)
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
@@ -49,7 +50,7 @@ class SamplingOptions:
         top_p: keep the fewest tokens that hold this much probability; 1 keeps all.
         min_p: keep tokens at least this probable, relative to the most probable; 0 keeps all.
         repetition_penalty: divides positive and multiplies negative logits of tokens of prompt
-            and text (CTRL, arXiv 1909.05858); 1 does nothing.
+            and text (CTRL, arXiv 1909.05858), at most a hundredfold; 1 does nothing.
         frequency_penalty: subtracted once per occurrence in the text (not in the prompt);
             0 does nothing.
         presence_penalty: subtracted once from tokens that occur in the text.
@@ -82,7 +83,11 @@ class SamplingOptions:
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1")
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "between 0 and 1")
         penalty = self.repetition_penalty
-        _require("repetition_penalty", penalty, penalty > 0, "above 0 (1 does nothing)")
+        low, high = _REPETITION
+        in_range = low <= penalty <= high
+        _require(
+            "repetition_penalty", penalty, in_range, f"between {low} and {high} (1 does nothing)"
+        )
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)
             _require(name, value, -2 <= value <= 2, "between -2 and 2")

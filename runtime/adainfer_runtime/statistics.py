@@ -19,9 +19,12 @@ class EngineStatistics:
 
     Attributes:
         texts: requests for text by how they ended: a finish reason, `failed`, or `closed` where
-            the stream was closed before its end. (Of the last two nothing else is counted.)
+            the stream was closed before its end. What these two did until then is in all figures;
+            of a step that they did not finish, what was not executed is no saving.
         choices: answered choices among labels; `choice_seconds` the time they took.
-        tokens_per_second: tokens after a text's first by the seconds of decode; 0 without any.
+        prompt_tokens: of whole prompts, also of those that were not read to their end.
+        tokens_per_second: `decode_tokens` of `RequestStatistics` by the seconds of decode; 0
+            without any.
         exits: tokens and choices by exit layer.
         layers_executed: position-layers, `layers_dense` those of the dense model for the same.
         kv_fills, kv_filled, drafts, stage_seconds: see `RequestStatistics`.
@@ -64,25 +67,19 @@ class StatisticsRecorder:
         self._drafts = NO_DRAFTS
 
     def text(self, reason: str, done: RequestStatistics, work: WorkCount) -> None:
-        """A text that has come to its end."""
+        """A text that has come to its end, or (reasons `failed` and `closed`) was left before."""
         with self._lock:
             self._ends[reason] += 1
             self._sums["prompt_tokens"] += done.prompt_tokens
             self._sums["reused_tokens"] += done.reused_tokens
             self._sums["new_tokens"] += done.new_tokens
-            # A text's first token is the prompt's work.
-            self._sums["later_tokens"] += max(done.new_tokens - 1, 0)
+            self._sums["decode_tokens"] += done.decode_tokens
             self._add_seconds("prompt", done.prompt_seconds)
             self._add_seconds("decode", done.decode_seconds)
             self._exits.update(done.exits)
             self._work += work
             self._drafts += done.drafts
             self._add_stages(done.stage_seconds)
-
-    def abandoned(self, how: str) -> None:
-        """A text that has not: `failed` or `closed`."""
-        with self._lock:
-            self._ends[how] += 1
 
     def choice(
         self, exit_layer: int, seconds: float, work: WorkCount, stages: Mapping[str, float]
@@ -99,7 +96,6 @@ class StatisticsRecorder:
         """The sums so far."""
         with self._lock:
             decode = self._seconds.get("decode", 0.0)
-            later = self._sums["later_tokens"]
             return EngineStatistics(
                 texts=dict(self._ends),
                 choices=self._sums["choices"],
@@ -109,7 +105,7 @@ class StatisticsRecorder:
                 prompt_seconds=self._seconds.get("prompt", 0.0),
                 decode_seconds=decode,
                 choice_seconds=self._seconds.get("choice", 0.0),
-                tokens_per_second=later / decode if decode else 0.0,
+                tokens_per_second=self._sums["decode_tokens"] / decode if decode else 0.0,
                 layers_executed=self._work.executed,
                 layers_dense=self._work.dense,
                 kv_fills=self._work.deferred,

@@ -5,22 +5,25 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict
 
 from .decode_options import drafts_of, make_decoder
+from .decoding import Decoder
 from .errors import RequestError
 from .exit_policy import ExitPolicy
 from .generate import Generated, GenerateRequest, check_request, stream
 from .generation_options import GenerationOptions
+from .ledger import WorkCount
 from .long_text import LongText
 from .mode_policies import Mode
 from .planning import RequestShape
 from .profile import measuring
-from .results import GenerationResult, RequestStatistics, StreamEvent
+from .results import NO_STATISTICS, GenerationResult, RequestStatistics, StreamEvent
 from .sampling import make_sampler
 from .session import Session, check_tokens
+from .text_progress import TextProgress
 from .text_stream import TextStream
 from .verified import check_draft_layer
 
@@ -62,28 +65,26 @@ class TextRequest:
         Returns:
             the last event, which carries the result.
         """
-        recorder = self.engine.recorder
+        reason, running = "failed", _Running()
         try:
             with self.engine.lifetime.work():
-                done, statistics = yield from self._run(session)
+                done = yield from self._run(session, running)
+            reason = done.finish_reason
         except GeneratorExit:
-            recorder.abandoned("closed")
+            reason = "closed"
             raise
-        except BaseException:
-            recorder.abandoned("failed")
-            raise
-        recorder.text(done.finish_reason, statistics, done.prompt + done.decode)
-        return StreamEvent(done.tail, result=self._result(done, statistics))
+        finally:
+            statistics = running.statistics(len(self.tokens), self.arrived)
+            self.engine.recorder.text(reason, statistics, running.work)
+        result = self._result(done, statistics)
+        return StreamEvent(done.tail, result=result, spans=done.tail_spans)
 
-    def _run(
-        self, session: Session
-    ) -> Generator[StreamEvent, None, tuple[Generated, RequestStatistics]]:
+    def _run(self, session: Session, running: _Running) -> Generator[StreamEvent, None, Generated]:
         model, options, tokens = self.engine.manifest.model, self.options, self.tokens
-        reused = self._reuse(session)
+        running.reused = reused = self._reuse(session)
         sampler = make_sampler(options.sampling, len(tokens), options.minimum(model.eos_token_ids))
-        stage_seconds: dict[str, float] = {}
         manifest = self.engine.manifest
-        decoder = make_decoder(
+        decoder = running.decoder = make_decoder(
             session,
             manifest,
             self.policy,
@@ -94,20 +95,22 @@ class TextRequest:
             verified=self.mode == "verified",
             with_logits=options.logprobs is not None,
         )
+        running.progress = TextProgress(
+            session, partial(measuring, self.engine.clock, running.stage_seconds)
+        )
         done = yield from stream(
             session,
             decoder,
             replace(self.request, prompt=tokens[reused:]),
             manifest.max_seq_len,
             TextStream(self.engine.tokenizer, tokens, options.stop_strings),
-            partial(measuring, self.engine.clock, stage_seconds),
+            running.progress,
         )
         if done.first_exit is not None:
             self.engine.recent.record(self.policy, done.first_exit)
         if options.greedy and done.first_token is not None:
             self.engine.compare(self.policy, tokens, done.first_token)
-        statistics = _statistics(done, len(tokens), reused, self.arrived, stage_seconds)
-        return done, replace(statistics, drafts=drafts_of(decoder))
+        return done
 
     def _reuse(self, session: Session) -> int:
         """At a level a context exit keeps nothing: it was certified on whole prompts."""
@@ -145,16 +148,21 @@ def prepare(
     prompt: Sequence[int],
     options: GenerationOptions,
     session: Session | None = None,
+    *,
+    arrived: float | None = None,
+    own_start: bool = False,
 ) -> TextRequest:
     """Checks a request before anything is computed.
 
     Args:
         session: that it will run on, where that is known: what it holds need not be read.
+        arrived: `time.perf_counter()` when it came, before it was tokenised; default: now.
+        own_start: a timeout is from where work on the text begins, not from its arrival.
 
     Raises:
         RequestError: it cannot be served, or the engine is closed.
     """
-    arrived = time.perf_counter()
+    arrived = time.perf_counter() if arrived is None else arrived
     engine.lifetime.check()
     if options.stop_strings:
         engine.tokenizer.require()
@@ -174,6 +182,7 @@ def prepare(
         stop,
         options.logprobs,
         options.cancelled,
+        None if own_start else arrived,
     )
     check_request(request, 0, engine.manifest.max_seq_len)
     shape = RequestShape(
@@ -217,26 +226,39 @@ def finish(events: Iterable[StreamEvent]) -> GenerationResult:
     return last.result
 
 
-def _statistics(
-    done: Generated,
-    prompt_tokens: int,
-    reused: int,
-    arrived: float,
-    stage_seconds: dict[str, float],
-) -> RequestStatistics:
-    count, new = done.prompt + done.decode, len(done.tokens)
-    later = max(new - 1, 0)
-    return RequestStatistics(
-        prompt_tokens=prompt_tokens,
-        reused_tokens=reused,
-        new_tokens=new,
-        time_to_first_token=None if done.first_token is None else done.first_token_at - arrived,
-        prompt_seconds=done.prompt_seconds,
-        decode_seconds=done.decode_seconds,
-        tokens_per_second=later / done.decode_seconds if done.decode_seconds else 0.0,
-        layers_executed=count.executed,
-        kv_fills=count.deferred,
-        kv_filled=count.filled,
-        exits=dict(sorted(Counter(done.exit_layers).items())),
-        stage_seconds=stage_seconds,
-    )
+@dataclass
+class _Running:
+    """A text at work: what is known of it wherever it ends; without `progress` nothing was done."""
+
+    progress: TextProgress | None = None
+    decoder: Decoder | None = None
+    reused: int = 0
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def work(self) -> WorkCount:
+        """So far."""
+        return WorkCount(0, 0) if self.progress is None else self.progress.work
+
+    def statistics(self, prompt_tokens: int, arrived: float) -> RequestStatistics:
+        """So far."""
+        done, decoder = self.progress, self.decoder
+        if done is None or decoder is None:
+            return NO_STATISTICS
+        count, later = done.work, max(done.steps - 1, 0)
+        return RequestStatistics(
+            prompt_tokens=prompt_tokens,
+            reused_tokens=self.reused,
+            new_tokens=len(done.tokens),
+            time_to_first_token=None if done.first_token is None else done.first_token_at - arrived,
+            prompt_seconds=done.prompt_seconds,
+            decode_seconds=done.decode_seconds,
+            tokens_per_second=later / done.decode_seconds if done.decode_seconds else 0.0,
+            layers_executed=count.executed,
+            kv_fills=count.deferred,
+            kv_filled=count.filled,
+            exits=dict(sorted(Counter(done.exit_layers).items())),
+            stage_seconds=self.stage_seconds,
+            drafts=drafts_of(decoder),
+            decode_tokens=later,
+        )

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as HfTokenizer
 from .chat_template import ChatTemplate, load_chat_template
 from .errors import ManifestError, TokenizerMissingError
 from .manifest import Manifest
+from .values import require_text
 
 __all__ = ["Tokenizer", "load_tokenizer"]
 
@@ -31,11 +32,21 @@ class Tokenizer:
         """Raises `TokenizerMissingError` where there is none."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids with the special tokens that the model expects at the start."""
+        """Token ids with the special tokens that the model expects at the start.
+
+        Raises:
+            RequestError: no text, such as one with lone surrogates.
+        """
+        require_text(text)
         return list(self._inner.encode(text).ids)
 
     def encode_continuation(self, text: str) -> list[int]:
-        """Token ids of text that follows other text: no special tokens."""
+        """Token ids of text that follows other text: no special tokens.
+
+        Raises:
+            RequestError: see `encode`.
+        """
+        require_text(text)
         return list(self._inner.encode(text, add_special_tokens=False).ids)
 
     def encode_chat(

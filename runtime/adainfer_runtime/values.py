@@ -8,7 +8,16 @@ from numbers import Integral, Real
 
 from .errors import RequestError
 
-__all__ = ["is_whole", "one_of", "require_number", "require_one_of", "require_whole", "suggestion"]
+__all__ = [
+    "is_whole",
+    "one_of",
+    "require_methods",
+    "require_number",
+    "require_one_of",
+    "require_text",
+    "require_whole",
+    "suggestion",
+]
 
 
 def is_whole(value: object) -> bool:
@@ -26,6 +35,27 @@ def require_number(name: str, value: object) -> None:
     """Raises RequestError for what is no number, such as a text; NaN and infinities pass."""
     if not isinstance(value, Real) or isinstance(value, bool):
         raise RequestError(f"{name} must be a number, found {value!r}")
+
+
+def require_methods(name: str, value: object, methods: Iterable[str], example: str) -> None:
+    """Raises RequestError for an object without these methods, and for a class that has them."""
+    has_all = all(callable(getattr(value, method, None)) for method in methods)
+    if isinstance(value, type) or not has_all:
+        raise RequestError(f"{name} must be an object such as {example}, found {value!r}")
+
+
+def require_text(text: object) -> None:
+    """Raises RequestError for anything but text that has a form in UTF-8."""
+    if not isinstance(text, str):
+        raise RequestError(f"text is needed, found {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = ascii(text[error.start])
+        raise RequestError(
+            f"the text is no valid Unicode: character {error.start + 1} is {found}, a lone "
+            "surrogate (it stands for a byte that was no UTF-8, or for half a character)"
+        ) from error
 
 
 def require_one_of(name: str, value: object, known: Iterable[str]) -> None:

@@ -139,6 +139,8 @@ class VerifiedDecoder:
         """Takes back what was confirmed, but never emitted."""
         if self._ready:
             self._session.roll_back(self._session.length - len(self._ready))
+            # All but the last of a round were drafts.
+            self._count += DraftCount(accepted=1 - len(self._ready))
             self._ready.clear()
 
     def _round(self) -> Sequence[Emitted]:

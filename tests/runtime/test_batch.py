@@ -294,7 +294,7 @@ def test_seconds_are_each_texts_share(tiny):
 
 def test_an_interrupt_closes_every_text(tiny, monkeypatch):
     engine = tiny("llama").engine
-    before = engine.statistics.texts
+    before, start = engine.statistics, time.perf_counter()
     opened = engine.backend.open_batch
 
     def open_batch(slots):
@@ -303,6 +303,7 @@ def test_an_interrupt_closes_every_text(tiny, monkeypatch):
 
         def run_stage(index, first, pasts, run=batch.run_stage):
             if next(passes, None) is None:
+                time.sleep(0.3)  # all texts wait for it, or for their turn
                 raise KeyboardInterrupt
             run(index, first, pasts)
 
@@ -312,8 +313,43 @@ def test_an_interrupt_closes_every_text(tiny, monkeypatch):
     monkeypatch.setattr(engine.backend, "open_batch", open_batch)
     with pytest.raises(KeyboardInterrupt):
         engine.generate_batch(PROMPTS, max_new_tokens=20, ignore_eos=True)
-    closed = engine.statistics.texts.get("closed", 0) - before.get("closed", 0)
+    closed = engine.statistics.texts.get("closed", 0) - before.texts.get("closed", 0)
     assert closed == len(PROMPTS)
+    # What they had done counts, but not that they waited for each other.
+    assert engine.statistics.layers_executed > before.layers_executed
+    spent = engine.statistics.decode_seconds + engine.statistics.prompt_seconds
+    assert 0 < spent - before.decode_seconds - before.prompt_seconds <= time.perf_counter() - start
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": None}, "prompts must be a list, found NoneType"),
+        ({"prompts": 5}, "prompts must be a list, found int"),
+        ({"prompts": {"a": 1}}, "prompts must be a list, found dict"),
+        ({"scheduler": 2}, r"such as ContinuousBatching\(\), found 2"),
+        ({"scheduler": TakeTurns}, r"such as ContinuousBatching\(\), found <class"),
+    ],
+)
+def test_what_is_no_batch(tiny, arguments, message):
+    with pytest.raises(RequestError, match=message):
+        tiny("llama").engine.generate_batch(**{"prompts": PROMPTS, **arguments})
+
+
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("at_once", [2.5, "2", True])
+def test_only_whole_numbers_of_texts_advance_at_once(scheduler, at_once):
+    with pytest.raises(RequestError, match="at_once must be a whole number, found"):
+        scheduler(at_once)
+
+
+def test_text_that_is_none_fails_alone(tiny):
+    errors = {}
+    found = tiny("llama").engine.generate_batch(
+        ["ab", "a\ud800b"], max_new_tokens=3, on_error=errors.__setitem__
+    )
+    assert len(found) == 1
+    assert str(errors[1]).startswith("the text is no valid Unicode: character 2")
 
 
 def test_failures_may_be_told_of_instead_of_raised(tiny):
@@ -327,8 +363,8 @@ def test_failures_may_be_told_of_instead_of_raised(tiny):
         on_error=lambda place, error: errors.__setitem__(place, str(error)),
     )
     assert found == [results[0], results[3]]
-    assert errors[1].startswith("prompt 1: token id 999999 is outside the vocabulary")
-    assert errors[2].startswith("prompt 2: 500 prompt tokens and 4 new ones do not fit")
+    assert errors[1].startswith("token id 999999 is outside the vocabulary")
+    assert errors[2].startswith("500 prompt tokens and 4 new ones do not fit")
     with pytest.raises(PromptTooLongError, match="prompt 2: 500 prompt tokens"):
         engine.generate_batch([prompts[0], prompts[3], prompts[2]], max_new_tokens=4)
 

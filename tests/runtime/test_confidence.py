@@ -28,6 +28,13 @@ def test_the_formula():
     assert steps == sorted(steps, reverse=True)
 
 
+def test_settings_of_the_wrong_kind():
+    with pytest.raises(RequestError, match="tau must be a number, found '4'"):
+        ConfidenceDecay("4", 10)
+    with pytest.raises(RequestError, match=r"tokens must be a whole number, found 10\.5"):
+        ConfidenceDecay(4.0, 10.5)
+
+
 @pytest.mark.parametrize("arguments", [(-1.0, 10), (math.nan, 10), (1.0, 0)])
 def test_bad_settings(arguments):
     with pytest.raises(RequestError, match="tau of at least 0 and tokens of at least 1, found"):

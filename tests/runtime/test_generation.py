@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from adainfer_runtime.generate import GenerateRequest, generate
 from adainfer_runtime.profile import StageClock
 from adainfer_runtime.sampling import Greedy, make_sampler
 from adainfer_runtime.sampling_options import SamplingOptions
+from adainfer_runtime.text_stream import TextStream
 from adainfer_runtime.tokenizer import load_tokenizer
 
 from ..reference import reference_logits
@@ -331,6 +333,142 @@ def test_statistics_of_a_request(engine):
     assert set(found.stage_seconds) == {"embed", "layers", "probe"}
     assert 0 < sum(found.stage_seconds.values()) <= result.seconds
     assert engine_with(engine).generate([5], max_new_tokens=1).statistics.stage_seconds == {}
+
+
+def test_the_step_that_ends_a_text_counts_in_its_speed(engine):
+    free = engine.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True).tokens
+    place = next(i for i in range(2, 8) if free[i] not in free[:i])
+    ended = engine_with(engine, eos=[free[place]])
+    found = ended.generate([5, 6, 7], max_new_tokens=8).statistics
+    assert (found.new_tokens, found.decode_tokens) == (place, place)
+    assert found.tokens_per_second == pytest.approx(place / found.decode_seconds)
+    assert ended.statistics.tokens_per_second == pytest.approx(found.tokens_per_second)
+    at_once = engine_with(engine, eos=[free[0]]).generate([5, 6, 7], max_new_tokens=8).statistics
+    assert (at_once.new_tokens, at_once.decode_tokens) == (0, 0)
+
+
+def test_what_closed_and_failed_texts_did_counts(made):
+    engine = engine_with(made.engine, profile=True)
+    events = engine.stream([5, 6, 7], max_new_tokens=50, ignore_eos=True)
+    for _ in range(4):
+        next(events)
+    events.close()
+    closed = engine.statistics
+    assert closed.texts == {"closed": 1}
+    assert (closed.prompt_tokens, closed.new_tokens, closed.exits) == (3, 4, {4: 4})
+    assert closed.layers_executed == closed.layers_dense == 4 * (3 + 3)
+    assert closed.tokens_per_second == pytest.approx(3 / closed.decode_seconds)
+    assert sum(closed.stage_seconds.values()) > 0
+
+    cancel, asked = CancelToken(), []
+    cancel.cancel()
+    chunked = engine_with(made.engine, max_rows=5)
+    request = {"max_new_tokens": 5, "cancel": lambda: asked.append(0) or len(asked) > 7}
+    assert chunked.generate([5] * 60, **request).layers_saved == 0.0
+    part = chunked.statistics
+    assert part.texts == {"cancelled": 1}
+    # Six passes of five rows; what was not read of the prompt is no saving.
+    assert part.layers_executed == part.layers_dense == 6 * 5
+    assert part.prompt_seconds > 0
+
+    probes = iter(range(3))
+
+    class Failing(Chunked):
+        def probe(self, hidden):
+            if next(probes, None) is None:
+                raise RuntimeError("the device is gone")
+            return self._inner.probe(hidden)
+
+    failing = Engine(engine.manifest, Failing(made.engine.backend, 512), engine.tokenizer)
+    with pytest.raises(RuntimeError):
+        failing.generate([5, 6, 7], max_new_tokens=8, ignore_eos=True)
+    failed = failing.statistics
+    assert (failed.texts, failed.new_tokens) == ({"failed": 1}, 3)
+    assert failed.layers_executed == 4 * (3 + 3)  # of the fourth token, whose probe failed, too
+    assert failed.layers_saved == 0.0
+
+
+def slowly_encoding(engine, seconds):
+    """The same stages; text takes so long to become tokens."""
+
+    class Slow:
+        def __getattr__(self, name):
+            return getattr(engine.tokenizer, name)
+
+        def encode(self, text):
+            time.sleep(seconds)
+            return engine.tokenizer.encode(text)
+
+        def encode_chat(self, messages):
+            return self.encode(messages[-1]["content"])
+
+    return Engine(engine.manifest, engine.backend, Slow())
+
+
+def test_requests_arrive_before_they_are_tokens(engine):
+    slow = slowly_encoding(engine, 0.1)
+    options = {"max_new_tokens": 1, "ignore_eos": True}
+    asked = [{"role": "user", "content": "hello"}]
+    results = [
+        slow.generate("hello", **options),
+        slow.chat(asked, **options),
+        *slow.generate_batch(["hello", "you"], **options),
+    ]
+    times = [result.statistics.time_to_first_token for result in results]
+    assert min(times[:2]) >= 0.1
+    assert min(times[2:]) >= 0.2
+    with pytest.raises(DeadlineError, match="after 0 of 1 tokens"):
+        slow.generate("hello", timeout=0.09, **options)
+    # In a batch each text has its time from its own start.
+    assert len(slow.generate_batch(["hello", "you"], timeout=0.09, **options)) == 2
+
+
+@pytest.mark.parametrize("text", ["a\ud800b", "caf\udce9"])
+def test_text_that_is_none_is_refused(engine, text):
+    for call in (
+        lambda: engine.generate(text),
+        lambda: engine.choose(text, ["a", "b"]),
+        lambda: engine.choose("a", ["b", text]),
+        lambda: engine.generate_batch(["a", text]),
+        lambda: engine.tokenizer.encode_continuation(text),
+    ):
+        with pytest.raises(RequestError, match=r"no valid Unicode: character .* a lone surrogate"):
+            call()
+    with pytest.raises(RequestError, match="text is needed, found bytes"):
+        engine.tokenizer.encode(b"a")
+
+
+def test_ends_given_by_iterators(engine):
+    free = engine.generate("hello", max_new_tokens=20, ignore_eos=True)
+    options = {"max_new_tokens": 20, "ignore_eos": True}
+    stopped = engine.generate("hello", stop=(s for s in [free.text[4]]), **options)
+    assert (stopped.finish_reason, stopped.text) == ("stop", free.text.split(free.text[4])[0])
+    stopped = engine.generate("hello", stop_token_ids=iter([free.tokens[4]]), **options)
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == free.tokens[: free.tokens.index(free.tokens[4])]
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_held_back_text_has_the_exit_layers_of_its_tokens(engine, kept):
+    """The tiny tokenizer has a token per byte."""
+    free = engine.generate("hello", max_new_tokens=8, ignore_eos=True)
+    held = free.text[2:5]
+    layers = [2, 3, 1, 4, 2, 1, 3, 4]
+    stream = TextStream(engine.tokenizer, (), [held[:kept] + "\x00", "\x01"] if kept else ())
+    spans = []
+    for token, layer in zip(free.tokens, layers, strict=True):
+        text = stream.push(token, layer)
+        assert "".join(span.text for span in stream.spans) == text
+        spans += stream.spans
+    text = stream.flush()
+    assert "".join(span.text for span in stream.spans) == text
+    spans += stream.spans
+    plain = TextStream(engine.tokenizer)
+    by_token = [
+        (plain.push(token), layer) for token, layer in zip(free.tokens, layers, strict=True)
+    ]
+    expected = [(c, layer) for text, layer in [*by_token, (plain.flush(), 4)] for c in text]
+    assert [(c, layer) for text, layer in spans for c in text] == expected
 
 
 def test_statistics_of_an_engine(engine):

@@ -140,6 +140,32 @@ def test_seeds():
     assert draws(None) != draws(None)
 
 
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324, 1e-3])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}])
+def test_however_small_a_temperature_the_largest_logit_is_taken(temperature, cut):
+    logits = np.array([-3.0, 4.0, 30.0, 29.0], np.float32)
+    sampler = Drawn(SamplingOptions(temperature=temperature, seed=0, **cut), 0)
+    probabilities = sampler.probabilities(logits, [])
+    np.testing.assert_allclose(probabilities, [0, 0, 1, 0], atol=1e-12)
+    assert sampler.draw(probabilities) == 2
+
+
+def test_infinite_logits_are_told_from_forbidden_ones():
+    options = SamplingOptions(logit_bias={0: 1e307}, repetition_penalty=0.01)
+    too_large = pytest.raises(RequestError, match="logit_bias is too large for the penalties")
+    with too_large, np.errstate(over="ignore"):
+        Drawn(options, 0).probabilities(np.zeros(2, np.float32), [0])
+
+
+@pytest.mark.parametrize("given", [list, tuple, iter, np.array])
+def test_ends_may_be_given_by_any_iterable(given):
+    options = GenerationOptions.of({"stop": given(["a", "b"]), "stop_token_ids": given([7, 8])})
+    assert (options.stop_strings, options.stop_ids) == (("a", "b"), (7, 8))
+    assert options.ends([1]) == ({1}, {7, 8})
+    assert GenerationOptions.of({"stop": "ab"}).stop_strings == ("ab",)
+    assert GenerationOptions.of({"stop": None, "stop_token_ids": None}).stop_ids == ()
+
+
 def test_everything_forbidden():
     sampler = Drawn(SamplingOptions(logit_bias={0: -np.inf, 1: -np.inf}), 0)
     with pytest.raises(RequestError, match="logit_bias and min_new_tokens forbid every token"):
@@ -159,7 +185,11 @@ def test_everything_forbidden():
         ({"min_p": 1.5}, "min_p must be between 0 and 1, found 1.5"),
         (
             {"repetition_penalty": 0.0},
-            "repetition_penalty must be above 0 (1 does nothing), found 0.0",
+            "repetition_penalty must be between 0.01 and 100.0 (1 does nothing), found 0.0",
+        ),
+        (
+            {"repetition_penalty": 1e-320},
+            "repetition_penalty must be between 0.01 and 100.0 (1 does nothing), found 1e-320",
         ),
         ({"frequency_penalty": 3}, "frequency_penalty must be between -2 and 2, found 3"),
         ({"presence_penalty": -2.5}, "presence_penalty must be between -2 and 2, found -2.5"),
@@ -186,6 +216,8 @@ def test_everything_forbidden():
         ({"logit_bias": None}, "logit_bias must map token ids to numbers, found None"),
         ({"logit_bias": {4: "a"}}, "logit_bias of token 4 must be a number, found 'a'"),
         ({"stop": 5}, "stop must be a list, found 5"),
+        ({"stop": {"a": 1}}, "stop must be a list, found {'a': 1}"),
+        ({"stop_token_ids": {5: 1}}, "stop_token_ids must be a list, found {5: 1}"),
         ({"stop": [5]}, "stop must be text, or a list of texts, found 5 in it"),
         ({"stop_token_ids": 5}, "stop_token_ids must be a list, found 5"),
         ({"stop_token_ids": ["a"]}, "a token id of stop_token_ids must be a whole number, found"),

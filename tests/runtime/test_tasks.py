@@ -19,6 +19,14 @@ def test_unreadable_encoding(tmp_path):
         read_tasks([path])
 
 
+def test_lone_surrogates_are_no_text(tmp_path):
+    """Only escaped can they stand in a file; no tokenizer would take them."""
+    path = tmp_path / "half.jsonl"
+    path.write_text('{"prompt": "ok"}\n{"prompt": "half a \\ud83d"}\n')
+    with pytest.raises(TaskFileError, match=r"half\.jsonl:2"):
+        read_tasks([path])
+
+
 def test_shared_task_files_are_read(shared_tasks):
     paths = sorted(shared_tasks.glob("*.test.jsonl"))
     examples = read_tasks(paths)

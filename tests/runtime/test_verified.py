@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -12,10 +15,11 @@ from adainfer_runtime import Engine
 from adainfer_runtime.decode_costs import DecodeCosts
 from adainfer_runtime.decode_options import DecodeOptions
 from adainfer_runtime.draft_schedule import Acceptance, Adaptive, Fixed
-from adainfer_runtime.errors import ExitUnavailableError
-from adainfer_runtime.generate import GenerateRequest, generate
+from adainfer_runtime.errors import DeadlineError, ExitUnavailableError, RequestError
+from adainfer_runtime.generate import GenerateRequest, generate, stream
 from adainfer_runtime.results import DraftCount
 from adainfer_runtime.sampling import Greedy
+from adainfer_runtime.text_progress import TextProgress
 from adainfer_runtime.verified import ExitDrafter, VerifiedDecoder
 
 from .scripted import ScriptedDrafter, SoftmaxSampler, TableSession
@@ -145,11 +149,67 @@ def test_a_text_that_ends_amid_confirmed_drafts_takes_the_rest_back(tiny, stop, 
     kept = tokens[: tokens.index(end)]
     assert (done.tokens, done.finish_reason) == (kept, "eos")
     assert session.tokens == (*PROMPT, *kept)  # the end-of-text token has no position
+    # Drafts behind the end are work that mode off does not do.
+    off = engine_that_ends(engine, end).generate(PROMPT, max_new_tokens=20)
+    work = done.prompt + done.decode
+    assert (work.dense, work.dense_compute) == dense_work(engine, PROMPT, len(kept) + 1)
+    assert work.dense == off.statistics.layers_executed
+    assert work.layers_saved == 1.0 - work.executed / off.statistics.layers_executed
+    # After the first token each round gives k drafts and one of the full model.
+    assert decoder.drafts.accepted == sum(n % (k + 1) < k for n in range(len(kept)))
     session.extend([9])
     fresh = engine.session()
     fresh.extend([*PROMPT, *kept, 9])
     fresh.complete()
     assert_same_cache(session, fresh)
+
+
+def engine_that_ends(engine, end):
+    """The same stages, whose texts end at this token."""
+    model = engine.manifest.model.model_copy(update={"eos_token_ids": (end,)})
+    manifest = engine.manifest.model_copy(update={"model": model})
+    return Engine(manifest, engine.backend, engine.tokenizer)
+
+
+def test_savings_of_a_request_that_ends_amid_confirmed_drafts(tiny):
+    """In the result and in the engine's statistics; every draft is right."""
+    engine = tiny("llama").engine
+    tokens, _ = off_text(engine, PROMPT, 20)
+    stop = next(i for i in range(2, 5) if tokens[i] not in tokens[:i])
+    engine = engine_that_ends(engine, tokens[stop])
+    with pytest.MonkeyPatch.context() as patch:
+        drafter = ScriptedDrafter(2, [*PROMPT, *tokens], (), 320)
+        patch.setattr("adainfer_runtime.verified.ExitDrafter", lambda *_: drafter)
+        options = DecodeOptions(draft_layer=2, draft_schedule=Fixed(5))
+        found = engine.generate(PROMPT, max_new_tokens=20, mode="verified", decoding=options)
+    before = engine.statistics
+    off = engine.generate(PROMPT, max_new_tokens=20)
+    assert found.tokens == off.tokens == tokens[:stop]
+    executed = found.statistics.layers_executed
+    assert executed > off.statistics.layers_executed
+    saved = 1.0 - executed / off.statistics.layers_executed
+    assert found.layers_saved == before.layers_saved == pytest.approx(saved)
+    assert found.statistics.drafts.accepted <= stop + 1
+    assert before.drafts == found.statistics.drafts
+
+
+def test_a_late_text_leaves_what_it_emitted(tiny):
+    """Between two tokens, while more of them are confirmed."""
+    engine = tiny("llama").engine
+    tokens, _ = off_text(engine, PROMPT, 20)
+    session = engine.session()
+    drafter = ScriptedDrafter(2, [*PROMPT, *tokens], (), 320)
+    decoder = VerifiedDecoder(session, Greedy(), drafter, Fixed(5), len(PROMPT) + 19)
+    request = GenerateRequest(PROMPT, 20, timeout=3600.0, since=time.perf_counter())
+    progress = TextProgress(session)
+    events = stream(session, decoder, request, 128, progress=progress)
+    emitted = [next(events).token for _ in range(3)]
+    assert session.length > len(PROMPT) + 2
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DeadlineError, match="after 3 of 20"):
+        patch.setattr("adainfer_runtime.generate.time.perf_counter", lambda: math.inf)
+        next(events)
+    assert session.tokens == (*PROMPT, *emitted[:-1])
+    assert (progress.work.dense, progress.work.dense_compute) == dense_work(engine, PROMPT, 3)
 
 
 @pytest.mark.parametrize("variant", ["llama-tied", "qwen3", "mistral-window"])
@@ -214,6 +274,22 @@ def test_what_cannot_draft(tiny):
     ):
         engine.stream([5], mode="verified", decoding=DecodeOptions(draft_layer=4))
     assert engine.generate([5, 6], max_new_tokens=2, ignore_eos=True).tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda: DecodeOptions(draft_schedule=3), r"such as Fixed\(2\), found 3"),
+        (lambda: DecodeOptions(draft_schedule=Fixed), r"such as Fixed\(2\), found <class"),
+        (lambda: DecodeOptions(confidence=4.0), r"confidence must be ConfidenceDecay, found 4\.0"),
+        (lambda: DecodeOptions(costs=1), "costs must be DecodeCosts, found 1"),
+        (lambda: Fixed(-1), "drafts must be 0 or more, found -1"),
+        (lambda: Fixed(1.5), r"drafts must be a whole number, found 1\.5"),
+    ],
+)
+def test_bad_decode_options_are_one_line(options, message):
+    with pytest.raises(RequestError, match=message):
+        options()
 
 
 # --- sampling --------------------------------------------------------------------------------

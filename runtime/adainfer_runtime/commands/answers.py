@@ -73,7 +73,8 @@ class AnswerPrinter:
         """Writes a stream as it comes; a new line at its end."""
         result: GenerationResult | None = None
         for event in events:
-            self.write(event.text, event.exit_layer)
+            for text, exit_layer in event.spans or ((event.text, event.exit_layer),):
+                self.write(text, exit_layer)
             result = event.result
         self._stream.write("\n")
         self._stream.flush()

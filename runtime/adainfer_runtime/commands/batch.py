@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,6 +19,7 @@ from ..generation_options import GenerationKeywords
 from ..results import GenerationResult
 from ..tasks import read_tasks
 from .answers import describe_statistics
+from .batch_file import check_out, open_to_add, read_lines, write_again
 from .generation_arguments import takes_generation_options
 from .options import DeviceOption, ProfileOption, ThreadsOption
 from .progress_bar import progress_bar
@@ -34,6 +34,9 @@ Examples:
     adainfer batch engines/ --prompts questions.jsonl --out answers.jsonl --chat --mode adaptive
 
     adainfer batch engines/ --prompts prompts.jsonl --out texts.jsonl --resume
+
+    adainfer batch engines/ --prompts prompts.jsonl --out texts.jsonl --resume \\
+        --retry-errors --timeout 60
 """
 
 
@@ -61,6 +64,10 @@ def batch(
         bool,
         typer.Option("--resume", help="Keep what OUT holds already, errors too, and add the rest."),
     ] = False,
+    retry_errors: Annotated[
+        bool,
+        typer.Option("--retry-errors", help="With --resume: try again what has an error in OUT."),
+    ] = False,
     threads: ThreadsOption = None,
     device: DeviceOption = "cpu",
     profile: ProfileOption = False,
@@ -68,19 +75,26 @@ def batch(
 ) -> None:
     """Generate a text for each of many prompts; passes are shared where the target allows.
 
-    A prompt that cannot be served, or takes longer than --timeout, gets a line with its error.
+    A prompt that cannot be served, or takes longer than --timeout, gets a line with its error. The
+    exit status is 1 where no prompt has a text in the end, whatever the reasons.
     """
+    if retry_errors and not resume:
+        raise RequestError("--retry-errors goes with --resume")
     scheduler = ContinuousBatching(at_once)
     texts = [example.prompt for example in read_tasks([prompts])]
-    _check_out(out, resume=resume)
+    check_out(out, resume=resume)
     engine = Engine.load(folder, device, threads, profile=profile)
     marks = [_mark(engine, text, options, chat=chat) for text in texts]
-    done = set(_indices(out, marks)) if resume else set()
+    lines = list(read_lines(out, marks)) if resume else []
+    kept = [line for line in lines if not (retry_errors and line.failed)]
+    done = {line.index for line in kept}
     missing = [place for place in range(len(texts)) if place not in done]
     requests = [_request(engine, texts[place], chat=chat) for place in missing]
     failed = 0
     console = Console(stderr=True)
-    with _opened(out) as stream, progress_bar(console) as progress:
+    if len(kept) < len(lines):
+        write_again(out, kept)
+    with open_to_add(out) as stream, progress_bar(console) as progress:
         bar = progress.add_task("generating", total=len(texts), completed=len(done), detail="")
 
         def write(place: int, content: dict[str, Any]) -> None:
@@ -111,6 +125,8 @@ def batch(
         console.print(summary, highlight=False)
         if profile:
             console.print(describe_statistics(engine.statistics), highlight=False)
+    if failed == len(missing) and all(line.failed for line in kept):
+        raise typer.Exit(1)
 
 
 def _request(engine: Engine, prompt: str, *, chat: bool) -> str | Sequence[int]:
@@ -137,44 +153,3 @@ def _mark(engine: Engine, prompt: str, options: GenerationKeywords, *, chat: boo
     timeless = engine.manifest.model_copy(update={"plan": None})  # `bench` may come in between
     what = [timeless.model_dump_json(), asked, chat, prompt]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-
-
-def _check_out(out: Path, *, resume: bool) -> None:
-    """Raises RequestError where the file is there and is not to be resumed, or the other way."""
-    if resume and not out.is_file():
-        raise RequestError(f"{out} does not exist: leave --resume out to begin")
-    if not resume and out.exists():
-        raise RequestError(f"{out} exists: give another file, or --resume to add what is missing")
-
-
-def _indices(out: Path, marks: Sequence[str]) -> Iterator[int]:
-    """Prompts that have their line; one that a kill cut short is taken off the file.
-
-    Raises:
-        RequestError: a line is of another request, or the file cannot be read.
-    """
-    try:
-        lines = out.read_bytes().splitlines(keepends=True)
-        complete = [line for line in lines if line.endswith(b"\n")]
-        if len(complete) < len(lines):
-            os.truncate(out, sum(map(len, complete)))
-    except OSError as error:
-        raise RequestError(f"{out} cannot be used: {error}") from error
-    for number, line in enumerate(complete, start=1):
-        try:
-            index, mark = (json.loads(line)[name] for name in ("index", "request"))
-            known = index >= 0 and marks[index] == mark
-        except (ValueError, KeyError, IndexError, TypeError):
-            known = False
-        if not known:
-            raise RequestError(
-                f"{out}:{number} is no text of these prompts by this engine and these options"
-            )
-        yield index
-
-
-def _opened(out: Path) -> TextIO:
-    try:
-        return out.open("a", encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"{out} cannot be used: {error}") from error

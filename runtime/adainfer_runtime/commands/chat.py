@@ -16,7 +16,7 @@ from rich.console import Console
 
 from ..conversation import Conversation
 from ..engine import Engine
-from ..errors import AdaInferError
+from ..errors import AdaInferError, one_line
 from ..generation_options import GenerationKeywords
 from ..text_request import finish
 from .answers import (
@@ -28,6 +28,7 @@ from .answers import (
 )
 from .generation_arguments import takes_generation_options
 from .options import DeviceOption, ProfileOption, ThreadsOption
+from .standard_input import input_lines
 
 __all__ = ["register"]
 
@@ -137,7 +138,7 @@ class _Chatter:
 def _lines(note: Callable[[str], None]) -> Iterator[str]:
     """Lines of standard input; with a prompt and a history of lines on a terminal."""
     if not sys.stdin.isatty():
-        yield from (line.strip() for line in typer.get_text_stream("stdin"))
+        yield from (line.strip() for line in input_lines())
         return
     with suppress(ImportError):
         import_module("readline")  # `input` uses it once it is there
@@ -148,6 +149,8 @@ def _lines(note: Callable[[str], None]) -> Iterator[str]:
         except EOFError:
             print()
             return
+        except UnicodeDecodeError as error:
+            note(f"that was no text: {one_line(error)}")
         except KeyboardInterrupt:
             print()
             note("/exit or Ctrl-D leaves")

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from ..errors import RequestError
 from ..generation_options import GenerationKeywords, GenerationOptions
 from .decode_arguments import (
     ConfidenceDecayOption,
@@ -29,7 +30,12 @@ __all__ = ["ModeChoice", "changed_flags", "takes_generation_options"]
 
 _LENGTHS = "Length and end"
 _SAMPLING = "Sampling"
-_DECODING_FLAGS = {"confidence": "--confidence-decay", "draft_schedule": "--drafts"}
+# Options that the command line calls otherwise.
+_FLAGS = {
+    "stop_token_ids": "--stop-token-id",
+    "confidence": "--confidence-decay",
+    "draft_schedule": "--drafts",
+}
 
 
 class ModeChoice(str, Enum):
@@ -54,6 +60,16 @@ def _collect(
         list[str] | None,
         typer.Option(help="Text that ends the answer; repeatable.", rich_help_panel=_LENGTHS),
     ] = None,
+    stop_token_id: Annotated[
+        list[int] | None,
+        typer.Option(help="Token that ends the answer; repeatable.", rich_help_panel=_LENGTHS),
+    ] = None,
+    ignore_eos: Annotated[
+        bool,
+        typer.Option(
+            "--ignore-eos", help="Go on after the model's own end.", rich_help_panel=_LENGTHS
+        ),
+    ] = False,
     timeout: Annotated[
         float | None, typer.Option(help="Deadline in seconds.", rich_help_panel=_LENGTHS)
     ] = None,
@@ -90,6 +106,14 @@ def _collect(
     presence_penalty: Annotated[
         float, typer.Option(help="Once, if in the answer.", rich_help_panel=_SAMPLING)
     ] = 0.0,
+    logit_bias: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Added to a token's logit, -inf forbids it; repeatable.",
+            metavar="ID=VALUE",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Of the random draws.", rich_help_panel=_SAMPLING)
     ] = None,
@@ -98,6 +122,8 @@ def _collect(
         "max_new_tokens": max_new_tokens,
         "min_new_tokens": min_new_tokens,
         "stop": tuple(stop or ()),
+        "stop_token_ids": tuple(stop_token_id or ()),
+        "ignore_eos": ignore_eos,
         "timeout": timeout,
         "mode": mode.value,
         "threshold": threshold,
@@ -109,6 +135,7 @@ def _collect(
         "repetition_penalty": repetition_penalty,
         "frequency_penalty": frequency_penalty,
         "presence_penalty": presence_penalty,
+        "logit_bias": dict(map(_bias, logit_bias or ())),
         "seed": seed,
         "decoding": decode_options(
             kv_policy=kv_policy,
@@ -120,6 +147,17 @@ def _collect(
             max_new_tokens=max_new_tokens,
         ),
     }
+
+
+def _bias(given: str) -> tuple[int, float]:
+    """`ID=VALUE`."""
+    token, _, value = given.partition("=")
+    try:
+        return int(token), float(value)
+    except ValueError as error:
+        raise RequestError(
+            f"--logit-bias must be ID=VALUE, such as 42=-1.5, found {given!r}"
+        ) from error
 
 
 def changed_flags(options: GenerationKeywords, max_new_tokens: int) -> tuple[str, ...]:
@@ -134,12 +172,12 @@ def changed_flags(options: GenerationKeywords, max_new_tokens: int) -> tuple[str
         for name, value in options.items()
         if name != "decoding" and value != defaults.get(name)
     ]
-    decoding = (_DECODING_FLAGS.get(name, _flag(name)) for name in options["decoding"].changed)
+    decoding = map(_flag, options["decoding"].changed)
     return (*given, *decoding)
 
 
 def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return _FLAGS.get(name, f"--{name.replace('_', '-')}")
 
 
 def takes_generation_options(max_new_tokens: int) -> Callable[[Callable[..., None]], Any]:

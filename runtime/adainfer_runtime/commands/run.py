@@ -27,6 +27,7 @@ from .answers import (
 )
 from .generation_arguments import changed_flags, takes_generation_options
 from .options import DeviceOption, ProfileOption, ThreadsOption
+from .standard_input import input_text
 
 __all__ = ["register"]
 
@@ -94,7 +95,7 @@ def run(
         }
         _check_choice(options, [flag for flag, given in shown.items() if given])
     engine = Engine.load(folder, device, threads, profile=profile)
-    text = typer.get_text_stream("stdin").read() if prompt == "-" else prompt
+    text = input_text() if prompt == "-" else prompt
     if not text:
         raise RequestError("the prompt is empty")
     request: str | Sequence[int] = text
