@@ -15,15 +15,20 @@ from adainfer_runtime.doctor import Ability, Diagnosis, diagnose
 ORIN = GpuInfo("Orin", 87, 8 << 30, "12.6")
 
 
-def look(gpu=None, library=None, **versions):
-    names = {name.replace("_", "-"): version for name, version in versions.items()}
+def packages(versions):
+    """`metadata.version` of a machine where these are installed, by their names."""
 
     def version(name):
-        if name not in names:
+        if name not in versions:
             raise metadata.PackageNotFoundError(name)
-        return names[name]
+        return versions[name]
 
-    found = diagnose(lambda: gpu, version, lambda: library)
+    return version
+
+
+def look(gpu=None, library=None, **versions):
+    names = {name.replace("_", "-"): version for name, version in versions.items()}
+    found = diagnose(lambda: gpu, packages(names), lambda: library)
     return {ability.what: ability.missing for ability in found.abilities}
 
 
