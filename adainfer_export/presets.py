@@ -52,7 +52,7 @@ class DevicePreset:
 PRESETS: tuple[DevicePreset, ...] = (
     DevicePreset(
         "jetson-orin",
-        "Jetson AGX Orin, Orin NX; JetPack 6.2",
+        "Jetson AGX Orin, Orin NX 16 GB; JetPack 6.2",
         87,
         "tensorrt-basic",
         "10.3",
@@ -62,7 +62,7 @@ PRESETS: tuple[DevicePreset, ...] = (
     ),
     DevicePreset(
         "jetson-orin-nano",
-        "Jetson Orin Nano 8 GB; JetPack 6.2",
+        "Jetson Orin Nano 8 GB, Orin NX 8 GB; JetPack 6.2",
         87,
         "tensorrt-basic",
         "10.3",

@@ -19,13 +19,9 @@ from adainfer_runtime.plans import engine_files
 
 from .export.context_folder import write_prompts
 from .export.exit_folder import make_exit_folder
+from .needs import needs_rtx
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        importlib.util.find_spec("tensorrt_rtx") is None, reason="needs the extra tensorrt-rtx"
-    ),
-]
+pytestmark = [pytest.mark.slow, needs_rtx]
 
 FAMILIES = (86, 89, 120)
 
@@ -81,12 +77,12 @@ def builds_without_a_word(folder):
     assert report.warnings == ()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4", "fp8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4", "fp8"])
 def test_every_stage_of_smollm2(tmp_path, precision):
     builds("smollm2-135m", tmp_path / "engines", precision)
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4", "fp8"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4", "fp8"])
 def test_a_layer_of_llama_2_7b(llama2_layer, tmp_path, precision):
     builds(llama2_layer, tmp_path / "engines", precision)
 

@@ -1,42 +1,49 @@
 """Checks an NVIDIA GPU end to end, and writes one JSON file to send back.
 
     python tools/gpu_check.py --work /tmp/gpu-check --out gpu-check.json
+    python tools/gpu_check.py --list      # what would be checked, and what is missing for the rest
 
-Exports SmolLM2-135M for every target that this machine can run (see `adainfer doctor`), with exits
-calibrated on a few built-in prompts; builds TensorRT plans; compares tokens, hidden states and
-caches with the same graphs on the CPU (bf16, which CPUs lack, with the graphs in fp16), and modes
-adaptive, context and verified with off, within the tolerances below; measures prompt and decode
-speed and the stage times that the planner reads (`adainfer bench`). Each step may fail alone: its
-error is kept.
+Exports SmolLM2-135M for every target that this machine can run (by what `adainfer doctor` finds;
+the others are skipped, with the reason), with exits calibrated on a few built-in prompts; builds
+TensorRT plans; compares tokens, hidden states and caches of a prompt and of decoded tokens with the
+same graphs on the CPU (bf16, which CPUs lack, with the graphs in fp16), and modes adaptive, context
+and verified with off, within the tolerances of `gpu_compare.py`; measures prompt and decode speed
+and the stage times that the planner reads (`adainfer bench`). Each step may fail alone: its error
+is kept. Started again, it goes on: what has passed is kept, and so are finished folders, unless the
+code, the machine or the settings are others (or with --force).
+
+Exit status: 0 where everything that was checked has passed, 1 otherwise, and where nothing can be
+checked; 2 for a wrong command line.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import statistics
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import numpy as np
+from gpu_compare import compare, failures, run_modes, speed
+from gpu_needs import BACKENDS, lacking
 
+import adainfer_export
+import adainfer_runtime
 from adainfer_export import ExportRequest, export
 from adainfer_export.build import BuildRequest, build_plans
 from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.calibrate.builtin import builtin_examples
 from adainfer_export.progress import SilentReporter
-from adainfer_runtime import Engine, NoExit
-from adainfer_runtime.devices import least_sm
-from adainfer_runtime.doctor import diagnose
+from adainfer_runtime import Engine
+from adainfer_runtime.doctor import Diagnosis, diagnose
 from adainfer_runtime.engine_folder import load_manifest
-from adainfer_runtime.errors import ExitUnavailableError
 from adainfer_runtime.planning import measure_times
 
-_PROMPT = "Once upon a time, in a small village by the sea, there lived an old fisherman who"
 _LONG = ("stamp", "stage_times", "traceback")
 _COMBINATIONS = (
     ("ort-cuda", "fp16"),
@@ -49,48 +56,28 @@ _COMBINATIONS = (
     ("tensorrt-basic", "fp16"),
     ("tensorrt-basic", "int4"),
 )
-
-
-@dataclass(frozen=True)
-class Tolerance:
-    """What may differ from the CPU, whose kernels add up in another order.
-
-    Attributes:
-        same_tokens: least share of equal next tokens, teacher-forced.
-        hidden, cache: largest difference, by the largest value.
-    """
-
-    same_tokens: float
-    hidden: float
-    cache: float
-
-
-# Rounding of 2^-11 and 2^-8 per operation over 30 layers; 8-bit floats round to a neighbour now and
-# then. Chosen beforehand: no GPU has run this yet.
-_TOLERANCES = {
-    "fp16": Tolerance(0.95, 0.03, 0.03),
-    "int4": Tolerance(0.95, 0.05, 0.05),
-    "bf16": Tolerance(0.85, 0.15, 0.15),
-    "fp8": Tolerance(0.85, 0.15, 0.15),
-}
-# Least share of prompts that give off's first token, or (verified, exact but for roundings of
-# kernels for one and for several rows) off's whole text.
-_LEAST_AGREEMENT = {"adaptive": 0.7, "context": 0.7, "verified": 0.7}
+_TARGETS = tuple(dict.fromkeys(target for target, _ in _COMBINATIONS))
 _CALIBRATED_AGREEMENT = 0.9
 _PROMPTS = 12
-_NEW_TOKENS = 8
+_SETTINGS = "settings.json"
+
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One target and precision. `calibration_limit` 0: no exits are calibrated."""
+    """One target and precision on a GPU of compute capability `sm`.
+
+    `calibration_limit` 0: no exits are calibrated.
+    """
 
     work: Path
     model: str
     target: str
     precision: str
-    backend: str
+    backend: Literal["tensorrt", "tensorrt-rtx"]
     calibration_limit: int
+    sm: int
 
     @property
     def folder(self) -> Path:
@@ -98,7 +85,9 @@ class Check:
         return self.work / f"{self.target}-{self.precision}"
 
     def export(self) -> None:
-        """Writes the folder, with exits where the graphs run on a CPU."""
+        """Writes the folder, with exits where the graphs run on a CPU; keeps a finished one."""
+        if (self.folder / "manifest.json").is_file():
+            return
         calibration = None
         if self.calibration_limit and self.precision != "bf16":
             calibration = CalibrationRequest(
@@ -122,24 +111,23 @@ class Check:
 
     def build(self) -> dict[str, Any]:
         """The plans' stamp."""
-        request = BuildRequest("tensorrt-rtx" if self.backend == "tensorrt-rtx" else "tensorrt")
+        # TensorRT builds for the GPU at hand by itself; TensorRT-RTX must be told.
+        sm = (self.sm,) if self.backend == "tensorrt-rtx" else ()
         manifest = load_manifest(self.folder)
+        request = BuildRequest(self.backend, sm=sm)
         report = build_plans(self.folder, manifest, request, SilentReporter())
         return report.stamp.model_dump(mode="json")
 
     def reference(self) -> Engine:
         """The same graphs on the CPU."""
-        if self.precision != "bf16":
-            return Engine.load(self.folder)
-        half = replace(self, precision="fp16")
-        if not (half.folder / "manifest.json").is_file():
-            half.export()
+        half = replace(self, precision="fp16") if self.precision == "bf16" else self
+        half.export()
         return Engine.load(half.folder)
 
 
-def run_check(check: Check) -> dict[str, Any]:
+def run_check(check: Check) -> Row:
     """Export, build, run, compare, measure."""
-    row: dict[str, Any] = {"target": check.target, "precision": check.precision}
+    row: Row = {"target": check.target, "precision": check.precision}
 
     def step(name: str, work_of: Callable[[], Any]) -> Any:
         start = time.perf_counter()
@@ -171,144 +159,186 @@ def run_check(check: Check) -> dict[str, Any]:
     return row
 
 
-def compare(device: Engine, cpu: Engine) -> dict[str, Any]:
-    """Teacher-forced tokens, hidden states and caches of both."""
-    ids = [*device.tokenizer.encode(_PROMPT)]
-    ids += cpu.generate(ids, max_new_tokens=32, ignore_eos=True).tokens
-    total = device.manifest.model.num_layers
-    inside = sorted({*device.manifest.boundaries} & {*cpu.manifest.boundaries} - {total})
-    hidden, tokens, caches = [], [], []
-    for engine in (device, cpu):
-        session = engine.session()
-        session.extend(ids[:11])
-        if inside:
-            session.advance(inside[len(inside) // 2])  # positions that wait, and are filled later
-        session.extend(ids[11:])
-        tokens.append(session.log_probs(0).argmax(-1))
-        hidden.append(np.asarray(session.hidden()))
-        layers = sorted({1, (total + 1) // 2, total})
-        caches.append([np.asarray(part) for layer in layers for part in session.kv(layer)])
-    return {
-        "same_tokens": float((tokens[0] == tokens[1]).mean()),
-        "hidden_relative": _relative(hidden[0], hidden[1]),
-        "cache_relative": max(_relative(a, b) for a, b in zip(*caches, strict=True)),
-    }
+@dataclass(frozen=True)
+class Planned:
+    """A row to come; `missing` is what this machine lacks for it."""
 
+    target: str
+    precision: str
+    missing: tuple[str, ...]
 
-def run_modes(engine: Engine, prompts: Sequence[str]) -> dict[str, Any]:
-    """Modes that leave early or draft, against off on the same device.
+    def names(self, row: Row) -> bool:
+        """Whether a row is this one."""
+        return (row.get("target"), row.get("precision")) == (self.target, self.precision)
 
-    A mode that the folder has no exits for is marked `unavailable`.
-    """
-    off = [_generate(engine, prompt, "off") for prompt in prompts]
-    found: dict[str, Any] = {}
-    for mode in _LEAST_AGREEMENT:
-        try:
-            results = [_generate(engine, prompt, mode) for prompt in prompts]
-            # Alone, for what a later token needs of skipped layers is computed then.
-            first = [_generate(engine, prompt, mode, tokens=1) for prompt in prompts]
-        except ExitUnavailableError as error:
-            found[mode] = {"unavailable": str(error)}
-            continue
-        pairs = list(zip(results, off, strict=True))
-        found[mode] = {
-            "same_first_token": float(np.mean([a.tokens[0] == b.tokens[0] for a, b in pairs])),
-            "same_text": float(np.mean([a.tokens == b.tokens for a, b in pairs])),
-            "layers_saved": float(np.mean([result.layers_saved for result in first])),
-            "left_early": sum(result.layers_saved > 0.0 for result in first),
+    def skipped(self) -> Row:
+        """Its row where something is missing."""
+        return {
+            "target": self.target,
+            "precision": self.precision,
+            "skipped": "; ".join(self.missing),
         }
-    return found
 
 
-def failures(row: dict[str, Any]) -> list[str]:
-    """What lies outside the tolerances, a line each."""
-    tolerance = _TOLERANCES[row["precision"]]
-    found = []
-    if row["same_tokens"] < tolerance.same_tokens:
-        found.append(f"same_tokens {row['same_tokens']:.3f} < {tolerance.same_tokens}")
-    for name, most in (("hidden", tolerance.hidden), ("cache", tolerance.cache)):
-        value = row[f"{name}_relative"]
-        if not value <= most:  # what is no number fails, too
-            found.append(f"{name}_relative {value:.3g} > {most}")
-    for mode, result in row["modes"].items():
-        if "unavailable" in result:
-            continue
-        key = "same_text" if mode == "verified" else "same_first_token"
-        if result[key] < _LEAST_AGREEMENT[mode]:
-            found.append(f"{mode}: {key} {result[key]:.2f} < {_LEAST_AGREEMENT[mode]}")
-    return found
+def plan_rows(found: Diagnosis, targets: Sequence[str], backend: str) -> list[Planned]:
+    """Every combination of the targets, with what is missing for it.
+
+    Args:
+        targets: those that were asked for; empty: all that this machine can run.
+
+    Raises:
+        SystemExit: nothing can be checked, or not one of those that were asked for.
+    """
+    if found.gpu is None:
+        raise SystemExit("no NVIDIA GPU was found: see `adainfer doctor`")
+    rows = [
+        Planned(target, precision, lacking(found, target, precision, backend))
+        for target, precision in _COMBINATIONS
+        if not targets or target in targets
+    ]
+    able = {row.target for row in rows if not row.missing}
+    unable = {row.target: "; ".join(row.missing) for row in reversed(rows) if row.missing}
+    lines = [f"{name} ({unable[name]})" for name in _TARGETS if name in unable.keys() - able]
+    if lines and (targets or not able):
+        raise SystemExit(f"cannot be checked here, for something is missing: {', '.join(lines)}")
+    return rows
 
 
-def _generate(engine: Engine, prompt: str, mode: str, tokens: int = _NEW_TOKENS) -> Any:
-    return engine.generate(prompt, max_new_tokens=tokens, mode=mode, ignore_eos=True)
-
-
-def _relative(mine: Any, theirs: Any) -> float:
-    return float(np.abs(mine - theirs).max() / max(1.0, float(np.abs(theirs).max())))
-
-
-def speed(engine: Engine) -> dict[str, Any]:
-    """Median milliseconds of a decoded token and of a prompt of 128, all layers."""
-    session = engine.session()
-    prompt = [int(token) for token in np.random.default_rng(0).integers(1000, 40000, 128)]
-    prefill, decode = [], []
-    for _ in range(5):
-        session.truncate(0)
-        start = time.perf_counter()
-        session.extend(prompt)
-        token = session.predict(NoExit()).result.token
-        prefill.append(time.perf_counter() - start)
-        for _ in range(32):
-            start = time.perf_counter()
-            session.extend([token])
-            token = session.predict(NoExit()).result.token
-            decode.append(time.perf_counter() - start)
-    return {
-        "prefill_128_ms": round(1e3 * statistics.median(prefill), 3),
-        "decode_ms": round(1e3 * statistics.median(decode), 3),
+def settings_of(found: Diagnosis, options: argparse.Namespace) -> dict[str, Any]:
+    """What rows and folders belong to: machine, code and options, as JSON has them."""
+    settings = {
+        "machine": asdict(found),
+        "code": _digest_of_code(),
+        "model": options.model,
+        "backend": options.backend,
+        "calibration_limit": options.calibration_limit,
     }
+    result: dict[str, Any] = json.loads(json.dumps(settings))
+    return result
 
 
-def main() -> None:
-    """Runs what this machine can, and writes the file."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, required=True, help="folder for engines (a few GB)")
+def _digest_of_code() -> str:
+    """Of the packages and of this tool: a clone's version says little."""
+    digest = hashlib.sha256()
+    for file in (__file__, adainfer_export.__file__, adainfer_runtime.__file__):
+        for path in sorted(Path(file).parent.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def passed_rows(path: Path, settings: dict[str, Any]) -> list[Row]:
+    """Of an earlier run with the same settings; none where there is no such file."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return []
+    if not isinstance(report, dict) or {**report, "rows": None} != {**settings, "rows": None}:
+        return []
+    return [row for row in report["rows"] if row.get("passed")]
+
+
+def claim_folder(work: Path, settings: dict[str, Any], *, force: bool) -> None:
+    """Removes engines that were made with other settings, or all of them."""
+    text, path = json.dumps(settings, indent=1), work / _SETTINGS
+    work.mkdir(parents=True, exist_ok=True)
+    if not force and path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    for target, precision in _COMBINATIONS:
+        shutil.rmtree(work / f"{target}-{precision}", ignore_errors=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_report(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> None:
+    """Replaces the file as a whole: whoever interrupts this keeps the one before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps({**settings, "rows": rows}, indent=1), encoding="utf-8")
+    temporary.replace(path)
+
+
+def check_all(
+    options: argparse.Namespace, settings: dict[str, Any], planned: Sequence[Planned], sm: int
+) -> list[Row]:
+    """Runs what is not kept or skipped; the file is current after every row."""
+    before = [] if options.force else passed_rows(options.out, settings)
+    rows = [*before, *(row.skipped() for row in planned if row.missing)]
+    write_report(options.out, settings, rows)
+    for plan in planned:
+        row = next((row for row in rows if plan.names(row)), None)
+        if row is None:
+            row = run_check(
+                Check(
+                    options.work,
+                    options.model,
+                    plan.target,
+                    plan.precision,
+                    options.backend,
+                    options.calibration_limit,
+                    sm,
+                )
+            )
+            rows.append(row)
+            write_report(options.out, settings, rows)
+        print({key: value for key, value in row.items() if key not in _LONG}, flush=True)
+    return rows
+
+
+def _targets(text: str) -> tuple[str, ...]:
+    """Of a comma-separated list."""
+    names = tuple(name for name in text.split(",") if name)
+    for name in names:
+        if name not in _TARGETS:
+            known = ", ".join(_TARGETS)
+            raise argparse.ArgumentTypeError(f"no target {name!r} is checked; there are {known}")
+    return names
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/gpu-check"), help="folder for engines (a few GB)"
+    )
     parser.add_argument("--out", type=Path, default=Path("gpu-check.json"))
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--backend", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt")
-    parser.add_argument("--targets", default="", help="comma-separated; default: all")
+    parser.add_argument("--backend", choices=BACKENDS, default="tensorrt")
+    parser.add_argument(
+        "--targets",
+        type=_targets,
+        default=(),
+        help=f"comma-separated, of {', '.join(_TARGETS)}; default: all that can run here",
+    )
     parser.add_argument(
         "--calibration-limit",
         type=int,
         default=120,
         help="built-in prompts that exits are calibrated on, on the CPU; 0: no exits",
     )
-    options = parser.parse_args()
+    parser.add_argument("--force", action="store_true", help="start anew: keep no row, no folder")
+    parser.add_argument(
+        "--list", action="store_true", help="say what would be checked, and check nothing"
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what this machine can, writes the file, and returns the exit status."""
+    options = _parse(arguments)
     found = diagnose()
-    report: dict[str, Any] = {"machine": asdict(found), "rows": []}
-    if found.gpu is None:
-        raise SystemExit("no NVIDIA GPU was found: see `adainfer doctor`")
-    options.work.mkdir(parents=True, exist_ok=True)
-    wanted = [name for name in options.targets.split(",") if name]
-    for target, precision in _COMBINATIONS:
-        if (wanted and target not in wanted) or found.gpu.sm < least_sm(precision):
-            continue
-        row = run_check(
-            Check(
-                options.work,
-                options.model,
-                target,
-                precision,
-                options.backend,
-                options.calibration_limit,
-            )
-        )
-        print({key: value for key, value in row.items() if key not in _LONG})
-        report["rows"].append(row)
-        options.out.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    passed = sum(row["passed"] for row in report["rows"])
-    print(f"{passed} of {len(report['rows'])} passed; please send {options.out}")
+    planned = plan_rows(found, options.targets, options.backend)
+    if options.list:
+        for row in planned:
+            what = f"skipped: {'; '.join(row.missing)}" if row.missing else "can be checked"
+            print(f"{row.target} {row.precision}: {what}")
+        return 0
+    settings = settings_of(found, options)
+    claim_folder(options.work, settings, force=options.force)
+    rows = check_all(options, settings, planned, found.gpu.sm if found.gpu else 0)
+    checked = [row for row in rows if "skipped" not in row]
+    passed = sum(row["passed"] for row in checked)
+    skipped = f", {len(rows) - len(checked)} skipped" if len(rows) > len(checked) else ""
+    print(f"{passed} of {len(checked)} passed{skipped}; please send {options.out}")
+    return 0 if checked and passed == len(checked) else 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -2,7 +2,7 @@
 
 No CUDA provider is here to ask, so its documented kernels are looked up: those of
 `docs/OperatorKernels.md` in ONNX Runtime's repository (as of TensorScatter's kernel), for the
-operators that the dialect uses.
+operators that the dialect uses: versions, and types of elements.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import onnx_ir as ir
 import pytest
 from onnx import defs
 
+from adainfer_export import ExportRequest, export
 from adainfer_export.calibrate.affine import AffineMap
 from adainfer_export.calibrate.classifiers import CLASSIFIERS
 from adainfer_export.calibrate.convert import lower_adapter, lower_classifier
@@ -86,6 +87,61 @@ CONTRIB = {
     "SkipLayerNormalization",
     "SkipSimplifiedLayerNormalization",
 }
+# Element types of the data that kernels take at opset 18, of those types that graphs hold.
+INTEGERS, HALVES = {"INT32", "INT64"}, {"FLOAT16", "BFLOAT16"}
+FLOATS = {"FLOAT", *HALVES}
+NUMBERS = FLOATS | INTEGERS
+ANYTHING = NUMBERS | {"BOOL", "UINT8"}
+WITHOUT_BF16 = {"FLOAT", "FLOAT16"}
+TYPES = {
+    **dict.fromkeys(("Cast", "Concat", "Gather", "GatherElements", "Identity"), ANYTHING),
+    **dict.fromkeys(("Reshape", "ScatterElements", "Slice", "Split", "Squeeze"), ANYTHING),
+    **dict.fromkeys(("Transpose", "Unsqueeze"), ANYTHING),
+    **dict.fromkeys(("Abs", "Add", "Div", "Max", "Min", "Mod", "Mul", "Neg", "Sub"), NUMBERS),
+    **dict.fromkeys(("ReduceSum", "Where"), NUMBERS),
+    **dict.fromkeys(("Exp", "Gemm", "LayerNormalization", "MatMul", "Relu"), FLOATS),
+    **dict.fromkeys(("Softmax", "Tanh"), FLOATS),
+    **dict.fromkeys(("Less", "LessOrEqual", "ReduceMax", "ReduceMin"), WITHOUT_BF16 | INTEGERS),
+    **dict.fromkeys(("Log", "ReduceLogSumExp"), WITHOUT_BF16),
+    "And": {"BOOL"},
+    "Equal": WITHOUT_BF16 | INTEGERS | {"BOOL"},
+    "GatherND": FLOATS | {"INT64"},
+    "Not": {"BOOL"},
+    "Pad": WITHOUT_BF16 | {"BOOL"},
+    "TopK": WITHOUT_BF16 | INTEGERS,
+    **dict.fromkeys(CONTRIB, FLOATS),
+    "GroupQueryAttention": HALVES,
+}
+MADE = {"And": "BOOL", "Equal": "BOOL", "Less": "BOOL", "LessOrEqual": "BOOL", "Not": "BOOL"}
+
+
+def refused_types(graph):
+    """Operators whose kernel does not take the type of their data, with that type."""
+    known = {value: value.dtype.name for value in graph.inputs}
+    known |= {value: value.dtype.name for value in graph.initializers.values()}
+    found = set()
+    for node in graph:
+        types = [None if value is None else known[value] for value in node.inputs]
+        data = types[1:] if node.op_type == "Where" else types  # behind the condition
+        # Further inputs that are no floats are indices, shapes and axes.
+        for kind in {data[0], *(FLOATS & {*data})} - TYPES[node.op_type]:
+            found.add(f"{node.op_type} of {kind}")
+        for value, kind in zip(node.outputs, made_types(node, types), strict=False):
+            assert value.dtype is None or value.dtype.name == kind, (node.op_type, value.name)
+            known[value] = kind
+    return sorted(found)
+
+
+def made_types(node, types):
+    """Of a node's outputs: mostly the first input's."""
+    if node.op_type == "Cast":
+        return [ir.DataType(node.attributes["to"].as_int()).name]
+    if node.op_type == "TopK":
+        return [types[0], "INT64"]
+    if node.op_type == "GroupQueryAttention":
+        return [types[0], types[3], types[4]]
+    place = node.op_type in ("SimplifiedLayerNormalization", "Where")  # the scale's; behind it
+    return [MADE.get(node.op_type, types[int(place)])] * len(node.outputs)
 
 
 def lacking(graph, opset):
@@ -117,15 +173,32 @@ def check_onnx(path):
         external.unlink()
 
 
-@pytest.mark.parametrize("precision", ["fp16", "int4"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_node_of_every_stage_has_a_cuda_kernel(tiny, variant, precision):
-    made = tiny(variant, target="ort-cuda", precision=precision)
-    for stage in made.engine.manifest.stages:
-        model = ir.load(made.folder / stage.file)
+def test_every_node_of_every_stage_has_a_cuda_kernel(tiny, tmp_path, variant, precision):
+    """Of the stage's opset, for the types that it gets. (bf16 does not load on a CPU.)"""
+    checkpoint, folder = str(tiny(variant).checkpoint), tmp_path / "engines"
+    request = ExportRequest(checkpoint, folder, target="ort-cuda", precision=precision)
+    for stage in export(request).manifest.stages:
+        model = ir.load(folder / stage.file)
         assert (model.opset_imports[""], model.ir_version) == (OPSET, 10) == (18, 10)
         assert lacking(model.graph, OPSET) == [], stage.name
-        check_onnx(made.folder / stage.file)
+        assert refused_types(model.graph) == [], stage.name
+        check_onnx(folder / stage.file)
+
+
+def test_types_without_a_kernel_are_found(tiny):
+    """Every 16-bit value made a bfloat16, which TopK does not take."""
+    made = tiny("llama", target="ort-cuda", precision="fp16")
+    graphs = [ir.load(made.folder / stage.file).graph for stage in made.engine.manifest.stages]
+    for graph in graphs:
+        for node in list(graph):
+            if node.op_type == "Cast":
+                node.attributes["to"] = ir.AttrInt64("to", ir.DataType.BFLOAT16)
+        for value in [value for node in graph for value in node.outputs]:
+            value.dtype = None
+    found = {line for graph in graphs for line in refused_types(graph)}
+    assert "TopK of BFLOAT16" in found
 
 
 def test_newer_opsets_would_leave_nodes_to_the_cpu(tiny):
@@ -165,6 +238,7 @@ def test_exit_graphs_have_cuda_kernels(tiny):
     translator = lower_translator(Translator(2, affine(outputs)), rotary, manifest)
     for model in (adapter, translator):
         assert lacking(model.graph, model.opset_imports[""]) == []
+        assert refused_types(model.graph) == []
     path = made.folder / "stages" / "translate.onnx"
     path.write_bytes(serialise(translator))
     check_onnx(path)
@@ -185,6 +259,7 @@ def test_classifiers_have_cuda_kernels(kind):
     features = CLASSIFIERS[kind].feature_sets[-1]
     model = lower_classifier(fit_classifier(kind, synthetic(noise=0.05), (4, 8), features))
     assert lacking(model.graph, model.opset_imports[""]) == []
+    assert refused_types(model.graph) == []
     assert "Equal" in lacking(model.graph, 21)  # what they had
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from gpu_compare import compare, failures
 
+from adainfer_export import ExportRequest, export
 from adainfer_export.build import BuildRequest, build_plans
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime import Engine, certificate
@@ -22,6 +23,7 @@ from adainfer_runtime.backends.ort_cuda import (
 )
 from adainfer_runtime.certificate import certified_threshold, device_class, device_option
 from adainfer_runtime.devices import GpuInfo, find_gpu
+from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.errors import DeviceError, ExitUnavailableError, StageError
 from adainfer_runtime.manifest import (
     Certificate,
@@ -32,6 +34,8 @@ from adainfer_runtime.manifest import (
 )
 from adainfer_runtime.planning import machine, measure_times
 from adainfer_runtime.plans import engine_files
+
+from ..needs import needs_gpu_for
 
 PROMPT = [5, 17, 200, 43]
 
@@ -184,40 +188,62 @@ def test_a_run_that_fails_on_a_gpu_names_its_stage():
         run()
 
 
-def needs_gpu_and(module):
-    """A machine with both; elsewhere the test is skipped."""
-    there = find_gpu() is not None and importlib.util.find_spec(module) is not None
-    return pytest.mark.skipif(not there, reason=f"needs an NVIDIA GPU, and {module}")
+def each(*pairs, backend="tensorrt"):
+    """Targets and precisions, each where the machine has what it takes."""
+    return [pytest.param(*pair, marks=needs_gpu_for(*pair, backend)) for pair in pairs]
+
+
+def exported(tiny, folder, target, precision):
+    """A folder of its own: plans of another back end are not to be taken instead, and `tiny` loads
+    on a CPU, which has no bf16.
+    """
+    export(ExportRequest(str(tiny("llama").checkpoint), folder, target=target, precision=precision))
+    return folder
+
+
+def check_on_gpu(tiny, folder, target, precision):
+    """Prompts of several passes and decoded tokens equal those of the graphs on the CPU."""
+    device = Engine.load(folder, device="cuda")
+    half = "fp16" if precision == "bf16" else precision
+    found = compare(device, tiny("llama", target=target, precision=half).engine)
+    assert failures({"precision": precision, **found, "modes": {}}) == []
+
+
+def build_here(folder, backend, sm=()):
+    request = BuildRequest(backend, sm=sm, max_rows=16)
+    build_plans(folder, load_manifest(folder), request, SilentReporter())
+
+
+PLANNED = [("tensorrt", "fp16"), ("tensorrt", "bf16"), ("tensorrt", "int4")]
+PLANNED += [("tensorrt-basic", "fp16"), ("tensorrt-basic", "int4")]
+ORT = [("ort-cuda", "fp16"), ("ort-cuda", "bf16"), ("ort-cuda", "int4")]
 
 
 @pytest.mark.gpu
-@needs_gpu_and("tensorrt")
-@pytest.mark.parametrize("precision", ["fp16", "int4"])
-@pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
-def test_tensorrt_on_a_gpu_equals_its_graphs_on_the_cpu(tiny, target, precision):
-    made = tiny("llama", target=target, precision=precision)
-    manifest = made.engine.manifest
-    build_plans(made.folder, manifest, BuildRequest("tensorrt", max_rows=16), SilentReporter())
-    engine = Engine.load(made.folder, device="cuda")
-    prompt = PROMPT * 6  # more than one pass
-    mine = engine.generate(prompt, max_new_tokens=16, ignore_eos=True)
-    assert mine.tokens == made.engine.generate(prompt, max_new_tokens=16, ignore_eos=True).tokens
+@pytest.mark.parametrize(("target", "precision"), each(*PLANNED))
+def test_tensorrt_on_a_gpu_equals_its_graphs_on_the_cpu(tiny, tmp_path, target, precision):
+    folder = exported(tiny, tmp_path / "engines", target, precision)
+    build_here(folder, "tensorrt")
+    check_on_gpu(tiny, folder, target, precision)
 
 
 @pytest.mark.gpu
-@needs_gpu_and("cuda")
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "int4"])
-def test_ort_cuda_on_a_gpu_equals_its_graphs_on_the_cpu(tiny, precision):
-    made = tiny("llama", target="ort-cuda", precision=precision)
-    engine = Engine.load(made.folder, device="cuda")
-    mine = engine.generate(PROMPT, max_new_tokens=16, ignore_eos=True)
-    if precision != "bf16":
-        theirs = Engine.load(made.folder).generate(PROMPT, max_new_tokens=16, ignore_eos=True)
-        assert mine.tokens == theirs.tokens
+@pytest.mark.parametrize(("target", "precision"), each(*PLANNED, backend="tensorrt-rtx"))
+def test_tensorrt_rtx_on_a_gpu_equals_its_graphs_on_the_cpu(tiny, tmp_path, target, precision):
+    folder = exported(tiny, tmp_path / "engines", target, precision)
+    build_here(folder, "tensorrt-rtx", sm=(find_gpu().sm,))
+    check_on_gpu(tiny, folder, target, precision)
 
 
 @pytest.mark.gpu
-@needs_gpu_and("cuda")
+@pytest.mark.parametrize(("target", "precision"), each(*ORT))
+def test_ort_cuda_on_a_gpu_equals_its_graphs_on_the_cpu(tiny, tmp_path, target, precision):
+    folder = exported(tiny, tmp_path / "engines", target, precision)
+    check_on_gpu(tiny, folder, target, precision)
+
+
+@pytest.mark.gpu
+@needs_gpu_for("ort-cuda")
 def test_stage_times_on_a_gpu_are_what_its_planner_reads(tiny):
     made = tiny("llama", target="ort-cuda", precision="fp16")
     engine = Engine.load(made.folder, device="cuda")

@@ -13,14 +13,14 @@ from adainfer_runtime.devices import GpuInfo
 from adainfer_runtime.doctor import Ability, Diagnosis, diagnose, module_version
 
 ORIN = GpuInfo("Orin", 87, 8 << 30, "12.6")
-
-
 H100 = GpuInfo("H100", 90, 80 << 30, "13.0")
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx", "cuda-python": "cuda.bindings"}
 
 
-def look(gpu=None, library=None, broken=(), **versions):
-    """`versions` of distributions and, under their usual distribution's name, of modules."""
+def machine(gpu=None, library=None, broken=(), **versions):
+    """What doctor finds; `versions` of distributions and, under their usual distribution's name, of
+    modules.
+    """
     names = {name.replace("_", "-"): version for name, version in versions.items()}
     modules = {MODULES[name]: names.pop(name) for name in MODULES.keys() & names.keys()}
 
@@ -34,7 +34,11 @@ def look(gpu=None, library=None, broken=(), **versions):
             raise ImportError("libnvinfer.so.10: cannot open shared\nobject file")
         return modules.get(name)
 
-    found = diagnose(lambda: gpu, version, lambda: library, module)
+    return diagnose(lambda: gpu, version, lambda: library, module)
+
+
+def look(gpu=None, library=None, broken=(), **versions):
+    found = machine(gpu, library, broken, **versions)
     return {ability.what: ability.missing for ability in found.abilities}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import shutil
@@ -15,21 +16,23 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from adainfer_export import ExportRequest, export
 from adainfer_export.build import BuildRequest, build_plans, profiles_of
 from adainfer_export.build.builder import SubprocessBuilder
 from adainfer_export.build.command import register
 from adainfer_export.build.worker import Outcome
 from adainfer_export.errors import BuildError
 from adainfer_export.progress import SilentReporter
+from adainfer_export.sources import resolve
 from adainfer_runtime.devices import GpuInfo
 from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.errors import DeviceError, PlanError
 from adainfer_runtime.plans import engine_files, find_stamp, load_stamp, write_stamp
 
+from ...needs import HAS_RTX, needs_rtx
 from ..exit_folder import make_exit_folder
 
 ORIN = GpuInfo("Orin", 87, 8 << 30, "12.6")
-RTX = importlib.util.find_spec("tensorrt_rtx") is not None
 
 
 class FakeBuilder:
@@ -281,7 +284,7 @@ def test_missing_package_names_what_to_install():
         SubprocessBuilder("tensorrt")
 
 
-@pytest.mark.skipif(RTX, reason="TensorRT-RTX is installed")
+@pytest.mark.skipif(HAS_RTX, reason="TensorRT-RTX is installed")
 def test_missing_rtx_names_the_pip_line():
     match = r"pip install 'adainfer-export\[tensorrt-rtx\]'"
     with pytest.raises(DeviceError, match=match):
@@ -319,7 +322,7 @@ def test_profiles_of_a_calibrated_folder_name_every_input(exits, target):
         assert {*profiles_of(manifest, file, 64)[0]} == inputs, file
 
 
-@pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
+@needs_rtx
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
 def test_rtx_builds_exit_graphs_without_a_word(exits, target):
     """AdaInfer's own SVM and a plain threshold, which look at few of a classifier's inputs."""
@@ -332,36 +335,68 @@ def test_rtx_builds_exit_graphs_without_a_word(exits, target):
     assert report.warnings == ()
 
 
-@pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
+def build_with_rtx(folder, precision, stages):
+    """The command's answer, for every GPU family that has the precision."""
+    app = typer.Typer()
+    register(app)
+    families = "89,120" if precision == "fp8" else "86,89,120"
+    arguments = [str(folder), "--backend", "tensorrt-rtx", "--sm", families, "--json"]
+    for stage in stages:
+        arguments += ["--stages", stage]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    data = json.loads(result.stdout)
+    assert len(data["built"]) == len(stages)
+    return data["stamp"]["plans"]
+
+
+@needs_rtx
 @pytest.mark.parametrize(
     ("target", "precision"),
     [
         ("tensorrt", "fp16"),
+        ("tensorrt", "bf16"),
         ("tensorrt", "int4"),
         ("tensorrt", "fp8"),
         ("tensorrt-basic", "fp16"),
         ("tensorrt-basic", "fp8"),
     ],
 )
-def test_rtx_builds_real_stages(tiny, tmp_path, target, precision):
-    """Parser and builder of TensorRT-RTX, for three GPU families, without a GPU."""
-    made = tiny("llama", target=target, precision=precision)
+def test_rtx_builds_stages_of_every_kind(tiny, tmp_path, target, precision):
+    """Parser and builder of TensorRT-RTX, without a GPU."""
     folder = tmp_path / "engines"
-    shutil.copytree(made.folder, folder)
-    app = typer.Typer()
-    register(app)
-    families = "89,120" if precision == "fp8" else "86,89,120"
-    arguments = [str(folder), "--backend", "tensorrt-rtx", "--sm", families, "--json"]
-    for stage in ("positions", "layer_001", "probe", "candidates"):
-        arguments += ["--stages", stage]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    data = json.loads(result.stdout)
-    assert len(data["built"]) == 4
-    plan = data["stamp"]["plans"]["stages/layer_001.onnx"]
+    checkpoint = str(tiny("llama").checkpoint)
+    export(ExportRequest(checkpoint, folder, target=target, precision=precision))
+    stages = ("positions", "layer_001", "probe", "candidates")
+    plan = build_with_rtx(folder, precision, stages)["stages/layer_001.onnx"]
     assert plan["fused_attention"] == (2 if target == "tensorrt" else 0)  # one for each profile
     # At least Q, K and V; the output; gate and up; down; for each profile.
     assert plan["float8_products"] >= 8 if precision == "fp8" else plan["float8_products"] == 0
+
+
+@pytest.fixture
+def one_layer_of_smollm2(smollm2_gguf, monkeypatch):
+    """The alias gives the first of the real model's layers, with its embedding and its head."""
+    checkpoint = resolve("smollm2-135m")
+    checkpoint.config.num_hidden_layers = 1
+    monkeypatch.setattr(type(checkpoint), "unused", lambda *_: ())
+    module = importlib.import_module("adainfer_export.export")  # its package names the function so
+    monkeypatch.setattr(module, "resolve", lambda *_, **__: checkpoint)
+
+
+@needs_rtx
+@pytest.mark.usefixtures("one_layer_of_smollm2")
+@pytest.mark.parametrize(
+    ("target", "precision"), [("tensorrt", "bf16"), ("tensorrt-basic", "int4")]
+)
+def test_rtx_builds_stages_of_smollm2(tmp_path, target, precision):
+    """What boards get by their presets, with a real model's shapes and weights."""
+    folder = tmp_path / "engines"
+    request = ExportRequest("smollm2-135m", folder, target=target, precision=precision)
+    manifest = export(request).manifest
+    assert (manifest.depth, manifest.model.hidden_size) == (1, 576)
+    plans = build_with_rtx(folder, precision, ("positions", "layer_001", "probe"))
+    assert plans["stages/layer_001.onnx"]["fused_attention"] == (2 if target == "tensorrt" else 0)
 
 
 def test_8_bit_floats_are_built_for_gpus_that_have_them(tiny, tmp_path):
@@ -387,7 +422,7 @@ def test_int4_is_built_for_gpus_that_have_it(tiny, tmp_path):
         build(tmp_path / "engines", FakeBuilder(), "tensorrt-rtx", sm=(75, 86))
 
 
-@pytest.mark.skipif(not RTX, reason="needs the extra tensorrt-rtx")
+@needs_rtx
 def test_rtx_refuses_contrib_operators_by_name(tiny, tmp_path):
     builder = SubprocessBuilder("tensorrt-rtx")
     made = tiny("llama", target="ort-cuda", precision="fp16")
