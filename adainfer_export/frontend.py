@@ -103,8 +103,16 @@ def _from_library(
             mobius.register_ep(mobius.EpCapabilities(_PROVIDER, supports_skip_layer_norm=False))
         module_class = mobius.registry.get(architecture.frontend_name)
         resolved = _config_from_hf(config, module_class=module_class)
-        # Weights are read as float32 whatever the checkpoint holds; targets lower the types.
-        resolved = dataclasses.replace(resolved, dtype=ir.DataType.FLOAT)
+        resolved = dataclasses.replace(
+            resolved,
+            # Weights are read as float32 whatever the checkpoint holds; targets lower the types.
+            dtype=ir.DataType.FLOAT,
+            # Tables of plain rotary positions, replaced below: for the model's whole context they
+            # take gigabytes, and the library's long-rope looks positions up at an offset.
+            max_position_embeddings=max_seq_len,
+            rope_type="default",
+            rope_scaling=None,
+        )
         if getattr(config, "mlp_bias", False):  # Llama's key, which mobius 0.1.0 overlooks
             resolved = dataclasses.replace(resolved, mlp_bias=True)
         module = module_class(resolved)

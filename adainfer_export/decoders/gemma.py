@@ -95,7 +95,10 @@ def _attention(
         graph.linear(source, f"{name}.{part}_proj", (count * head_dim, width), bias=biased)
         for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
     )
-    if config.model_type == "gemma3_text":
+    softcap = 0.0
+    if config.model_type == "gemma2":
+        softcap = config.attn_logit_softcapping or 0.0
+    else:  # Gemma 3 keeps that key of its configuration, and no code of it reads it
         query, key = (
             graph.head_norm(
                 projected, f"{name}.{part}_norm", head_dim, config.rms_norm_eps, add=_ONE
@@ -109,7 +112,7 @@ def _attention(
         heads=(heads, kv_heads),
         head_dim=head_dim,
         scale=config.query_pre_attn_scalar**-0.5,
-        softcap=config.attn_logit_softcapping or 0.0,
+        softcap=softcap,
         rotation=rotation,
     )
     return graph.linear(mixed, f"{name}.o_proj", (width, heads * head_dim), bias=biased)
