@@ -13,6 +13,7 @@ from .decoders.builder import Decoder
 from .frontend import build_decoder
 from .lower import Precision
 from .lower.targets import Dialect
+from .padding import pad_inner_widths
 from .preflight import require_same_tensors
 from .sources import Checkpoint
 from .sources.viewed import ViewedCheckpoint
@@ -57,6 +58,7 @@ def prepare_decoder(
     architecture = find_architecture(config.model_type)
     windows = sliding_windows(architecture, config, max_seq_len)
     decoder = build_decoder(config, architecture, max_seq_len, checkpoint.shape)
+    decoder = pad_inner_widths(decoder, precision)
     viewed = ViewedCheckpoint(checkpoint, decoder.views, architecture.aliases, architecture.others)
     require_same_tensors(decoder.model.graph, viewed)
     precision = keep_blocks(precision, decoder.model.graph, viewed)
