@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ class Architecture:
     Attributes:
         model_type: `model_type` of the Hugging Face configuration.
         frontend_name: the frontend library's name for it, where it builds the decoder.
-        build: what builds it instead, from the configuration and the engine's maximum length.
+        build: what builds it instead, from the configuration, the engine's maximum length, and the
+            configuration of each layer.
         aliases: (prefix, other prefix) of tensor names, see `sources.viewed`.
         wrapped_in: `model_type` of models that hold this decoder beside others (of images).
         others: prefixes of those others' tensors, which are not read.
@@ -37,7 +38,7 @@ class Architecture:
 
     model_type: str
     frontend_name: str | None = None
-    build: Callable[[Any, int], Decoder] | None = None
+    build: Callable[[Any, int, Sequence[Any]], Decoder] | None = None
     aliases: tuple[tuple[str, str], ...] = ()
     wrapped_in: str | None = None
     others: tuple[str, ...] = ()
@@ -60,7 +61,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("qwen2", "qwen2", windows="layer_types", prunable=True, gguf_name="qwen2"),
     Architecture("qwen3", "qwen3", windows="layer_types", prunable=True, gguf_name="qwen3"),
     Architecture("opt", build=opt.build, aliases=(("model.decoder.", "decoder."),)),
-    Architecture("gemma2", build=gemma.build, windows="layer_types"),
+    Architecture("gemma2", build=gemma.build, windows="layer_types", prunable=True),
     Architecture(
         "gemma3_text",
         build=gemma.build,
@@ -77,8 +78,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "model.multi_modal_projector.",
         ),
         windows="layer_types",
+        prunable=True,
     ),
-    Architecture("phi3", build=phi3.build, windows="all"),
+    Architecture("phi3", build=phi3.build, windows="all", prunable=True),
     Architecture("gpt2", build=gpt2.build, aliases=(("transformer.", ""),)),
     Architecture("gpt_neox", build=gpt_neox.build, aliases=(("lm_head.", "embed_out."),)),
 )

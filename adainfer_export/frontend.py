@@ -23,7 +23,7 @@ from .architectures import Architecture
 from .decoders.builder import SCOPES_KEY, Decoder
 from .decoders.rotary import head_dim_of, rotary_tables
 from .errors import UnsupportedError, one_line
-from .widths import LayerWidths, Shape, layer_widths
+from .widths import LayerWidths, Shape, layer_configs, layer_widths
 
 __all__ = ["build_decoder", "layer_of"]
 
@@ -67,9 +67,9 @@ def build_decoder(
         UnsupportedError: the configuration asks for something that cannot be expressed.
     """
     try:
-        if architecture.build is not None:
-            return architecture.build(config, max_seq_len)
         widths = layer_widths(config, shape) if architecture.prunable else None
+        if architecture.build is not None:
+            return architecture.build(config, max_seq_len, layer_configs(config, widths))
         return Decoder(_from_library(config, architecture, max_seq_len, widths))
     except UnsupportedError as error:
         raise UnsupportedError(f"architecture {architecture.model_type}: {error}") from error

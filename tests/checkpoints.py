@@ -88,11 +88,13 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "opt": ("opt", {**OPT, "sliding_window": 5}),
     "opt-350m": ("opt", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),
+    "gemma2-pruned": ("gemma2", {**GEMMA}),
     "gemma3": (
         "gemma3_text",
         {**GEMMA, "rope_parameters": GEMMA3_ROPE, "attn_logit_softcapping": 2.0},
     ),
     "phi3": ("phi3", {"sliding_window": 12, "layer_types": MIXED, **longrope(16)}),
+    "phi3-pruned": ("phi3", {"sliding_window": None}),
     "phi3-short": ("phi3", {**longrope(128), "tie_word_embeddings": True}),
     "gpt2": ("gpt2", {"n_inner": 96, "tie_word_embeddings": True}),
     "gpt_neox": ("gpt_neox", {"rope_parameters": PARTIAL_ROPE, "sliding_window": 5}),
@@ -108,7 +110,12 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }
 # Layers (from 0) that a pruning tool made narrower: heads, heads of K and V, feed-forward width.
-PRUNED = {"llama-pruned": {1: (2, 1, 64), 2: (4, 2, 32)}, "qwen3-pruned": {2: (2, 1, 96)}}
+PRUNED = {
+    "llama-pruned": {1: (2, 1, 64), 2: (4, 2, 32)},
+    "qwen3-pruned": {2: (2, 1, 96)},
+    "gemma2-pruned": {1: (3, 1, 64)},
+    "phi3-pruned": {2: (2, 1, 64)},
+}
 # A head of their own beside a configuration that ties it to the embedding.
 TIED_BY_NAME = ("llama-own-head",)
 

@@ -6,7 +6,7 @@ even layers for the global ones, and adds 1 to every norm's weight each time tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ __all__ = ["build"]
 _ONE = 1.0
 
 
-def build(config: Any, max_seq_len: int) -> Decoder:
+def build(config: Any, max_seq_len: int, layers: Sequence[Any]) -> Decoder:
     """Builds the decoder of a `Gemma2Config` or `Gemma3TextConfig`.
 
     Raises:
@@ -40,7 +40,11 @@ def build(config: Any, max_seq_len: int) -> Decoder:
         hidden,
         config.num_hidden_layers,
         lambda index, before: _layer(
-            graph, config, f"model.layers.{index}", before, rotations[config.layer_types[index]]
+            graph,
+            layers[index],
+            f"model.layers.{index}",
+            before,
+            rotations[config.layer_types[index]],
         ),
     )
     hidden = graph.rms_norm(hidden, "model.norm", width, config.rms_norm_eps, add=_ONE)
