@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from .decoders import gemma, gpt2, gpt_neox, opt, phi3
 from .decoders.builder import Decoder
@@ -21,10 +21,14 @@ class Architecture:
     Attributes:
         model_type: `model_type` of the Hugging Face configuration.
         frontend_name: the frontend library's name for it, where it builds the decoder.
-        build: what builds it instead, from the configuration and the engine's maximum length.
+        build: what builds it instead, from the configuration, the engine's maximum length, and the
+            configuration of each layer.
         aliases: (prefix, other prefix) of tensor names, see `sources.viewed`.
         wrapped_in: `model_type` of models that hold this decoder beside others (of images).
         others: prefixes of those others' tensors, which are not read.
+        windows: which layers have the configuration's `sliding_window`: none, whatever it says,
+            all, or those that `layer_types` names. (transformers reads the keys of a
+            configuration that its modelling code of the family reads, and no others.)
         prunable: layers may differ in heads and feed-forward width.
         gguf_name: `general.architecture` of GGUF files, where they are supported. Several
             families may share one: such files are read as the first of them.
@@ -34,10 +38,11 @@ class Architecture:
 
     model_type: str
     frontend_name: str | None = None
-    build: Callable[[Any, int], Decoder] | None = None
+    build: Callable[[Any, int, Sequence[Any]], Decoder] | None = None
     aliases: tuple[tuple[str, str], ...] = ()
     wrapped_in: str | None = None
     others: tuple[str, ...] = ()
+    windows: Literal["none", "all", "layer_types"] = "none"
     prunable: bool = False
     gguf_name: str | None = None
     gguf_permuted_rope: bool = False
@@ -45,11 +50,18 @@ class Architecture:
 
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture("llama", "llama", prunable=True, gguf_name="llama", gguf_permuted_rope=True),
-    Architecture("mistral", "mistral", prunable=True, gguf_name="llama", gguf_permuted_rope=True),
-    Architecture("qwen2", "qwen2", prunable=True, gguf_name="qwen2"),
-    Architecture("qwen3", "qwen3", prunable=True, gguf_name="qwen3"),
+    Architecture(
+        "mistral",
+        "mistral",
+        windows="all",
+        prunable=True,
+        gguf_name="llama",
+        gguf_permuted_rope=True,
+    ),
+    Architecture("qwen2", "qwen2", windows="layer_types", prunable=True, gguf_name="qwen2"),
+    Architecture("qwen3", "qwen3", windows="layer_types", prunable=True, gguf_name="qwen3"),
     Architecture("opt", build=opt.build, aliases=(("model.decoder.", "decoder."),)),
-    Architecture("gemma2", build=gemma.build),
+    Architecture("gemma2", build=gemma.build, windows="layer_types", prunable=True),
     Architecture(
         "gemma3_text",
         build=gemma.build,
@@ -65,8 +77,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "model.vision_tower.",
             "model.multi_modal_projector.",
         ),
+        windows="layer_types",
+        prunable=True,
     ),
-    Architecture("phi3", build=phi3.build),
+    Architecture("phi3", build=phi3.build, windows="all", prunable=True),
     Architecture("gpt2", build=gpt2.build, aliases=(("transformer.", ""),)),
     Architecture("gpt_neox", build=gpt_neox.build, aliases=(("lm_head.", "embed_out."),)),
 )
@@ -89,13 +103,28 @@ def find_architecture(model_type: str) -> Architecture:
     )
 
 
-def sliding_windows(config: Any, max_seq_len: int) -> tuple[int | None, ...]:
-    """Of each layer, the tokens that a position attends to, itself included; None for all."""
+def sliding_windows(
+    architecture: Architecture, config: Any, max_seq_len: int
+) -> tuple[int | None, ...]:
+    """Of each layer, the tokens that a position attends to, itself included; None for all.
+
+    Raises:
+        UnsupportedError: layers of another kind, or a window that holds no position.
+    """
     layers = int(config.num_hidden_layers)
     window: int | None = getattr(config, "sliding_window", None)
-    if not getattr(config, "use_sliding_window", True) or window is None or window >= max_seq_len:
+    if architecture.windows == "none":
         return (None,) * layers
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    if architecture.windows == "all":
+        kinds = ["full_attention" if window is None else "sliding_attention"] * layers
+    else:  # of Qwen the configuration has no window unless `use_sliding_window` says so
+        kinds = list(config.layer_types)
     if strange := set(kinds) - {"sliding_attention", "full_attention"}:
         raise UnsupportedError(f"layers of type {sorted(strange)[0]!r} are not supported")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if "sliding_attention" in kinds and (window is None or window < 1):
+        raise UnsupportedError(
+            f"layers with a sliding window, and sliding_window is {window}: a position attends to "
+            "at least itself"
+        )
+    reached = window is not None and window < max_seq_len
+    return tuple(window if reached and kind == "sliding_attention" else None for kind in kinds)

@@ -11,7 +11,8 @@ __all__ = ["multiply_adds"]
 
 def multiply_adds(graph: ir.Graph) -> int:
     """Of one position through the graph's weight matrices (attention's own products depend on
-    the context and are counted by the runtime; norms and activations are not counted).
+    the context and are counted by the runtime; norms and activations are not counted). Zeros that
+    `padding` adds to a matrix are multiplied like any others, and are counted.
     """
     return sum(_of_node(node) for node in graph)
 

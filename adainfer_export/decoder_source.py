@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from .architectures import find_architecture
+from .architectures import find_architecture, sliding_windows
+from .config_values import require_values
 from .decoders.builder import Decoder
 from .frontend import build_decoder
 from .lower import Precision
 from .lower.targets import Dialect
+from .padding import pad_inner_widths
 from .preflight import require_same_tensors
 from .sources import Checkpoint
 from .sources.viewed import ViewedCheckpoint
@@ -27,11 +29,13 @@ class PreparedDecoder:
     Attributes:
         checkpoint: the weights, under the names that the graph uses.
         dialect: what lowers it.
+        windows: of each layer, the tokens that a position attends to; None for all before it.
         precision: knows which matrices are kept as they are stored.
     """
 
     decoder: Decoder
     checkpoint: Checkpoint
+    windows: tuple[int | None, ...]
     dialect: Dialect
     precision: Precision
 
@@ -48,13 +52,17 @@ def prepare_decoder(
     if own is not None:
         dialect = keep_decoder(checkpoint, precision)
         _crop_tables(own.graph, int(config.max_position_embeddings), max_seq_len)
-        return PreparedDecoder(Decoder(own), checkpoint, dialect, precision)
+        whole = (None,) * int(config.num_hidden_layers)  # its windows stay in its graph
+        return PreparedDecoder(Decoder(own), checkpoint, whole, dialect, precision)
+    require_values(config, checkpoint.eos_token_ids, checkpoint.source_name)
     architecture = find_architecture(config.model_type)
+    windows = sliding_windows(architecture, config, max_seq_len)
     decoder = build_decoder(config, architecture, max_seq_len, checkpoint.shape)
+    decoder = pad_inner_widths(decoder, precision)
     viewed = ViewedCheckpoint(checkpoint, decoder.views, architecture.aliases, architecture.others)
     require_same_tensors(decoder.model.graph, viewed)
     precision = keep_blocks(precision, decoder.model.graph, viewed)
-    return PreparedDecoder(decoder, viewed, dialect, precision)
+    return PreparedDecoder(decoder, viewed, windows, dialect, precision)
 
 
 def _crop_tables(graph: ir.Graph, positions: int, max_seq_len: int) -> None:

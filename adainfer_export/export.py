@@ -24,7 +24,6 @@ from adainfer_runtime.manifest import (
 )
 from adainfer_runtime.tokenizer import load_tokenizer
 
-from .architectures import sliding_windows
 from .calibrate import CalibrationRequest
 from .calibrate.kept import KEPT_FOLDER
 from .cost import multiply_adds
@@ -197,8 +196,7 @@ def plan_stages(
     model, heads = prepared.decoder.model, prepared.decoder.layer_heads
     dialect, precision = prepared.dialect, prepared.precision
     kv = _kv_geometry(heads, max_seq_len, dialect, precision)
-    windows = sliding_windows(config, max_seq_len)
-    lowering = DecoderRequest(windows, max_seq_len, precision, kv.row_elements)
+    lowering = DecoderRequest(prepared.windows, max_seq_len, precision, kv.row_elements)
     shared = dialect.lower_decoder(model, lowering)
     request.storage.check(len(heads))
     groups = layer_groups(len(heads), request.layers_per_engine or 1)

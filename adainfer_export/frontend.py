@@ -23,7 +23,7 @@ from .architectures import Architecture
 from .decoders.builder import SCOPES_KEY, Decoder
 from .decoders.rotary import head_dim_of, rotary_tables
 from .errors import UnsupportedError, one_line
-from .widths import LayerWidths, Shape, layer_widths
+from .widths import LayerWidths, Shape, layer_configs, layer_widths
 
 __all__ = ["build_decoder", "layer_of"]
 
@@ -67,9 +67,9 @@ def build_decoder(
         UnsupportedError: the configuration asks for something that cannot be expressed.
     """
     try:
-        if architecture.build is not None:
-            return architecture.build(config, max_seq_len)
         widths = layer_widths(config, shape) if architecture.prunable else None
+        if architecture.build is not None:
+            return architecture.build(config, max_seq_len, layer_configs(config, widths))
         return Decoder(_from_library(config, architecture, max_seq_len, widths))
     except UnsupportedError as error:
         raise UnsupportedError(f"architecture {architecture.model_type}: {error}") from error
@@ -103,8 +103,16 @@ def _from_library(
             mobius.register_ep(mobius.EpCapabilities(_PROVIDER, supports_skip_layer_norm=False))
         module_class = mobius.registry.get(architecture.frontend_name)
         resolved = _config_from_hf(config, module_class=module_class)
-        # Weights are read as float32 whatever the checkpoint holds; targets lower the types.
-        resolved = dataclasses.replace(resolved, dtype=ir.DataType.FLOAT)
+        resolved = dataclasses.replace(
+            resolved,
+            # Weights are read as float32 whatever the checkpoint holds; targets lower the types.
+            dtype=ir.DataType.FLOAT,
+            # Tables of plain rotary positions, replaced below: for the model's whole context they
+            # take gigabytes, and the library's long-rope looks positions up at an offset.
+            max_position_embeddings=max_seq_len,
+            rope_type="default",
+            rope_scaling=None,
+        )
         if getattr(config, "mlp_bias", False):  # Llama's key, which mobius 0.1.0 overlooks
             resolved = dataclasses.replace(resolved, mlp_bias=True)
         module = module_class(resolved)

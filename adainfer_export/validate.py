@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,6 +128,7 @@ def reference_model(checkpoint: Checkpoint) -> Any:
             tensor = torch.from_numpy(np.array(stored.read(f"{name}.{leaf}")))
             # Assigned, not copied: layers may be narrower than the configuration says.
             module._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)
+    for module in model.modules():  # once all have their weights
         if hasattr(module, "num_key_value_groups"):
             _regroup(module)
     if checkpoint.tied_head:
@@ -136,9 +138,16 @@ def reference_model(checkpoint: Checkpoint) -> Any:
 
 def _regroup(attention: Any) -> None:
     """Query heads for each head of K and V, from the weights that the layer really has."""
-    query, key = (getattr(attention, f"{part}_proj", None) for part in "qk")
+    query, key, fused = (getattr(attention, f"{part}_proj", None) for part in ("q", "k", "qkv"))
     if query is not None and key is not None:
         attention.num_key_value_groups = len(query.weight) // len(key.weight)
+    if fused is not None:  # Phi-3, which cuts by these numbers
+        heads = attention.o_proj.weight.shape[1] // attention.head_dim
+        kv_heads = (len(fused.weight) // attention.head_dim - heads) // 2
+        attention.config = copy.copy(attention.config)
+        attention.config.num_attention_heads = heads
+        attention.num_key_value_heads = kv_heads
+        attention.num_key_value_groups = heads // kv_heads
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,14 @@ TINY = {
     "pad_token_id": 1,
 }
 
+MIXED = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 # OPT counts feed-forward width under another name, and ties its head.
 OPT = {"ffn_dim": 96, "word_embed_proj_dim": 64, "tie_word_embeddings": True}
 GEMMA = {
     "head_dim": 32,  # not hidden / heads
     "sliding_window": 12,
     "query_pre_attn_scalar": 24,
-    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+    "layer_types": MIXED,
     "tie_word_embeddings": True,
 }
 GEMMA3_ROPE = {
@@ -52,11 +53,13 @@ def longrope(original: int) -> dict[str, object]:
     return {"rope_parameters": parameters, "original_max_position_embeddings": original}
 
 
-# name: (model_type, what differs from TINY)
+# name: (model_type, what differs from TINY). Keys that transformers ignores in a family stand in
+# one of its variants: the engine must ignore them as well.
 VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", {}),
     "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-mha": ("llama", {"num_key_value_heads": 4}),
+    "llama-own-head": ("llama", {}),
+    "llama-mha": ("llama", {"num_key_value_heads": 4, "sliding_window": 5}),
     "llama-mqa": ("llama", {"num_key_value_heads": 1}),
     "llama3-rope": (
         "llama",
@@ -74,7 +77,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "llama-bias": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "llama-pruned": ("llama", {}),
     "mistral": ("mistral", {"sliding_window": None}),
-    "mistral-window": ("mistral", {"sliding_window": 12}),
+    "mistral-window": ("mistral", {"sliding_window": 12, "use_sliding_window": False}),
     "qwen2": ("qwen2", {}),
     "qwen2-mixed-window": (
         "qwen2",
@@ -82,14 +85,19 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "qwen3": ("qwen3", {}),
     "qwen3-pruned": ("qwen3", {}),
-    "opt": ("opt", {**OPT}),
+    "opt": ("opt", {**OPT, "sliding_window": 5}),
     "opt-350m": ("opt", {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 32}),
     "gemma2": ("gemma2", {**GEMMA, "attn_logit_softcapping": 4.0, "final_logit_softcapping": 3.0}),
-    "gemma3": ("gemma3_text", {**GEMMA, "rope_parameters": GEMMA3_ROPE}),
-    "phi3": ("phi3", {"sliding_window": 12, **longrope(16)}),
+    "gemma2-pruned": ("gemma2", {**GEMMA}),
+    "gemma3": (
+        "gemma3_text",
+        {**GEMMA, "rope_parameters": GEMMA3_ROPE, "attn_logit_softcapping": 2.0},
+    ),
+    "phi3": ("phi3", {"sliding_window": 12, "layer_types": MIXED, **longrope(16)}),
+    "phi3-pruned": ("phi3", {"sliding_window": None}),
     "phi3-short": ("phi3", {**longrope(128), "tie_word_embeddings": True}),
     "gpt2": ("gpt2", {"n_inner": 96, "tie_word_embeddings": True}),
-    "gpt_neox": ("gpt_neox", {"rope_parameters": PARTIAL_ROPE}),
+    "gpt_neox": ("gpt_neox", {"rope_parameters": PARTIAL_ROPE, "sliding_window": 5}),
     "gpt_neox-serial": (
         "gpt_neox",
         {
@@ -102,7 +110,14 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     ),
 }
 # Layers (from 0) that a pruning tool made narrower: heads, heads of K and V, feed-forward width.
-PRUNED = {"llama-pruned": {1: (2, 1, 64), 2: (4, 2, 32)}, "qwen3-pruned": {2: (2, 1, 96)}}
+PRUNED = {
+    "llama-pruned": {1: (2, 1, 64), 2: (4, 2, 32)},
+    "qwen3-pruned": {2: (2, 1, 96)},
+    "gemma2-pruned": {1: (3, 1, 64)},
+    "phi3-pruned": {2: (2, 1, 64)},
+}
+# A head of their own beside a configuration that ties it to the embedding.
+TIED_BY_NAME = ("llama-own-head",)
 
 
 def write_tokenizer(folder: Path, vocab_size: int = 320) -> None:
@@ -147,6 +162,8 @@ def make_checkpoint(
             parameter.add_(torch.randn_like(parameter) * scale)
     model.float().eval()
     model.save_pretrained(folder, max_shard_size=shard)
+    if variant in TIED_BY_NAME:
+        edit_config(folder, tie_word_embeddings=True)
     if tokenizer:
         write_tokenizer(folder)
     return model

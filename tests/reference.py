@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import DynamicCache
 
 from adainfer_export.float8 import dequantise_float8, quantise_float8
 from adainfer_export.lower import PRECISIONS
@@ -22,7 +23,11 @@ def reference_logits(model: Any, tokens: Sequence[int]) -> np.ndarray:
 
 
 def reference_greedy(model: Any, tokens: Sequence[int], count: int) -> list[int]:
-    """Greedy continuation, without stopping at an end token."""
+    """Greedy continuation, without stopping at an end token.
+
+    Over a cache of all positions: transformers' own choice drops what is out of a `sliding_window`
+    in families whose attention knows of none.
+    """
     ids = torch.tensor([list(tokens)])
     with torch.no_grad():
         out = model.generate(
@@ -31,6 +36,7 @@ def reference_greedy(model: Any, tokens: Sequence[int], count: int) -> list[int]
             max_new_tokens=count,
             min_new_tokens=count,
             do_sample=False,
+            past_key_values=DynamicCache(),
             eos_token_id=None,
             pad_token_id=0,
         )

@@ -6,7 +6,7 @@ even layers for the global ones, and adds 1 to every norm's weight each time tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ __all__ = ["build"]
 _ONE = 1.0
 
 
-def build(config: Any, max_seq_len: int) -> Decoder:
+def build(config: Any, max_seq_len: int, layers: Sequence[Any]) -> Decoder:
     """Builds the decoder of a `Gemma2Config` or `Gemma3TextConfig`.
 
     Raises:
@@ -40,7 +40,11 @@ def build(config: Any, max_seq_len: int) -> Decoder:
         hidden,
         config.num_hidden_layers,
         lambda index, before: _layer(
-            graph, config, f"model.layers.{index}", before, rotations[config.layer_types[index]]
+            graph,
+            layers[index],
+            f"model.layers.{index}",
+            before,
+            rotations[config.layer_types[index]],
         ),
     )
     hidden = graph.rms_norm(hidden, "model.norm", width, config.rms_norm_eps, add=_ONE)
@@ -95,7 +99,10 @@ def _attention(
         graph.linear(source, f"{name}.{part}_proj", (count * head_dim, width), bias=biased)
         for part, count in (("q", heads), ("k", kv_heads), ("v", kv_heads))
     )
-    if config.model_type == "gemma3_text":
+    softcap = 0.0
+    if config.model_type == "gemma2":
+        softcap = config.attn_logit_softcapping or 0.0
+    else:  # Gemma 3 keeps that key of its configuration, and no code of it reads it
         query, key = (
             graph.head_norm(
                 projected, f"{name}.{part}_norm", head_dim, config.rms_norm_eps, add=_ONE
@@ -109,7 +116,7 @@ def _attention(
         heads=(heads, kv_heads),
         head_dim=head_dim,
         scale=config.query_pre_attn_scalar**-0.5,
-        softcap=config.attn_logit_softcapping or 0.0,
+        softcap=softcap,
         rotation=rotation,
     )
     return graph.linear(mixed, f"{name}.o_proj", (width, heads * head_dim), bias=biased)

@@ -6,6 +6,7 @@ transposed in memory; here they are read from where they lie.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -16,7 +17,7 @@ from .builder import Decoder, DecoderBuilder
 __all__ = ["build"]
 
 
-def build(config: Any, max_seq_len: int) -> Decoder:
+def build(config: Any, max_seq_len: int, layers: Sequence[Any]) -> Decoder:
     """Builds the decoder of a `GPT2Config`.
 
     Raises:
@@ -32,7 +33,7 @@ def build(config: Any, max_seq_len: int) -> Decoder:
     hidden = graph.layers(
         hidden,
         config.num_hidden_layers,
-        lambda index, before: _layer(graph, config, index, before),
+        lambda index, before: _layer(graph, layers[index], index, before),
     )
     hidden = graph.layer_norm(hidden, "transformer.ln_f", width, config.layer_norm_epsilon)
     head = "transformer.wte" if config.tie_word_embeddings else "lm_head"

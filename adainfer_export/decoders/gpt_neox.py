@@ -6,6 +6,7 @@ memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from .views import Heads
 __all__ = ["build"]
 
 
-def build(config: Any, max_seq_len: int) -> Decoder:
+def build(config: Any, max_seq_len: int, layers: Sequence[Any]) -> Decoder:
     """Builds the decoder of a `GPTNeoXConfig`."""
     width, vocab_size = config.hidden_size, config.vocab_size
     graph = DecoderBuilder(width)
@@ -28,7 +29,9 @@ def build(config: Any, max_seq_len: int) -> Decoder:
     hidden = graph.layers(
         hidden,
         config.num_hidden_layers,
-        lambda index, before: _layer(graph, config, f"gpt_neox.layers.{index}", before, rotation),
+        lambda index, before: _layer(
+            graph, layers[index], f"gpt_neox.layers.{index}", before, rotation
+        ),
     )
     hidden = graph.layer_norm(hidden, "gpt_neox.final_layer_norm", width, config.layer_norm_eps)
     head = "gpt_neox.embed_in" if config.tie_word_embeddings else "lm_head"

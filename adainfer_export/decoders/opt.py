@@ -6,6 +6,7 @@ projections alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -20,7 +21,7 @@ _EPSILON = 1e-5
 _OFFSET = 2
 
 
-def build(config: Any, max_seq_len: int) -> Decoder:
+def build(config: Any, max_seq_len: int, layers: Sequence[Any]) -> Decoder:
     """Builds the decoder of an `OPTConfig`.
 
     Raises:
@@ -41,7 +42,7 @@ def build(config: Any, max_seq_len: int) -> Decoder:
     hidden = graph.layers(
         hidden,
         config.num_hidden_layers,
-        lambda index, before: _layer(graph, config, f"{root}.layers.{index}", before),
+        lambda index, before: _layer(graph, layers[index], f"{root}.layers.{index}", before),
     )
     if config.do_layer_norm_before and not config._remove_final_layer_norm:
         hidden = graph.layer_norm(hidden, f"{root}.final_layer_norm", hidden_size, _EPSILON)

@@ -7,6 +7,7 @@ short ones, later layers would disagree with earlier ones.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from .rotary import head_dim_of, rotary_tables
 __all__ = ["build"]
 
 
-def build(config: Any, max_seq_len: int) -> Decoder:
+def build(config: Any, max_seq_len: int, layers: Sequence[Any]) -> Decoder:
     """Builds the decoder of a `Phi3Config`."""
     width, vocab_size, epsilon = config.hidden_size, config.vocab_size, config.rms_norm_eps
     graph = DecoderBuilder(width)
@@ -27,7 +28,9 @@ def build(config: Any, max_seq_len: int) -> Decoder:
     hidden = graph.layers(
         hidden,
         config.num_hidden_layers,
-        lambda index, before: _layer(graph, config, f"model.layers.{index}", before, rotation),
+        lambda index, before: _layer(
+            graph, layers[index], f"model.layers.{index}", before, rotation
+        ),
     )
     hidden = graph.rms_norm(hidden, "model.norm", width, epsilon)
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"

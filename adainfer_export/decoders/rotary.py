@@ -42,7 +42,8 @@ def rotary_tables(config: Any, max_seq_len: int, layer_type: str | None = None) 
         layer_type: where the configuration has parameters per kind of layer.
 
     Raises:
-        UnsupportedError: another kind of scaling; the message names those that are supported.
+        UnsupportedError: another kind of scaling, where the message names those that are
+            supported, or values that give no frequencies.
     """
     import torch
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -63,5 +64,7 @@ def rotary_tables(config: Any, max_seq_len: int, layer_type: str | None = None) 
         compute = ROPE_INIT_FUNCTIONS[kind]
         named = {} if layer_type is None else {"layer_type": layer_type}
         frequencies, scaling = compute(config, torch.device("cpu"), seq_len=max_seq_len, **named)
+    if not torch.isfinite(frequencies).all():
+        raise UnsupportedError(f"rope_parameters that give no finite frequencies: {parameters}")
     angles = torch.outer(torch.arange(max_seq_len, dtype=torch.float32), frequencies)
     return Tables((angles.cos() * scaling).numpy(), (angles.sin() * scaling).numpy())

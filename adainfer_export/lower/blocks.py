@@ -104,8 +104,9 @@ def _stored(
     rows, columns = shape
     if columns % blocks.block_size:
         raise UnsupportedError(
-            f"{names[0]}: width {columns} is not divisible by the block of {blocks.block_size}; "
-            "export with --precision fp32"
+            f"{names[0]}: width {columns} is not divisible by the block of {blocks.block_size}, "
+            "and feed-forward widths alone are padded; export with a --block-size that divides it, "
+            "or --precision fp32"
         )
     count = columns // blocks.block_size
     planes = blocks.bits // 4 if blocks.kept else 1

@@ -219,7 +219,7 @@ def _dequantised(
     if linear.in_features % block or linear.out_features % 2:
         raise UnsupportedError(
             f"{name}: shape {linear.out_features}x{linear.in_features} does not go into blocks of "
-            f"{block} in pairs of rows; "
+            f"{block} in pairs of rows, and feed-forward widths alone are padded; "
             "export with --precision fp16"
         )
     parts = (name,)

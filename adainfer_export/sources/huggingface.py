@@ -20,6 +20,7 @@ from ..errors import CheckpointError, SourceError, UnsupportedError, one_line
 from ..quantise import BlockRows, Blocks
 from .checkpoint import end_tokens, require_finite
 from .packed import PackedLinears
+from .stored_heads import equal_tensors, find_embedding, find_heads
 from .tensor_files import TensorFiles, Tensors
 
 __all__ = ["HuggingFaceFolder"]
@@ -77,8 +78,14 @@ class HuggingFaceFolder:
 
     @cached_property
     def config(self) -> Any:
-        """The `transformers.PretrainedConfig` of config.json, as if nothing were quantised."""
+        """The `transformers.PretrainedConfig` of config.json, as if nothing were quantised.
+
+        A head that is stored, and is another matrix than the embedding, is not tied to it,
+        whatever config.json says: so does transformers.
+        """
         config = copy.deepcopy(self._full_config)
+        if self._has_head_of_its_own:
+            config.tie_word_embeddings = False
         if self._packed:  # refuses what cannot be read
             del config.quantization_config
         return config
@@ -153,7 +160,7 @@ class HuggingFaceFolder:
 
     @property
     def tied_head(self) -> bool:
-        """As the configuration says."""
+        """As the configuration says, unless another head is stored."""
         return bool(getattr(self.config, "tie_word_embeddings", False))
 
     def decoder(self) -> None:
@@ -161,9 +168,9 @@ class HuggingFaceFolder:
 
     def unused(self, read: frozenset[str]) -> tuple[str, ...]:
         """Of every shard, leaving out buffers and a second copy of a tied head."""
-        tied = {"lm_head.weight"} if self.tied_head else set()
+        copies = find_heads(self._files.table) if self.tied_head else ()
         used = {stored for name in read for stored in self._stored(name)}
-        left = self._files.table.keys() - used - tied
+        left = self._files.table.keys() - used - set(copies)
         return tuple(
             sorted(n for n in left if not n.endswith(_BUFFERS) and not self._is_empty_bias(n))
         )
@@ -274,6 +281,19 @@ class HuggingFaceFolder:
             return None
         settings = settings if isinstance(settings, dict) else settings.to_dict()
         return PackedLinears(self._files, settings)
+
+    @cached_property
+    def _has_head_of_its_own(self) -> bool:
+        if not getattr(self._full_config, "tie_word_embeddings", False):
+            return False
+        embedding = find_embedding(self._files.table)
+        if embedding is None:
+            return False
+        shape = self.shape(embedding)
+        return any(
+            self.shape(head) != shape or not equal_tensors(self.read, head, embedding, shape)
+            for head in find_heads(self._files.table)
+        )
 
     def _stored(self, name: str) -> tuple[str, ...]:
         if self._packed and self._packed.holds(name):

@@ -112,8 +112,9 @@ class ViewedCheckpoint:
             return self._checkpoint.read(stored, rows)
         if view.transposed:
             return view.of(self._whole(stored), rows)
-        ranges = view.ranges(rows or slice(0, view.result[0]))
-        return view.join([self._checkpoint.read(stored, part) for part in ranges])
+        rows = rows or slice(0, view.result[0])
+        pieces = [self._checkpoint.read(stored, part) for part in view.ranges(rows)]
+        return view.join(pieces, rows.stop - rows.start)
 
     def blocks(self, name: str) -> Blocks | None:
         """Those of the stored matrix, where the graph's is rows of it."""

@@ -194,12 +194,48 @@ def test_configuration_of_no_model(checkpoint, tmp_path, key, value, reason):
 
 @pytest.mark.parametrize(
     ("variant", "key", "value"),
-    [("gemma3", "query_pre_attn_scalar", 0), ("llama", "num_key_value_heads", 7)],
+    [("llama", "num_key_value_heads", 7)],
 )
 def test_configuration_that_cannot_be_built(tmp_path, variant, key, value):
     make_checkpoint(tmp_path / "checkpoint", variant)
     edit_config(tmp_path / "checkpoint", **{key: value})
     fails(UnsupportedError, tmp_path / "checkpoint", tmp_path, "cannot build this configuration")
+
+
+NO_WINDOW = "sliding_window is {}: a position attends to at least itself"
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "error", "match"),
+    [
+        ("llama", {"is_causal": False}, UnsupportedError, "is_causal is false"),
+        ("llama", {"rms_norm_eps": -1.0}, CheckpointError, "rms_norm_eps .* is negative"),
+        ("gpt2", {"layer_norm_epsilon": -1.0}, CheckpointError, "layer_norm_epsilon .* negative"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, CheckpointError, "is 0; .* must be positive"),
+        ("gemma2", {"query_pre_attn_scalar": -4}, CheckpointError, "attn_scalar .* is -4"),
+        ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 0}},
+         UnsupportedError, "rope_parameters that give no finite frequencies: .*'factor': 0"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}},
+         UnsupportedError, "rope_parameters that give no finite frequencies"),
+        ("mistral", {"sliding_window": 0}, UnsupportedError, NO_WINDOW.format(0)),
+        ("phi3", {"sliding_window": -1}, UnsupportedError, NO_WINDOW.format(-1)),
+        ("gemma2", {"sliding_window": -3}, UnsupportedError, NO_WINDOW.format(-3)),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 4}, UnsupportedError,
+         NO_WINDOW.format("None")),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 4}, UnsupportedError,
+         "layers of type 'chunked_attention' are not supported"),
+    ],
+)  # fmt: skip
+def test_configuration_that_would_be_another_model(tmp_path, variant, changes, error, match):
+    make_checkpoint(tmp_path / "checkpoint", variant, tokenizer=False)
+    edit_config(tmp_path / "checkpoint", **changes)
+    fails(error, tmp_path / "checkpoint", tmp_path, match)
+
+
+def test_end_of_text_beyond_the_vocabulary(checkpoint, tmp_path):
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 320]}))
+    fails(CheckpointError, checkpoint, tmp_path,
+          "eos_token_id 320 is no token of a vocabulary of 320")  # fmt: skip
 
 
 @pytest.mark.parametrize("value", ["abc", ["a"], {}, 1.5, True, [[1]]])

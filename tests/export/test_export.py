@@ -115,7 +115,7 @@ def test_width_that_blocks_do_not_divide(tmp_path):
 
     from .. import checkpoints
 
-    checkpoints.VARIANTS["narrow"] = ("llama", {"intermediate_size": 80})
+    checkpoints.VARIANTS["narrow"] = ("llama", {"hidden_size": 80})
     try:
         make_checkpoint(tmp_path / "checkpoint", "narrow")
     finally:

@@ -7,9 +7,12 @@ import onnx
 import pytest
 
 from adainfer_export import ExportRequest, export
+from adainfer_export.architectures import find_architecture
+from adainfer_export.frontend import build_decoder
+from adainfer_export.sources import resolve
 from adainfer_runtime import Engine
 
-from ..checkpoints import PARTIAL_ROPE, longrope, make_checkpoint
+from ..checkpoints import PARTIAL_ROPE, edit_config, longrope, make_checkpoint
 from ..reference import reference_logits
 
 YARN = {
@@ -49,3 +52,20 @@ def test_logits_equal_transformers(tmp_path, name):
     graph = onnx.load(tmp_path / "out" / "stages" / "layer_001.onnx", load_external_data=False)
     apart = [node.op_type for node in graph.graph.node].count("RotaryEmbedding")
     assert apart == (2 if name.startswith("head") else 0)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama3-rope", "gpt_neox"])
+def test_rotary_tables_are_as_long_as_the_engine(tmp_path, variant):
+    """Those of a context of 10⁹ positions would take 64 GB."""
+    make_checkpoint(tmp_path / "checkpoint", variant, tokenizer=False)
+    edit_config(tmp_path / "checkpoint", max_position_embeddings=10**9)
+    checkpoint = resolve(str(tmp_path / "checkpoint"))
+    architecture = find_architecture(checkpoint.config.model_type)
+    decoder = build_decoder(checkpoint.config, architecture, 50, checkpoint.shape)
+    tables = {
+        value.name: value.const_value.shape.numpy()
+        for value in decoder.model.graph.initializers.values()
+        if value.const_value is not None and value.const_value.nbytes > 100
+    }
+    assert len(tables) == 2
+    assert {shape[0] for shape in tables.values()} == {50}
