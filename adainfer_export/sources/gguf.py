@@ -47,7 +47,8 @@ class GgufFile:
         key = self._architecture.gguf_name
         heads = self._by_layer(f"{key}.attention.head_count")
         hidden = int(self._field(f"{key}.embedding_length"))
-        head_dim = int(self._optional(f"{key}.attention.key_length") or hidden // heads[0])
+        first = next(filter(None, heads))  # of the first layer that has any
+        head_dim = int(self._optional(f"{key}.attention.key_length") or hidden // first)
         positions = int(self._field(f"{key}.context_length"))
         where = str(self._path)
         require_plain(lambda name: self._optional(f"{key}.{name}"), head_dim, positions, where)
