@@ -18,7 +18,7 @@ from adainfer_runtime.engine_folder import load_manifest, verify_files
 from adainfer_runtime.manifest import Manifest
 
 from .calibrate import CalibrationRequest, ShortlistRequest
-from .errors import CalibrationError
+from .errors import CalibrationError, UnsupportedError
 from .export import ExportRequest, ExportResult, export
 from .lower import PRECISIONS, TARGETS
 from .presets import PRESETS, find_preset
@@ -59,6 +59,28 @@ def _block_sizes() -> str:
         for target in TARGETS
         if "int4" in target.precisions
     )
+
+
+# Parameters of `export` that say what is stored, and how; with --layers the others say nothing.
+_OF_STORED_LAYERS = frozenset(
+    {
+        "model",
+        "out",
+        "target",
+        "precision",
+        "preset",
+        "layers_per_engine",
+        "max_seq_len",
+        "source",
+        "revision",
+        "block_size",
+        "int8_layers",
+        "layers",
+        "workers",
+        "quiet",
+        "json_output",
+    }
+)
 
 
 class AdapterChoice(str, Enum):
@@ -193,6 +215,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run_export(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Alias, folder, .gguf file or Hugging Face id (owner/name).")
     ],
@@ -282,6 +305,9 @@ def run_export(
     json_output: JsonOption = False,
 ) -> None:
     """Split an LLM into engines with an exit graph between them."""
+    if layers is not None:
+        _require_of_stored_layers(context)
+        calibration = ["none"]
     logged = _log_warnings()
     recipe = None if Path(model).is_dir() else load_recipe(model)
     board = find_preset(preset) if preset is not None else None
@@ -331,6 +357,16 @@ def run_export(
         f"{result.seconds:.1f} s, peak {result.peak_memory_bytes / 1e6:,.0f} MB"
     )
     _print_exits(result.manifest)
+
+
+def _require_of_stored_layers(context: typer.Context) -> None:
+    for name in context.params:
+        origin = context.get_parameter_source(name)
+        if origin is not None and origin.name == "COMMANDLINE" and name not in _OF_STORED_LAYERS:
+            raise UnsupportedError(
+                "--layers writes weights of a finished folder again: "
+                f"--{name.replace('_', '-')} does not go with it"
+            )
 
 
 def run_calibrate(

@@ -3,6 +3,7 @@
 AdaInferError
 ├── SourceError               the model cannot be found or fetched
 │   ├── GatedSourceError
+│   ├── GgufSourceError
 │   ├── PickledSourceError
 │   └── UnknownModelError
 ├── CheckpointError           the checkpoint is damaged or incomplete
@@ -24,6 +25,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "GatedSourceError",
+    "GgufSourceError",
     "LoweringError",
     "NonFiniteWeightError",
     "OutputError",
@@ -42,6 +44,10 @@ class SourceError(AdaInferError):
 
 class GatedSourceError(SourceError):
     """The weights are to be had only once their licence was accepted."""
+
+
+class GgufSourceError(SourceError):
+    """A repository on the hub holds its weights as GGUF alone."""
 
 
 class PickledSourceError(SourceError):

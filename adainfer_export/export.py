@@ -70,7 +70,8 @@ class ExportRequest:
         resume: go on where a killed export to `out` stopped, and keep what is finished if this
             one is stopped too.
         layers: (first, last) layers to write again into the folder `out`, which must be the same
-            export of the same source; nothing else is touched.
+            export of the same source; nothing else is touched, so that `force`, `resume` and
+            `calibration` do not go with it.
         workers: data files that are written at a time, each with the memory of its largest pieces;
             None: as many as cores, at most 8.
     """
@@ -124,7 +125,12 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     workers = request.workers or default_workers()
     if request.layers is None:
         check_output(request.out, force=request.force)
-    if request.calibration is not None and request.layers is None:
+    elif request.force or request.resume or request.calibration is not None:
+        raise UnsupportedError(
+            "--layers writes weights of a finished folder again: --force, --resume and "
+            "--calibration do not go with it"
+        )
+    if request.calibration is not None:
         from .calibrate.fitting import check_inputs
 
         check_inputs(request.calibration, target.name)
@@ -354,6 +360,8 @@ def _versions() -> dict[str, str]:
 
 
 def _warnings(manifest: Manifest, request: ExportRequest) -> Iterator[str]:
+    if request.layers is not None:  # the folder is what it was
+        return
     if manifest.precision == "keep" and manifest.source.kind != "onnx":
         yield (
             "kept blocks are computed in float32, exactly: a decoded token takes about four times "

@@ -87,7 +87,7 @@ def _recipes(recipes: tuple[Recipe, ...]) -> Table:
 
 
 def _describe(recipe: Recipe) -> Iterator[str]:
-    yield f"{recipe.alias}: architecture {recipe.architecture}"
+    yield ", ".join([f"{recipe.alias}: architecture {recipe.architecture}", *_sizes(recipe)])
     for source in recipe.sources:
         yield f"source: {source.kind} {source.id} at {source.revision}"
     gated = "; gated: accept it there, then `hf auth login`" if recipe.gated else ""
@@ -99,6 +99,13 @@ def _describe(recipe: Recipe) -> Iterator[str]:
     yield f"int4: {_sensitive(quantisation) if quantisation else _NONE_MEASURED}"
     for figure in recipe.published:
         yield f"published: {_figure(figure)}"
+
+
+def _sizes(recipe: Recipe) -> Iterator[str]:
+    if recipe.num_layers:
+        yield f"{recipe.num_layers} layers"
+    if recipe.hidden_size:
+        yield f"hidden size {recipe.hidden_size}"
 
 
 def _exits(exits: ExitSettings) -> str:

@@ -78,7 +78,7 @@ def validate_folder(
     cut = engine
     if manifest.joined:  # what runs, and the single stages behind it
         cut = Engine.of_manifest(folder, manifest.uncalibrated())
-    checkpoint = resolve(reference or source.id, revision=None if reference else source.revision)
+    checkpoint = resolve(reference) if reference else _fetch_again(source)
     if isinstance(checkpoint, OnnxFolder):
         raise SourceError(
             f"{checkpoint.source_name} holds a decoder in ONNX, which transformers does not run: "
@@ -98,6 +98,11 @@ def validate_folder(
         same_tokens=float(np.mean([comparison.same_tokens for comparison in comparisons])),
         tolerance=_TOLERANCE.get(PRECISIONS[manifest.precision].name),
     )
+
+
+def _fetch_again(source: SourceSpec) -> Checkpoint:
+    """A package's version is not asked for: its recipe has it, and its checksum."""
+    return resolve(source.id, revision=source.revision if source.kind == "huggingface" else None)
 
 
 def _require_fetched(folder: Path, source: SourceSpec) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,19 @@ def checkpoint(tmp_path: Path) -> Path:
     """A tiny Llama checkpoint that a test may damage."""
     make_checkpoint(tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
+
+
+@pytest.fixture
+def unsized_recipes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Aliases take weights of any size: tiny ones, of their architecture."""
+    module = import_module("adainfer_export.sources.resolve")
+    load = module.load_recipe
+
+    def unsized(alias: str) -> Any:
+        recipe = load(alias)
+        return recipe and recipe.model_copy(update={"num_layers": None, "hidden_size": None})
+
+    monkeypatch.setattr(module, "load_recipe", unsized)
 
 
 @pytest.fixture(scope="session")

@@ -124,10 +124,8 @@ def write_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = tensor.float().numpy()
-        if "q_proj" in name:
-            values = interleaved(values, config.num_attention_heads)
-        if "k_proj" in name:
-            values = interleaved(values, config.num_key_value_heads)
+        if "q_proj" in name or "k_proj" in name:
+            values = interleaved(values, values.shape[0] // config.head_dim)
         kind = next((kind for part, kind in types.items() if part in name), default)
         if values.ndim == 1:
             kind = Type.F32

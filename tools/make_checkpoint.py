@@ -88,6 +88,39 @@ SHAPES: dict[str, tuple[str, dict[str, object]]] = {
             "tie_word_embeddings": False,
         },
     ),
+    "llama2-70b": _llama(
+        **_sizes(8192, 28672, 80, 64, 8), vocab_size=32000, max_position_embeddings=4096
+    ),
+    "qwen3-0.6b": (
+        "qwen3",
+        {
+            **_sizes(1024, 3072, 28, 16, 8),
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": True,
+        },
+    ),
+    "gemma3-270m": (
+        "gemma3_text",
+        {
+            **_sizes(640, 2048, 18, 4, 1),
+            "head_dim": 256,
+            "vocab_size": 262144,
+            "max_position_embeddings": 32768,
+            "sliding_window": 512,
+        },
+    ),
+    "phi3-mini": (
+        "phi3",
+        {
+            **_sizes(3072, 8192, 32, 32, 32),
+            "vocab_size": 32064,
+            "max_position_embeddings": 4096,
+            "sliding_window": 2047,
+        },
+    ),
     "opt-1.3b": _opt(2048, 24, 32),
     "opt-6.7b": _opt(4096, 32, 32),
     "opt-13b": _opt(5120, 40, 40),

@@ -19,12 +19,15 @@ from ..errors import CheckpointError, SourceError, UnsupportedError
 from ..quantise import BlockRows, Blocks
 from .checkpoint import require_finite
 from .gguf_blocks import KEPT_TYPES, read_rows
+from .gguf_plain import require_plain
 from .gguf_rope import FACTORS, rope_parameters
 from .gguf_tokenizer import build_tokenizer, special_tokens
 
 __all__ = ["GgufFile"]
 
 READABLE_TYPES = ("F32", "F16", "BF16", *KEPT_TYPES, "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q5_K")
+# What a configuration says of biases that the file has.
+_BIASES = {"attention_bias": "blk.0.attn_output.bias", "mlp_bias": "blk.0.ffn_gate.bias"}
 _QUERY_OR_KEY = re.compile(r"[qk]_proj\.(weight|bias)$")
 
 
@@ -42,18 +45,20 @@ class GgufFile:
         from transformers import AutoConfig
 
         key = self._architecture.gguf_name
-        heads = int(self._field(f"{key}.attention.head_count"))
+        heads = self._by_layer(f"{key}.attention.head_count")
         hidden = int(self._field(f"{key}.embedding_length"))
-        head_dim = int(self._optional(f"{key}.attention.key_length") or hidden // heads)
+        first = next(filter(None, heads))  # of the first layer that has any
+        head_dim = int(self._optional(f"{key}.attention.key_length") or hidden // first)
         positions = int(self._field(f"{key}.context_length"))
-        self._require_no_window(positions)
+        where = str(self._path)
+        require_plain(lambda name: self._optional(f"{key}.{name}"), head_dim, positions, where)
         return AutoConfig.for_model(
             self._architecture.model_type,
             hidden_size=hidden,
-            intermediate_size=int(self._field(f"{key}.feed_forward_length")),
+            intermediate_size=max(self._by_layer(f"{key}.feed_forward_length")),
             num_hidden_layers=int(self._field(f"{key}.block_count")),
-            num_attention_heads=heads,
-            num_key_value_heads=int(self._optional(f"{key}.attention.head_count_kv") or heads),
+            num_attention_heads=max(heads),
+            num_key_value_heads=max(self._by_layer(f"{key}.attention.head_count_kv", heads)),
             head_dim=head_dim,
             max_position_embeddings=positions,
             rms_norm_eps=float(self._field(f"{key}.attention.layer_norm_rms_epsilon")),
@@ -62,12 +67,13 @@ class GgufFile:
                 self._rotary_factors(),
                 head_dim,
                 positions,
-                str(self._path),
+                where,
             ),
             vocab_size=int(self._tensor("token_embd.weight").shape[1]),
             tie_word_embeddings=self.tied_head,
             bos_token_id=self._optional("tokenizer.ggml.bos_token_id"),
             eos_token_id=self._optional("tokenizer.ggml.eos_token_id"),
+            **{name: True for name, tensor in _BIASES.items() if tensor in self._tensors},
         )
 
     @cached_property
@@ -146,7 +152,7 @@ class GgufFile:
         tensor, count = self._tensor(self._mapped(name)), self.shape(name)[0]
         order = np.arange(count)
         if self._architecture.gguf_permuted_rope and _QUERY_OR_KEY.search(name):
-            order = self._interleaving(count, "k_proj." in name)
+            order = self._interleaving(count)
         wanted = order[rows]
         first, last = int(wanted.min()), int(wanted.max()) + 1
         width = int(tensor.n_bytes) // count
@@ -180,19 +186,9 @@ class GgufFile:
             return None
         return np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32)
 
-    def _require_no_window(self, positions: int) -> None:
-        """The families that are read from GGUF have none there; a file that says so is another."""
-        window = self._optional(f"{self._architecture.gguf_name}.attention.sliding_window")
-        if window and int(window) < positions:
-            raise UnsupportedError(
-                f"{self._path}: a sliding window ({window} of {positions} positions) in GGUF is "
-                "not supported; export from the Hugging Face folder instead"
-            )
-
-    def _interleaving(self, rows: int, is_key: bool) -> npt.NDArray[np.int64]:
+    def _interleaving(self, rows: int) -> npt.NDArray[np.int64]:
         """Where the file has each row: its converter put the halves of a head alternately."""
-        heads = self.config.num_key_value_heads if is_key else self.config.num_attention_heads
-        pairs = np.arange(rows).reshape(heads, rows // heads // 2, 2)
+        pairs = np.arange(rows).reshape(-1, self.config.head_dim // 2, 2)
         return pairs.swapaxes(1, 2).reshape(rows)
 
     def _mapped(self, name: str) -> str:
@@ -219,8 +215,17 @@ class GgufFile:
                 f"{self._path} cannot be read as GGUF ({error}); the file is truncated or "
                 "damaged: download it again"
             ) from error
+        self._require_one_part(reader)
         self._require_whole(reader)
         return reader
+
+    def _require_one_part(self, reader: Any) -> None:
+        field = reader.fields.get("split.count")
+        if field is not None and (parts := int(field.contents())) > 1:
+            raise UnsupportedError(
+                f"{self._path} is one of {parts} parts of a split model; put them together with "
+                "`llama-gguf-split --merge FIRST_PART WHOLE.gguf`, and export WHOLE.gguf"
+            )
 
     def _require_whole(self, reader: Any) -> None:
         end = max((int(t.data_offset + t.n_bytes) for t in reader.tensors), default=0)
@@ -269,6 +274,16 @@ class GgufFile:
         if value is None:
             raise CheckpointError(f"{self._path}: key {key} is missing")
         return value
+
+    def _by_layer(self, key: str, default: list[int] | None = None) -> list[int]:
+        """A number of all layers, or one of each: of models with layers of different widths."""
+        value = self._field(key) if default is None else self._optional(key)
+        numbers = [int(n) for n in value] if isinstance(value, list) else [int(value or 0)]
+        if any(numbers):
+            return numbers
+        if default is None:
+            raise CheckpointError(f"{self._path}: key {key} is {value}, expected a number")
+        return default
 
     def _optional(self, key: str) -> Any:
         field = self._reader.fields.get(key)

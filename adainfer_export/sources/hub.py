@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..errors import GatedSourceError, PickledSourceError, SourceError
+from adainfer_runtime.errors import AdaInferError
+
+from ..errors import (
+    GatedSourceError,
+    GgufSourceError,
+    PickledSourceError,
+    SourceError,
+    UnsupportedError,
+)
 
 __all__ = ["download_snapshot"]
 
@@ -19,7 +27,8 @@ def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
 
     Raises:
         GatedSourceError: its licence was not accepted.
-        PickledSourceError: it is without safetensors.
+        GgufSourceError, PickledSourceError: it is without safetensors.
+        UnsupportedError: they are no whole model of transformers.
         SourceError: not in the cache and not to be had.
     """
     from huggingface_hub import snapshot_download
@@ -36,8 +45,27 @@ def download_snapshot(repository: str, revision: str) -> tuple[Path, str]:
             f"{repository} cannot be downloaded and is not in the local cache"
         ) from error
     if not any(Path(folder).glob("*.safetensors")):
-        raise PickledSourceError(
-            f"{repository} at revision {revision} holds no safetensors, and pickled weights are "
-            "not read"
-        )
+        raise _without_weights(f"{repository} at revision {revision}", _names(repository, revision))
     return Path(folder), Path(folder).name
+
+
+def _names(repository: str, revision: str) -> list[str]:
+    """Of all files; none where the hub cannot be asked."""
+    from huggingface_hub import list_repo_files
+
+    try:
+        return sorted(list_repo_files(repository, revision=revision))
+    except Exception:  # as above: what is said of the repository is then less exact
+        return []
+
+
+def _without_weights(where: str, names: list[str]) -> AdaInferError:
+    if others := [name for name in names if name.endswith(".safetensors")]:
+        return UnsupportedError(
+            f"{where} holds {others[0]}, but no model*.safetensors: adapters and layouts other "
+            "than transformers' are not read; load (and merge) it with transformers, "
+            "save_pretrained(DIR), and export DIR"
+        )
+    if any(name.endswith(".gguf") for name in names):
+        return GgufSourceError(f"{where} holds GGUF files and no safetensors")
+    return PickledSourceError(f"{where} holds no safetensors, and pickled weights are not read")

@@ -30,6 +30,10 @@ from .tensor_files import Tensors
 __all__ = ["PackedLinears"]
 
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# What is added to a stored zero point, by the form; the first form is the default one.
+_ZERO_OFFSETS = {"gptq": {"gptq": 1, "gptq_v2": 0}, "awq": {"gemm": 0}}
+# Where settings name the form: the older key decides, as in transformers.
+_FORM_KEYS = {"gptq": ("checkpoint_format", "format"), "awq": ("version", "format")}
 _LARGEST_BLOCK = 128
 _SMALLEST_BLOCK = 16
 
@@ -54,7 +58,7 @@ class PackedLinears:
         self._files = files
         where = files.folder
         self._method = str(settings.get("quant_method"))
-        self._bits: Literal[4, 8] = settings.get("bits", 4)
+        self._bits: Literal[4, 8] = _as_number(settings.get("bits", 4))
         if self._method not in ("gptq", "awq"):
             raise UnsupportedError(
                 f"{where}: quantised with {self._method!r}, which is not supported (supported: "
@@ -64,12 +68,15 @@ class PackedLinears:
             raise UnsupportedError(
                 f"{where}: {self._method} with {self._bits} bits is not supported"
             )
-        version = str(settings.get("version", "gemm")).lower()
-        if self._method == "awq" and version != "gemm":
-            raise UnsupportedError(f"{where}: awq version {version!r} is not supported, only gemm")
-        self._zero_offset = 1 if settings.get("checkpoint_format", "gptq") == "gptq" else 0
-        if self._method == "awq":
-            self._zero_offset = 0
+        offsets, keys = _ZERO_OFFSETS[self._method], _FORM_KEYS[self._method]
+        key = next((key for key in keys if settings.get(key)), None)
+        form = str(settings[key]).lower() if key else next(iter(offsets))
+        if form not in offsets:
+            raise UnsupportedError(
+                f"{where}: {self._method} with {key} {form!r} is not supported "
+                f"(supported: {', '.join(offsets)})"
+            )
+        self._zero_offset = offsets[form]
 
     def holds(self, name: str) -> bool:
         """Whether this weight (`….weight`) is packed."""
@@ -187,6 +194,11 @@ class PackedLinears:
                 f"{len(columns)} columns; the checkpoint is damaged"
             )
         return found
+
+
+def _as_number(bits: Any) -> Any:
+    """Some tools write numbers as texts."""
+    return int(bits) if isinstance(bits, str) and bits.isdecimal() else bits
 
 
 def _stem(name: str) -> str:

@@ -79,10 +79,7 @@ class TensorFiles(Tensors):
         shards = self._indexed()
         if shards is None:
             if not (self.folder / _SINGLE).is_file():
-                raise SourceError(
-                    f"{self.folder} holds no {_SINGLE} or {_INDEX}; pickled weights (.bin) are "
-                    "not read: convert them to safetensors"
-                )
+                raise SourceError(f"{self.folder} holds no {_SINGLE} or {_INDEX}{self._instead()}")
             return self._header(_SINGLE)
         found: dict[str, TensorInfo] = {}
         for file in sorted(set(shards.values())):
@@ -116,6 +113,15 @@ class TensorFiles(Tensors):
             f"{self.folder}: tensor {name} is missing from the weights; "
             "the checkpoint does not match its config.json"
         )
+
+    def _instead(self) -> str:
+        """What to do, by what the folder holds instead."""
+        if others := sorted(path.name for path in self.folder.glob("*.safetensors")):
+            return (
+                f", but {others[0]}: call one file that holds the whole model {_SINGLE}, add the "
+                "index of several; an adapter must be merged into its model"
+            )
+        return "; pickled weights (.bin) are not read: convert them to safetensors"
 
     def _indexed(self) -> dict[str, str] | None:
         index = self.folder / _INDEX

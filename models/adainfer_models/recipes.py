@@ -121,6 +121,7 @@ class Recipe(_Record):
 
     Attributes:
         architecture: `model_type` of the configuration.
+        num_layers, hidden_size: by which weights are known to be this model's.
         licence_page: where the licence stands, and is accepted where the weights are gated.
         gated: weights are to be had only by users who accepted the licence.
         note: what a user should know before the download.
@@ -128,6 +129,8 @@ class Recipe(_Record):
 
     alias: Text
     architecture: Text
+    num_layers: PositiveInt | None = None
+    hidden_size: PositiveInt | None = None
     licence: Text
     licence_page: Text
     gated: bool = False

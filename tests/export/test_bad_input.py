@@ -530,6 +530,7 @@ def test_pickled_weights_have_one_next_step(tmp_path, monkeypatch, model, start,
 
     (tmp_path / "config.json").write_text("{}")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["model.bin"])
     fails(
         SourceError,
         model,
@@ -545,6 +546,7 @@ def test_gated_repository_names_the_next_step(monkeypatch):
         resolve("a/b")
 
 
+@pytest.mark.usefixtures("unsized_recipes")
 def test_weights_for_an_alias_are_of_its_architecture(checkpoint, tmp_path):
     result = run("llama2-7b", tmp_path / "engines", weights=checkpoint)
     assert result.manifest.source.id == checkpoint.name

@@ -227,6 +227,7 @@ def test_what_a_file_says_of_positions_and_is_not_known_is_refused(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.gguf"]
 
 
+@pytest.mark.usefixtures("unsized_recipes")
 def test_a_llama_file_may_be_a_mistral(models, tmp_path):
     write_gguf(tmp_path / "m.gguf", models[False], {}, Type.F16)
     weights = tmp_path / "m.gguf"
@@ -241,6 +242,7 @@ def test_a_llama_file_may_be_a_mistral(models, tmp_path):
         resolve("mistral-7b", weights=tmp_path / "folder")
 
 
+@pytest.mark.usefixtures("unsized_recipes")
 def test_a_mistral_from_a_llama_file_equals_transformers(tmp_path):
     model = make_checkpoint(tmp_path / "c", "mistral", tokenizer=False)
     write_gguf(tmp_path / "m.gguf", model, {}, Type.F32)
@@ -256,3 +258,71 @@ def test_another_family_s_file_is_refused(tmp_path):
     match = r"'gemma2' is not supported \(supported: llama, qwen2, qwen3\)"
     with pytest.raises(UnsupportedError, match=match):
         export(ExportRequest(str(tmp_path / "m.gguf"), tmp_path / "out"))
+
+
+def test_layers_of_different_widths(tmp_path):
+    """As llama.cpp writes them of pruned models: a number for each layer."""
+    model = make_checkpoint(tmp_path / "c", "llama-pruned", tokenizer=False)
+    keys = {
+        "llama.attention.head_count": [4, 2, 4, 4],
+        "llama.attention.head_count_kv": [2, 1, 2, 2],
+        "llama.feed_forward_length": [96, 64, 32, 96],
+    }
+    write_gguf(tmp_path / "m.gguf", model, {}, Type.F32, keys=keys)
+    logits = logits_of(tmp_path / "m.gguf", tmp_path / "out")
+    assert np.abs(logits - reference_logits(model, LONG)).max() <= 1e-4
+
+
+def test_numbers_of_all_layers_may_stand_for_each(models, tmp_path):
+    keys = {"llama.feed_forward_length": [512, 512], "llama.attention.head_count_kv": [2, 2]}
+    write_gguf(tmp_path / "m.gguf", models[False], {}, Type.F32, keys=keys)
+    config = resolve(str(tmp_path / "m.gguf")).config
+    assert (config.intermediate_size, config.num_key_value_heads) == (512, 2)
+    assert config.num_attention_heads == 8
+    write_gguf(tmp_path / "m.gguf", models[False], {}, Type.F32, keys={"llama.block_count": 2,
+               "llama.feed_forward_length": 0})  # fmt: skip
+    with pytest.raises(CheckpointError, match="feed_forward_length is 0, expected a number"):
+        _ = resolve(str(tmp_path / "m.gguf")).config
+
+
+def test_biases_are_read(tmp_path):
+    model = make_checkpoint(tmp_path / "c", "llama-bias", tokenizer=False)
+    write_gguf(tmp_path / "m.gguf", model, {}, Type.F32)
+    logits = logits_of(tmp_path / "m.gguf", tmp_path / "out")
+    assert np.abs(logits - reference_logits(model, LONG)).max() <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("key", "plain", "other"),
+    [
+        ("attention.scale", 32**-0.5, 0.3),
+        ("attention.clamp_kqv", 0.0, 8.5),
+        ("attention.causal", True, False),
+        ("attention.max_alibi_bias", 0.0, 8.0),
+        ("logit_scale", 1.0, 0.125),
+        ("embedding_scale", 1.0, 12.0),
+        ("residual_scale", 0.0, 0.22),
+        ("final_logit_softcapping", 0.0, 30.0),
+        ("attn_logit_softcapping", 0.0, 50.0),
+        ("expert_count", 0, 8),
+        ("use_parallel_residual", False, True),
+    ],
+)
+def test_keys_that_change_the_computation_are_refused(models, tmp_path, key, plain, other):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, models[False], {}, Type.F16, keys={f"llama.{key}": plain})
+    assert resolve(str(path)).config.hidden_size == 256
+    write_gguf(path, models[False], {}, Type.F16, keys={f"llama.{key}": other})
+    shown = f"{other:g}" if isinstance(other, float) else other
+    with pytest.raises(UnsupportedError, match=rf"m.gguf: {key} {shown} in GGUF is not supp") as no:
+        export(ExportRequest(str(path), tmp_path / "out", precision="fp32"))
+    assert "\n" not in str(no.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_a_part_of_a_split_file_is_named(models, tmp_path):
+    write_gguf(tmp_path / "m.gguf", models[False], {}, Type.F16, keys={"split.count": 1})
+    assert resolve(str(tmp_path / "m.gguf")).config.num_hidden_layers == 2
+    write_gguf(tmp_path / "m.gguf", models[False], {}, Type.F16, keys={"split.count": 3})
+    with pytest.raises(UnsupportedError, match=r"one of 3 parts .*`llama-gguf-split --merge FIRST"):
+        _ = resolve(str(tmp_path / "m.gguf")).config

@@ -13,6 +13,7 @@ from adainfer_models import ExitSettings, QuantisationSettings, list_recipes, lo
 def test_an_alias_is_shown_with_all_that_is_known_of_it(capsys):
     run_list("llama2-7b")
     shown = capsys.readouterr().out
+    assert shown.startswith("llama2-7b: architecture llama, 32 layers, hidden size 4096\n")
     assert "gated: accept it there, then `hf auth login`" in shown
     assert "exits: none measured\nint4: none measured\n" in shown
     assert "MMLU: accuracy 43.73, mean layers 28.91 [second-hand: SpecEE" in shown

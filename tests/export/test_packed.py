@@ -167,6 +167,24 @@ def test_values_are_what_the_codes_stand_for(packed, form):
         np.testing.assert_array_equal(checkpoint.read(name, some), found[some])
 
 
+@pytest.mark.parametrize(
+    ("form", "settings"),
+    [
+        ("gptq-v2", {**GPTQ, "format": "gptq_v2"}),
+        # The older key decides, as in transformers.
+        ("gptq-v2", {**GPTQ, "checkpoint_format": "gptq_v2", "format": "gptq"}),
+        ("gptq", {**GPTQ, "format": "GPTQ", "bits": "4"}),
+    ],
+)
+def test_other_ways_to_say_the_same(packed, tmp_path, form, settings):
+    folder, model = packed(form)
+    shutil.copytree(folder, tmp_path / "copy")
+    edit_config(tmp_path / "copy", quantization_config=settings)
+    name = "model.layers.1.mlp.down_proj.weight"
+    found = resolve(str(tmp_path / "copy")).read(name)
+    np.testing.assert_allclose(found, model.state_dict()[name].numpy(), rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("form", ["gptq-act-order", "awq"])
 def test_dequantised_export(packed, form, tmp_path):
     folder, model = packed(form)
@@ -196,7 +214,17 @@ def test_columns_in_an_order_of_their_own_cannot_be_kept(packed, tmp_path):
         ({"quant_method": "bitsandbytes"}, "quantised with 'bitsandbytes', which is not supported"),
         ({"quant_method": "compressed-tensors"}, "quantised with 'compressed-tensors'"),
         ({**GPTQ, "bits": 3}, "gptq with 3 bits is not supported"),
-        ({**AWQ, "version": "gemv"}, "awq version 'gemv' is not supported, only gemm"),
+        (
+            {**AWQ, "version": "gemv"},
+            r"awq with version 'gemv' is not supported \(supported: gemm\)",
+        ),
+        ({**AWQ, "version": None, "format": "gemv"}, "awq with format 'gemv' is not supported"),
+        ({**GPTQ, "bits": "three"}, "gptq with three bits is not supported"),
+        (
+            {**GPTQ, "checkpoint_format": "marlin"},
+            r"gptq with checkpoint_format 'marlin' is not supported \(supported: gptq, gptq_v2\)",
+        ),
+        ({**GPTQ, "format": "bitblas"}, "gptq with format 'bitblas' is not supported"),
     ],
 )
 def test_other_methods_are_named(checkpoint, tmp_path, settings, message):

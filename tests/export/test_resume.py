@@ -9,10 +9,13 @@ import sys
 import threading
 
 import pytest
+from typer.testing import CliRunner
 
 from adainfer_export import ExportRequest, export
+from adainfer_export.calibrate import CalibrationRequest
 from adainfer_export.errors import OutputError, UnsupportedError
 from adainfer_export.storage import StorageRequest
+from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.engine_folder import load_manifest
 
 from ..checkpoints import edit_config, make_checkpoint
@@ -214,6 +217,23 @@ def test_layers_are_restored(checkpoint, tmp_path, monkeypatch):
     assert {name: (out / name).read_bytes() for name in manifest.files} == before
     assert load_manifest(out) == manifest
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "out"]
+
+
+def test_restored_layers_say_nothing_of_calibration(checkpoint, tmp_path):
+    out = tmp_path / "out"
+    assert export(ExportRequest(str(checkpoint), out)).warnings
+    command = ["export", str(checkpoint), "--out", str(out), "--layers", "2-3"]
+    done = CliRunner().invoke(build_app(), [*command, "--workers", "1", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["warnings"] == []
+    assert export(ExportRequest(str(checkpoint), out, layers=(2, 3))).warnings == ()
+    for options in (["--force"], ["--resume"], ["--calibration", "builtin"], ["--entropy"]):
+        done = CliRunner().invoke(build_app(), [*command, *options])
+        assert isinstance(done.exception, UnsupportedError)
+        assert str(done.exception).endswith(f"{options[0]} does not go with it")
+    for settings in ({"force": True}, {"resume": True}, {"calibration": CalibrationRequest()}):
+        with pytest.raises(UnsupportedError, match="--force, --resume and --calibration do not"):
+            run(checkpoint, out, layers=(2, 3), **settings)
 
 
 def test_layers_of_another_export_are_refused(checkpoint, tmp_path):

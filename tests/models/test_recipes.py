@@ -27,7 +27,8 @@ WANTED = {
     "gemma3": ["270m", "1b"],
     "phi3": ["mini"],
     "smollm2": ["135m", "360m", "1.7b"],
-    "pythia": ["70m", "410m", "1.4b", "6.9b"],
+    "pythia": ["70m", "410m", "1b", "1.4b", "6.9b", "12b"],
+    "gpt-neox": ["20b"],
 }
 
 
@@ -36,6 +37,8 @@ def test_every_recipe_is_of_a_supported_architecture(recipe):
     assert recipe.architecture in {entry.model_type for entry in ARCHITECTURES}
     assert recipe.licence_page.startswith("https://")
     assert load_recipe(recipe.alias) == recipe
+    assert recipe.num_layers
+    assert recipe.hidden_size
 
 
 def test_the_registry_has_the_known_models():
@@ -73,6 +76,7 @@ def test_lookup():
         (('"a/b"', '"b"'), "recipe x: sources.0: Value error, a huggingface id is owner/name"),
         (('kind = "huggingface"', 'kind = "pypi"'), "a pypi source needs member and sha256"),
         (('revision = "main"', "revision = 1"), "recipe x: sources.0.revision: Input should be"),
+        (('licence = "MIT"', 'licence = "MIT"\nnum_layers = 0'), "num_layers: Input should be"),
         (('licence = "MIT"', 'licence = "MIT'), "recipe x: no valid TOML"),
         (('licence = "MIT"', 'licence = "MIT"\nexit = 1'), "recipe x: exit: Extra inputs"),
         (
