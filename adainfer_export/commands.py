@@ -23,6 +23,7 @@ from .export import ExportRequest, ExportResult, export
 from .lower import PRECISIONS, TARGETS
 from .presets import PRESETS, find_preset
 from .progress import terminal_reporter
+from .stopping import stoppable
 from .storage import NO_LAYERS, choose_storage, parse_range
 
 __all__ = ["register"]
@@ -344,7 +345,7 @@ def run_export(
         workers=workers,
         layers=None if layers is None else parse_range(layers, "--layers"),
     )
-    with terminal_reporter(quiet=quiet or json_output) as reporter:
+    with stoppable(), terminal_reporter(quiet=quiet or json_output) as reporter:
         result = export(request, reporter)
     if json_output:
         print(json.dumps(_summary(result, logged)))
@@ -407,7 +408,7 @@ def run_calibrate(
 
     manifest = load_manifest(folder)
     verify_files(folder, manifest)
-    with terminal_reporter(quiet=quiet or json_output) as reporter:
+    with stoppable(), terminal_reporter(quiet=quiet or json_output) as reporter:
         manifest = recalibrate(folder, manifest, request, reporter)
     if json_output:
         print(json.dumps(_exits(manifest) | {"warnings": logged}))

@@ -140,7 +140,7 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
             plan = plan_stages(folder, request, checkpoint, dialect, precision)
             manifest = restore_layers(request.out, plan, request.layers, workers, reporter)
     else:
-        with new_folder(request.out, resume=request.resume) as folder:
+        with new_folder(request.out, force=request.force, resume=request.resume) as folder:
             plan = plan_stages(folder, request, checkpoint, dialect, precision)
             # What a calibration that was killed had fitted is good for another one alone.
             kept = {KEPT_FOLDER} if request.calibration is not None else set[str]()

@@ -41,50 +41,58 @@ def check_output(out: Path, *, force: bool) -> None:
             parent cannot be written.
     """
     _settle_swaps(out.absolute())
-    if out.exists() or out.is_symlink():
-        is_engine = out.is_dir() and (out / MANIFEST_NAME).is_file()
-        is_empty = out.is_dir() and not any(out.iterdir())
-        if not is_empty and not force:
-            raise OutputError(f"{out} exists; give another --out, or --force to replace it")
-        if not is_empty and not is_engine:
-            raise OutputError(
-                f"{out} exists and is no engine folder: it is not replaced, even with --force"
-            )
+    _require_replaceable(out, force=force)
     parent = _existing_parent(out)
     if not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(f"{parent} cannot be written; give another --out")
 
 
 @contextmanager
-def new_folder(out: Path, *, resume: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, *, force: bool = False, resume: bool = False) -> Iterator[Path]:
     """A temporary folder that becomes `out` when the block ends well.
 
     Otherwise it vanishes; with `resume` it stays, if it has a journal, and the next call with
-    `resume` goes on in it.
+    `resume` goes on in it. It also stays, finished, where `out` came to be during the block and is
+    not to be replaced. An interrupt gets a note that says what was kept.
+
+    Args:
+        force: an engine folder that is there in the end is replaced; else only an empty one is.
 
     Raises:
-        OutputError: the disk is full or cannot be written.
+        OutputError: the disk is full or cannot be written, or `out` came to be meanwhile.
     """
     out = out.absolute()
     temporary: Path | None = None
     kept = "what is finished was kept for --resume" if resume else "nothing was kept"
-    finished = False
+    finished = unwanted = False
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _settle_swaps(out)
         temporary = _new_temporary(out, _claim_remains(out) if resume else None)
         yield temporary
-        (temporary / JOURNAL_NAME).unlink(missing_ok=True)
         _sync(temporary)
-        _swap(temporary, out)
+        try:
+            _require_replaceable(out, force=force)  # it may have come to be since `check_output`
+        except OutputError as error:
+            unwanted = True
+            raise OutputError(
+                f"{error}; it came to be while this was written, which was kept as "
+                f"{_stopped_name(temporary, out)}: rename that before the next export"
+            ) from error
+        (temporary / JOURNAL_NAME).unlink(missing_ok=True)
+        _swap(temporary, out, force=force)
         finished = True
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(f"{out} cannot be written: {reason}; {kept}") from error
+    except KeyboardInterrupt as stop:
+        stop.add_note(kept if resume else f"{kept}: --resume keeps what is finished")
+        raise
     finally:
         if temporary is not None and temporary.is_dir():
-            if resume and not finished and (temporary / JOURNAL_NAME).is_file():
-                _disown(temporary, out)
+            resumable = resume and not finished and (temporary / JOURNAL_NAME).is_file()
+            if resumable or unwanted:
+                temporary.rename(_stopped_name(temporary, out))
             else:
                 shutil.rmtree(temporary, ignore_errors=True)
 
@@ -178,15 +186,34 @@ def _remains(out: Path, kind: str = _PARTIAL) -> Iterator[Path]:
             yield remains
 
 
-def _disown(temporary: Path, out: Path) -> None:
+def _stopped_name(temporary: Path, out: Path) -> Path:
     unique = temporary.name.rpartition("-")[2]
-    temporary.rename(out.parent / f".{out.name}.{_PARTIAL}-{_STOPPED}-{unique}")
+    return out.parent / f".{out.name}.{_PARTIAL}-{_STOPPED}-{unique}"
 
 
-def _swap(temporary: Path, out: Path) -> None:
-    if not out.exists():
-        temporary.rename(out)
+def _require_replaceable(out: Path, *, force: bool) -> None:
+    """Raises OutputError for what is neither absent, nor empty, nor, with `force`, an engine."""
+    if not out.exists() and not out.is_symlink():
         return
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if not force:
+        raise OutputError(f"{out} exists; give another --out, or --force to replace it")
+    if not (out / MANIFEST_NAME).is_file():
+        raise OutputError(
+            f"{out} exists and is no engine folder: it is not replaced, even with --force"
+        )
+
+
+def _swap(temporary: Path, out: Path, *, force: bool) -> None:
+    """Puts a folder in the place of what `_require_replaceable` lets pass."""
+    if out.is_symlink() or (force and out.exists()):
+        _exchange(temporary, out)
+    else:
+        temporary.rename(out)  # over an empty folder too; fails if something came to be in it
+
+
+def _exchange(temporary: Path, out: Path) -> None:
     prefix = f".{out.name}.{_OLD}-{os.getpid()}-"
     old = Path(tempfile.mkdtemp(prefix=prefix, dir=out.parent))
     try:

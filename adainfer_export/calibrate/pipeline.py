@@ -29,7 +29,7 @@ from .data import Parts
 from .exit_files import Files, write_exits, write_report
 from .fitting import Fitted, classifier_entries, fit_graphs
 from .fresh_prompts import fitted_on
-from .kept import KeptSteps, identity_of
+from .kept import KEPT_FOLDER, KeptSteps, identity_of
 from .length_shares import share_fields
 from .request import CalibrationRequest
 from .scored import CHOICE, CONTEXT, Scored, observe, score_predictions
@@ -102,6 +102,8 @@ def recalibrate(
 ) -> Manifest:
     """Gives an existing engine folder another exit graph; its manifest is replaced at the end.
 
+    An interrupt gets a note that says what was kept.
+
     Raises:
         OutputError: the folder cannot be written; the old exit graph stays in force.
         TaskFileError, CalibrationError: see `calibrate`.
@@ -109,11 +111,21 @@ def recalibrate(
     require_writable_folder(folder)
     with writing(folder, "; it was left as it is"):
         remove_unnamed(folder, manifest.files)  # what a calibration that was killed left
-        renewed = calibrate(folder, manifest, request, reporter)
+        try:
+            renewed = calibrate(folder, manifest, request, reporter)
+        except KeyboardInterrupt as stop:
+            remove_unnamed(folder, manifest.files)
+            stop.add_note(f"{folder} was left as it is{_note_of_kept(folder)}")
+            raise
         write_manifest(folder, renewed)
         for name in manifest.files.keys() - renewed.files.keys():
             (folder / name).unlink(missing_ok=True)
     return renewed
+
+
+def _note_of_kept(folder: Path) -> str:
+    kept = (folder / KEPT_FOLDER).is_dir()
+    return "; what was fitted was kept: the same command goes on from there" if kept else ""
 
 
 def _observe(

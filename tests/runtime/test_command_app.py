@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
-from adainfer_runtime.commands.app import build_app, run_guarded
+from adainfer_runtime.commands.app import build_app, main, run_guarded
 from adainfer_runtime.errors import AdaInferError
 
 COMPILER = ("export", "calibrate", "certify", "validate", "list")
@@ -90,6 +92,61 @@ def test_errors_of_the_system_are_one_line(capsys, monkeypatch):
         raise OSError(28, "No space left on device")
 
     assert fails(call, capsys, monkeypatch) == "error: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "x", "--new-tokens", "many"], "Invalid value for '--new-tokens': "),
+        (["run", "x"], "Missing option '--prompt'"),
+        (["run", "x", "--promt", "y"], "No such option: --promt"),
+        (["rum", "x"], "No such command 'rum'"),
+    ],
+)
+def test_errors_of_the_command_line_are_one_line(capsys, monkeypatch, arguments, message):
+    shown = fails(main, capsys, monkeypatch, *arguments)
+    assert shown.startswith(f"error: {message}")
+    assert shown.count("\n") == 1
+    assert shown.endswith(" --help`)\n")
+
+
+@pytest.mark.parametrize("arguments", [[], ["tasks"]])
+def test_help_in_place_of_a_command_is_no_error(capsys, monkeypatch, arguments):
+    monkeypatch.setattr(sys, "argv", ["adainfer", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert "Usage: " in shown.out + shown.err
+    assert "error:" not in shown.err
+
+
+def test_a_commands_exit_status_is_the_programs(monkeypatch):
+    app = typer.Typer()
+
+    @app.command()
+    def leave() -> None:
+        raise typer.Exit(7)
+
+    monkeypatch.setattr(sys, "argv", ["adainfer"])
+    with pytest.raises(SystemExit) as caught:
+        run_guarded(partial(app, standalone_mode=False))
+    assert caught.value.code == 7
+
+
+def test_closed_streams_are_empty(monkeypatch):
+    def call():
+        assert sys.stdin.read() == ""
+        print("nobody reads this")
+        print("nor this", file=sys.stderr)
+        assert not sys.stdout.isatty()
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            stream.close()
+
+    monkeypatch.setattr(sys, "argv", ["adainfer"])
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    run_guarded(call)
 
 
 def test_eval_names_every_method():
