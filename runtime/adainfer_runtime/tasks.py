@@ -42,7 +42,8 @@ def read_tasks(paths: Iterable[Path]) -> list[TaskExample]:
     examples: list[TaskExample] = []
     for path in paths:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            # Not `splitlines`: JSON may hold U+2028 and other ends of lines as they are.
+            lines = path.read_bytes().decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise TaskFileError(f"{path} cannot be read: {error}") from error
         default = path.name.split(".")[0]
@@ -60,7 +61,7 @@ def write_tasks(path: Path, examples: Iterable[TaskExample]) -> None:
     Raises:
         TaskFileError: the file cannot be written.
     """
-    # ASCII alone: unescaped, characters such as U+2028 would end a line when the file is read.
+    # ASCII alone: unescaped, characters such as U+2028 would end a line for some other readers.
     lines = (json.dumps(example.model_dump(exclude_none=True)) + "\n" for example in examples)
     temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:

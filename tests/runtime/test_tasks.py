@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from adainfer_runtime.errors import TaskFileError
@@ -17,6 +19,31 @@ def test_unreadable_encoding(tmp_path):
     path.write_bytes(b'{"prompt": "caf\xe9"}')
     with pytest.raises(TaskFileError, match="cannot be read"):
         read_tasks([path])
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u2029", "\x85", "\x7f", "\u00a0"])
+def test_lines_end_with_line_feeds_alone(tmp_path, end):
+    """JSON may hold other ends of lines as they are."""
+    path = tmp_path / "separators.jsonl"
+    lines = [json.dumps({"prompt": f"a{end}b", "task": f"t{end}"}, ensure_ascii=False), ""]
+    path.write_bytes("\r\n".join(lines * 2).encode())
+    examples = read_tasks([path])
+    assert [(example.prompt, example.task) for example in examples] == [(f"a{end}b", f"t{end}")] * 2
+
+
+@pytest.mark.parametrize("end", ["\x0b", "\x0c"])
+def test_control_characters_are_named_by_their_line(tmp_path, end):
+    """JSON has them escaped alone; they are no ends of lines either."""
+    path = tmp_path / "control.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "a' + end + 'b"}\n')
+    with pytest.raises(TaskFileError, match=r"control\.jsonl:2: Invalid JSON: control character"):
+        read_tasks([path])
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"prompt": "a"}\n', encoding="utf-8-sig")
+    assert [example.prompt for example in read_tasks([path])] == ["a"]
 
 
 def test_lone_surrogates_are_no_text(tmp_path):

@@ -45,9 +45,9 @@ def read_lines(out: Path, marks: Sequence[str]) -> Iterator[BatchLine]:
         RequestError: a line is of another request, or the file cannot be read.
     """
     try:
-        lines = out.read_bytes().splitlines(keepends=True)
-        complete = [line for line in lines if line.endswith(b"\n")]
-        if len(complete) < len(lines):
+        *whole, rest = out.read_bytes().split(b"\n")
+        complete = [line + b"\n" for line in whole]
+        if rest:
             os.truncate(out, sum(map(len, complete)))
     except OSError as error:
         raise _unusable(out, error) from error

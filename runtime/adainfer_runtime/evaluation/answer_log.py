@@ -63,7 +63,8 @@ class AnswerLog:
                 stream.write(answer.model_dump_json() + "\n")
 
     def _read(self, path: Path, header: Mapping[str, object]) -> None:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        # Not `splitlines`: names of tasks may hold U+2028 and other ends of lines as they are.
+        *lines, rest = path.read_bytes().decode().split("\n")
         try:
             found = json.loads(lines[0]) if lines else None
         except ValueError:
@@ -72,12 +73,11 @@ class AnswerLog:
             raise RequestError(
                 f"{path} is no log of this engine and question: give another file, or remove it"
             )
-        complete = [line for line in lines[1:] if line.endswith("\n")]
-        for number, line in enumerate(complete, start=2):
+        for number, line in enumerate(lines[1:], start=2):
             try:
                 answer = Answer.model_validate_json(line)
             except ValidationError as error:
                 raise RequestError(f"{path}:{number} is no answer of a log: {error}") from error
             self._answers[answer.method, answer.prompt] = answer
-        if len(complete) < len(lines) - 1:  # killed in the middle of a line
-            path.write_text("".join([lines[0], *complete]), encoding="utf-8")
+        if rest:  # killed in the middle of a line
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

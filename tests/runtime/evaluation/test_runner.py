@@ -114,6 +114,19 @@ def test_a_stopped_run_goes_on_from_its_log(tiny, halfway, examples, tmp_path):
     assert len(path.read_text().splitlines()) == 1 + 2 * len(examples)
 
 
+def test_a_log_of_tasks_whose_names_hold_ends_of_lines(tiny, halfway, tmp_path):
+    engine = tiny("llama").engine
+    path = tmp_path / "answers.jsonl"
+    examples = [TaskExample(prompt=f"x {n}:", task="one\u2028two\x85") for n in range(2)]
+    evaluate(halfway, examples, log=AnswerLog.open(path, engine.manifest, {}))
+    written = path.read_bytes()
+    again = Counting()
+    methods = (halfway[0], Method.of("half", engine, again))
+    evaluate(methods, examples, log=AnswerLog.open(path, engine.manifest, {}))
+    assert again.asked == 0
+    assert path.read_bytes() == written
+
+
 def test_a_log_of_something_else_is_refused(tiny, tmp_path):
     manifest = tiny("llama").engine.manifest
     path = tmp_path / "answers.jsonl"
