@@ -25,6 +25,7 @@ __all__ = [
     "join_label",
     "listed_labels",
     "longest_label",
+    "require_choice",
 ]
 
 
@@ -114,7 +115,7 @@ def choose(
         RequestError: fewer than two labels, an empty one, or two with the same tokens.
         PromptTooLongError: prompt and label exceed `max_length`.
     """
-    _check(prompt, labels, max_length)
+    require_choice(len(prompt), labels, max_length)
     start, before = time.perf_counter(), session.count
     session.extend(prompt)
     candidates = first_tokens(labels)
@@ -157,14 +158,15 @@ def _score_rest(session: Session, label: Sequence[int]) -> float:
     return float(sum(log_probs[i, token] for i, token in enumerate(label[1:])))
 
 
-def _check(prompt: Sequence[int], labels: Sequence[Sequence[int]], max_length: int) -> None:
+def require_choice(prompt: int, labels: Sequence[Sequence[int]], max_length: int) -> None:
+    """Raises what `choose` does, for labels after a prompt of so many tokens."""
     if len(labels) < 2:
         raise RequestError(f"a choice needs at least two labels, found {len(labels)}")
     if any(len(label) == 0 for label in labels):
         raise RequestError("a label holds no tokens")
     if len({tuple(label) for label in labels}) != len(labels):
         raise RequestError("two labels have the same tokens")
-    total = len(prompt) + max(len(label) for label in labels) - 1
+    total = prompt + max(len(label) for label in labels) - 1
     if total > max_length:
         raise PromptTooLongError(
             f"prompt and longest label take {total} tokens, this engine's maximum is {max_length}; "

@@ -27,6 +27,7 @@ __all__ = [
     "Session",
     "check_tokens",
     "log_softmax",
+    "require_fit",
 ]
 
 ExitProbe = Literal["full", "shortlist"]
@@ -63,6 +64,15 @@ def check_tokens(tokens: Sequence[int], vocabulary: int) -> npt.NDArray[np.int64
         bad = ids[(ids < 0) | (ids >= vocabulary)][0]
         raise RequestError(f"token id {bad} is outside the vocabulary of {vocabulary}")
     return ids.astype(np.int64)
+
+
+def require_fit(total: int, limit: int) -> None:
+    """Raises PromptTooLongError for more tokens than a sequence may have."""
+    if total > limit:
+        raise PromptTooLongError(
+            f"{total} tokens do not fit this engine's maximum of {limit}; shorten the prompt, "
+            "or export with a larger --max-seq-len"
+        )
 
 
 def _as_ids(tokens: Sequence[int]) -> npt.NDArray[Any]:
@@ -169,12 +179,7 @@ class Session:
             RequestError: no tokens, or ids outside the vocabulary.
         """
         ids = check_tokens(tokens, self._manifest.model.vocab_size)
-        total, limit = self.length + len(ids), self._manifest.max_seq_len
-        if total > limit:
-            raise PromptTooLongError(
-                f"{total} tokens do not fit this engine's maximum of {limit}; shorten the prompt, "
-                "or export with a larger --max-seq-len"
-            )
+        require_fit(self.length + len(ids), self._manifest.max_seq_len)
         self._chain.admit(ids)
 
     @contextmanager

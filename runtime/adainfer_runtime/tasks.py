@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import TaskFileError
 
-__all__ = ["TaskExample", "read_tasks", "write_tasks"]
+__all__ = ["PlacedExample", "TaskExample", "read_placed", "read_tasks", "write_tasks"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class TaskExample(BaseModel):
@@ -33,13 +37,28 @@ class TaskExample(BaseModel):
     task: str = ""
 
 
+@dataclass(frozen=True)
+class PlacedExample:
+    """An example, and where it stands: `file:line`, or what else tells a user which it is."""
+
+    where: str
+    example: TaskExample
+
+
 def read_tasks(paths: Iterable[Path]) -> list[TaskExample]:
     """Reads task files; examples without a task take the file's name.
+
+    Of answers that are none of their labels, which count as wrong, a warning is logged.
 
     Raises:
         TaskFileError: a file cannot be read or a line is malformed, with file and line.
     """
-    examples: list[TaskExample] = []
+    return [placed.example for placed in read_placed(paths)]
+
+
+def read_placed(paths: Iterable[Path]) -> list[PlacedExample]:
+    """`read_tasks`, with each example's file and line."""
+    examples: list[PlacedExample] = []
     for path in paths:
         try:
             # Not `splitlines`: JSON may hold U+2028 and other ends of lines as they are.
@@ -49,10 +68,27 @@ def read_tasks(paths: Iterable[Path]) -> list[TaskExample]:
         default = path.name.split(".")[0]
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                examples.append(_parse(line, f"{path}:{number}", default))
+                where = f"{path}:{number}"
+                examples.append(PlacedExample(where, _parse(line, where, default)))
     if not examples:
         raise TaskFileError("the task files hold no examples")
+    _warn_of_answers([placed.where for placed in examples if _is_beside_labels(placed.example)])
     return examples
+
+
+def _is_beside_labels(example: TaskExample) -> bool:
+    if example.answer is None or not example.labels:
+        return False
+    return example.answer.strip() not in {label.strip() for label in example.labels}
+
+
+def _warn_of_answers(places: list[str]) -> None:
+    if places:
+        _LOG.warning(
+            "the answer is none of the labels in %d examples (the first: %s)",
+            len(places),
+            places[0],
+        )
 
 
 def write_tasks(path: Path, examples: Iterable[TaskExample]) -> None:

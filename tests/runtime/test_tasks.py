@@ -46,6 +46,19 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
     assert [example.prompt for example in read_tasks([path])] == ["a"]
 
 
+def test_answers_that_are_none_of_the_labels_are_counted(tmp_path, caplog):
+    path = tmp_path / "beside.jsonl"
+    labels = {"labels": ["a", "b"]}
+    fields = ({"answer": " a", **labels}, {"answer": " c", **labels}, {"answer": "c"}, labels)
+    lines = [json.dumps({"prompt": "x", **line}) + "\n" for line in (*fields, fields[1])]
+    path.write_text("".join(lines))
+    assert len(read_tasks([path])) == 5
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"the answer is none of the labels in 2 examples (the first: {path}:2)"
+    )
+
+
 def test_lone_surrogates_are_no_text(tmp_path):
     """Only escaped can they stand in a file; no tokenizer would take them."""
     path = tmp_path / "half.jsonl"

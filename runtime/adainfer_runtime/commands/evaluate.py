@@ -18,13 +18,14 @@ from ..evaluation import (
     AnswerLog,
     Evaluation,
     TaskResult,
+    check_examples,
     evaluate,
     make_methods,
     summary_rows,
 )
 from ..fitted_on import FittedOn
 from ..output_files import require_writable_file, writing
-from ..tasks import TaskExample, read_tasks
+from ..tasks import PlacedExample, TaskExample, read_placed
 from .options import DeviceOption, LevelOption, ThreadsOption, ThresholdOption
 from .progress_bar import progress_bar
 
@@ -95,8 +96,10 @@ def run_eval(
 ) -> None:
     """Accuracy, agreement, layers, multiply-adds and time, per task and in the mean."""
     _check_outputs(json_file, plots)
-    examples = _limited(read_tasks(tasks), limit)
+    placed = _limited(read_placed(tasks), limit)
+    examples = [each.example for each in placed]
     engine = Engine.load(folder, device, threads)
+    check_examples(engine, placed, labels_only=labels_only)
     known = _count_fitted(folder, engine, examples)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     chosen = make_methods(
@@ -184,13 +187,13 @@ def _draw(
         console.print(f"wrote {path}")
 
 
-def _limited(examples: list[TaskExample], limit: int | None) -> list[TaskExample]:
+def _limited(examples: list[PlacedExample], limit: int | None) -> list[PlacedExample]:
     if limit is None:
         return examples
-    by_task: dict[str, list[TaskExample]] = {}
-    for example in examples:
-        by_task.setdefault(example.task, []).append(example)
-    chosen: list[TaskExample] = []
+    by_task: dict[str, list[PlacedExample]] = {}
+    for placed in examples:
+        by_task.setdefault(placed.example.task, []).append(placed)
+    chosen: list[PlacedExample] = []
     for group in by_task.values():
         count = min(limit, len(group))
         chosen += random.Random(0).sample(group, count)

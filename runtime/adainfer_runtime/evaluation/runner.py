@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..errors import RequestError
-from ..tasks import TaskExample
+from ..tasks import PlacedExample, TaskExample
 from .answer_log import AnswerLog
 from .answers import Answer, ask, prompt_key
+from .check import check_examples
 from .methods import BASELINE, Method
 from .results import Evaluation, summarise
 
@@ -31,12 +32,18 @@ def evaluate(
         log: answers that it holds are not asked for again.
 
     Raises:
-        RequestError: no examples, no baseline, or `labels_only` with an example without labels.
+        RequestError: no examples, or no baseline; see `check_examples` for examples that cannot be
+            asked about.
     """
     if not examples:
         raise RequestError("there are no examples to evaluate")
     if not methods or methods[0].name != BASELINE:
         raise RequestError(f"the first method must be {BASELINE!r}: it is what others agree with")
+    placed = (
+        PlacedExample(f"example {number}, of task {example.task or 'without a name'}", example)
+        for number, example in enumerate(examples, start=1)
+    )
+    check_examples(methods[0].engine, placed, labels_only=labels_only)
     log = log or AnswerLog()
     answers: dict[str, list[Answer]] = {method.name: [] for method in methods}
     warm: set[str] = set()

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from adainfer_runtime import FixedExit
+from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.errors import RequestError
 from adainfer_runtime.evaluation import AnswerLog, Method, evaluate, make_methods
 from adainfer_runtime.evaluation.shortgpt import drop_layers
@@ -64,6 +66,44 @@ def test_labels_only(halfway, examples):
     assert result["half"].tasks[0].layers_saved == 0.5
     with pytest.raises(RequestError, match="needs examples with labels"):
         evaluate(halfway, examples, labels_only=True)
+
+
+def test_examples_that_cannot_be_asked_about(halfway, examples, monkeypatch):
+    """Found before anything is run, the first by its place."""
+    engine = halfway[0].engine
+    monkeypatch.setattr(engine, "borrow", lambda: pytest.fail("run"))
+    long = TaskExample(prompt="x" * 500, task="long")
+    with pytest.raises(RequestError) as caught:
+        evaluate(halfway, [examples[0], long, long])
+    assert str(caught.value) == (
+        "example 2, of task long: 500 tokens do not fit this engine's maximum of 128; shorten the "
+        "prompt, or export with a larger --max-seq-len (and 1 more that cannot be used)"
+    )
+    for labels, reason in (
+        (("a",), "a choice needs at least two labels, found 1"),
+        (("a", "a"), "two labels have the same tokens"),
+        (("a", "b" * 200), "prompt and longest label take"),
+    ):
+        few = TaskExample(prompt="x:", labels=labels, task="few")
+        with pytest.raises(RequestError, match=f"^example 1, of task few: {reason}"):
+            evaluate(halfway, [few], labels_only=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "3: 500 tokens do not fit"),
+        (["--limit", "1", "--labels-only"], "1: labels_only needs examples with labels"),
+    ],
+)
+def test_the_command_names_file_and_line(tiny, tmp_path, options, message):
+    path = tmp_path / "over.jsonl"
+    lines = [{"prompt": "x", "task": "short"}, {"prompt": "x" * 500, "task": "long"}]
+    path.write_text("\n\n".join(map(json.dumps, lines)))
+    command = ["eval", str(tiny("llama").folder), "--tasks", str(path), "--methods", "off"]
+    done = CliRunner().invoke(build_app(), [*command, *options])
+    assert isinstance(done.exception, RequestError)
+    assert str(done.exception).startswith(f"{path}:{message}")
 
 
 def test_nothing_to_do(halfway, examples):
