@@ -42,7 +42,7 @@ def resolve(model: str, *, revision: str | None = None, weights: Path | None = N
         weights: folder or `.gguf` file to read for an alias, instead of the recipe's sources.
 
     Raises:
-        UnknownModelError: none of these; the message suggests near aliases.
+        UnknownModelError: none of these; the message suggests near aliases, but for paths.
         SourceError: it is one, but cannot be fetched, holds another model than the alias's, or has
             no revisions.
     """
@@ -60,9 +60,18 @@ def resolve(model: str, *, revision: str | None = None, weights: Path | None = N
         return GgufFile(path)
     if recipe := load_recipe(model):
         return _from_recipe(recipe if revision is None else _at_revision(recipe, revision))
+    if path.exists():
+        raise UnknownModelError(f"{model} is no folder, and no .gguf file")
+    if _is_path(model):
+        raise UnknownModelError(f"{model}: no such folder or file")
     if _HUB_ID.match(model):
         return _from_hub_id(model, revision or "main")
     raise UnknownModelError(unknown_alias(model))
+
+
+def _is_path(model: str) -> bool:
+    """Whether it can be neither an alias nor a Hugging Face id, `owner/name`."""
+    return model.startswith((".", "/", "~")) or model.count("/") > 1
 
 
 def _require_no_revision(revision: str | None, where: str) -> None:

@@ -10,12 +10,11 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from .backends import Backend
-from .errors import RequestError
 from .lockstep import Lockstep, Run
 from .manifest import Manifest
 from .profile import StageClock
 from .session import Session
-from .values import require_whole
+from .values import require_count
 
 __all__ = ["BatchScheduler", "ContinuousBatching", "SessionSource", "TakeTurns", "Text"]
 
@@ -62,9 +61,7 @@ class _Limited:
     at_once: int = 8
 
     def __post_init__(self) -> None:
-        require_whole("at_once", self.at_once)
-        if self.at_once < 1:
-            raise RequestError(f"at_once must be at least 1, found {self.at_once}")
+        require_count("at_once", self.at_once)
 
 
 @dataclass(frozen=True)

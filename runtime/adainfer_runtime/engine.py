@@ -47,6 +47,7 @@ from .shadow import ShadowEntry, ShadowMonitor
 from .statistics import EngineStatistics, StatisticsRecorder
 from .text_request import finish, prepare
 from .tokenizer import Tokenizer, load_tokenizer
+from .values import require_count
 
 __all__ = ["Engine"]
 
@@ -126,6 +127,7 @@ class Engine:
             ManifestError: the folder is no engine folder, or was changed.
             DeviceError: the engines do not run on this device.
             StageError: a stage cannot be loaded.
+            RequestError: `threads` is no whole number of at least 1.
         """
         folder = Path(path)
         manifest = load_manifest(folder)
@@ -152,7 +154,13 @@ class Engine:
         shadow_every: int | None = None,
         profile: bool = False,
     ) -> Engine:
-        """Loads stages under a manifest that is at hand (the compiler's, before it is written)."""
+        """Loads stages under a manifest that is at hand (the compiler's, before it is written).
+
+        Raises:
+            DeviceError, StageError, RequestError: see `load`.
+        """
+        if threads is not None:
+            require_count("threads", threads)
         backend = load_backend(
             folder, manifest, device=device, threads=threads, low_memory=low_memory
         )

@@ -37,6 +37,8 @@ def load_manifest(folder: Path) -> Manifest:
         UnsafePathError: a path is absolute or climbs out of the folder.
     """
     path = folder / MANIFEST_NAME
+    if folder.is_file():
+        raise ManifestError(f"{folder} is a file, no engine folder{_instead_of(folder)}")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -46,7 +48,9 @@ def load_manifest(folder: Path) -> Manifest:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise ManifestError(f"{path} cannot be read: {error}; export the model again") from error
-    version = data.get("schema_version") if isinstance(data, dict) else None
+    if not isinstance(data, dict):
+        raise ManifestError(f"{path} is no JSON object; export the model again")
+    version = data.get("schema_version")
     if version != SCHEMA_VERSION:
         raise SchemaVersionError(
             f"{path}: schema version {version!r} is unknown, this runtime reads "
@@ -61,6 +65,11 @@ def load_manifest(folder: Path) -> Manifest:
     for name in manifest.referenced_files():
         _check_inside(folder, name)
     return manifest
+
+
+def _instead_of(file: Path) -> str:
+    there = (file.parent / MANIFEST_NAME).is_file()
+    return f": give the folder that it is in, {file.parent}" if there else ""
 
 
 def verify_files(folder: Path, manifest: Manifest, *, sha256: bool = False) -> None:

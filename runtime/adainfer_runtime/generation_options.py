@@ -15,7 +15,7 @@ from .mode_policies import Mode
 from .sampling import MinimumLength
 from .sampling_options import SamplingKeywords, SamplingOptions
 from .stop_strings import StopStrings
-from .values import require_number, require_whole, suggestion
+from .values import require_count, require_number, require_whole, suggestion
 
 __all__ = [
     "CancelToken",
@@ -168,8 +168,7 @@ class GenerationOptions:
 
     def _check_ranges(self) -> None:
         StopStrings(self.stop_strings)  # refuses what cannot be one
-        if self.max_new_tokens < 1:
-            raise RequestError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
+        require_count("max_new_tokens", self.max_new_tokens)
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:
             raise RequestError(
                 f"min_new_tokens must be between 0 and max_new_tokens ({self.max_new_tokens}), "

@@ -16,7 +16,7 @@ import math
 import threading
 from dataclasses import dataclass, field
 
-from .errors import RequestError
+from .values import require_count
 
 __all__ = ["ShadowEntry", "ShadowMonitor", "log_evidence"]
 
@@ -60,7 +60,7 @@ class ShadowMonitor:
     """Counts requests and comparisons; may be shared by threads.
 
     Raises:
-        RequestError: `every` is below 1.
+        RequestError: `every` is no whole number of at least 1.
     """
 
     every: int
@@ -69,8 +69,7 @@ class ShadowMonitor:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise RequestError(f"shadow_every must be at least 1, found {self.every}")
+        require_count("shadow_every", self.every)
 
     def due(self) -> bool:
         """Whether this adaptive request is to be compared; call once per request."""

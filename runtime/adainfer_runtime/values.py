@@ -11,6 +11,7 @@ from .errors import RequestError
 __all__ = [
     "is_whole",
     "one_of",
+    "require_count",
     "require_methods",
     "require_number",
     "require_one_of",
@@ -29,6 +30,13 @@ def require_whole(name: str, value: object) -> None:
     """Raises RequestError for anything but an integer."""
     if not is_whole(value):
         raise RequestError(f"{name} must be a whole number, found {value!r}")
+
+
+def require_count(name: str, value: object) -> None:
+    """Raises RequestError for anything but an integer of at least 1."""
+    require_whole(name, value)
+    if value < 1:  # type: ignore[operator]
+        raise RequestError(f"{name} must be at least 1, found {value}")
 
 
 def require_number(name: str, value: object) -> None:

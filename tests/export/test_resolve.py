@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from importlib import import_module
 
 import huggingface_hub
 import pytest
 
-from adainfer_export.errors import GatedSourceError, SourceError, UnsupportedError
+from adainfer_export.errors import (
+    GatedSourceError,
+    SourceError,
+    UnknownModelError,
+    UnsupportedError,
+)
 from adainfer_models import parse_recipe
 
 module = import_module("adainfer_export.sources.resolve")  # the package exports a function so named
@@ -98,6 +104,20 @@ def test_a_source_holds_the_model_of_the_alias(
     use_recipe(monkeypatch, num_layers=None, hidden_size=None)
     assert module.resolve("tiny").config.num_hidden_layers == 4
     assert len(fetched) == 2
+
+
+@pytest.mark.parametrize(
+    "name", ["./nosuch", "../nosuch", "/no/such", "/nosuch", "~/nosuch", ".hidden", "models/a/b"]
+)
+def test_a_path_is_no_name_on_the_hub(fetched, name):
+    with pytest.raises(UnknownModelError, match=f"^{re.escape(name)}: no such folder or file$"):
+        module.resolve(name)
+
+
+def test_a_file_of_another_kind(tmp_path):
+    (tmp_path / "model.bin").touch()
+    with pytest.raises(UnknownModelError, match=r"model\.bin is no folder, and no \.gguf file$"):
+        module.resolve(str(tmp_path / "model.bin"))
 
 
 def test_the_hub_says_what_is_gated(fetched, monkeypatch):

@@ -98,6 +98,19 @@ def test_bad_settings(made):
         made.engine.session().advance(9)
 
 
+@pytest.mark.parametrize("threads", ["2", 1.5, True, 0, -1, float("nan")])
+def test_threads_that_are_no_number_of_them(made, threads):
+    """At the first load of a process and at later ones, as is this."""
+    with pytest.raises(RequestError, match="threads must be") as caught:
+        Engine.load(made.folder, threads=threads)
+    assert "\n" not in str(caught.value)
+
+
+def test_threads_of_a_pool_that_is_there(made, caplog):
+    Engine.load(made.folder, threads=np.int64(97)).close()
+    assert "threads=97 is ignored" in caplog.text
+
+
 def test_deadline_leaves_the_engine_usable(made):
     with pytest.raises(DeadlineError, match=r"deadline of 0\.0 s passed after 0 of 50"):
         made.engine.generate([5, 6], max_new_tokens=50, timeout=0.0, ignore_eos=True)

@@ -63,6 +63,38 @@ def test_unknown_schema_version(folder):
     fails(SchemaVersionError, folder, "schema version 99 is unknown, this runtime reads 5")
 
 
+@pytest.mark.parametrize("content", ["[]", "3", "null", '"text"'])
+def test_manifest_that_is_no_object(folder, content):
+    (folder / "manifest.json").write_text(content)
+    fails(ManifestError, folder, r"manifest\.json is no JSON object")
+
+
+def test_the_manifest_in_place_of_its_folder(folder):
+    match = f"manifest.json is a file, no engine folder: give the folder that it is in, {folder}$"
+    fails(ManifestError, folder / "manifest.json", match)
+    other = folder.parent / "other.json"
+    other.touch()
+    fails(ManifestError, other, r"other\.json is a file, no engine folder$")
+
+
+@pytest.mark.parametrize("token", [-1, 999999, 320])
+def test_ends_that_are_no_tokens(folder, token):
+    edit(folder, lambda data: data["model"].update(eos_token_ids=[1, token]))
+    fails(ManifestError, folder, f"eos_token_ids: {token} is no token of 320")
+
+
+@pytest.mark.parametrize(
+    ("precision", "bits"), [("fp32", 4), ("keep", 8), ("int8", 4), ("int4", None)]
+)
+def test_precision_and_quantisation_go_together(folder, precision, bits):
+    def change(data):
+        data["precision"] = precision
+        data["quantisation"] = None if bits is None else {"bits": bits, "block_size": 32}
+
+    edit(folder, change)
+    fails(ManifestError, folder, f"precision {precision} with quantisation of {bits} bits")
+
+
 def test_unknown_key(folder):
     edit(folder, lambda data: data.update(surprise=1))
     fails(ManifestError, folder, "surprise: Extra inputs are not permitted")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DeviceError, ExitUnavailableError, RequestError, StageError, one_line
+from ..errors import DeviceError, ExitUnavailableError, StageError, one_line
 from ..manifest import Manifest
 from .base import ExitEvidence, Float32, ProbeResult
 from .graph_forms import graph_forms, require_form
@@ -87,7 +87,7 @@ class _Sessions:
                 _Sessions._pool_threads = _claim_pool(self._ort, threads)
         if threads is not None and threads != _Sessions._pool_threads:
             _LOG.warning(
-                "this process's ONNX Runtime pool was made with %s threads; threads=%d is ignored",
+                "this process's ONNX Runtime pool was made with %s threads; threads=%s is ignored",
                 _Sessions._pool_threads or "other",
                 threads,
             )
@@ -113,8 +113,6 @@ class _Sessions:
 def _claim_pool(onnxruntime: Any, threads: int | None) -> int:
     """Makes the pool; returns its threads, or 0 where other code made it before."""
     wanted = _usable_cores() if threads is None else threads
-    if wanted < 1:
-        raise RequestError(f"threads must be at least 1, found {wanted}")
     try:
         onnxruntime.set_global_thread_pool_sizes(wanted, 1)
         threads = wanted

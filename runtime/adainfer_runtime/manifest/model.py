@@ -42,6 +42,13 @@ class ModelSpec(Record):
     layer_attention_heads: tuple[Width, ...] = ()
     eos_token_ids: tuple[int, ...] = ()
 
+    @model_validator(mode="after")
+    def _ends_are_tokens(self) -> ModelSpec:
+        for token in self.eos_token_ids:
+            if not 0 <= token < self.vocab_size:
+                raise ValueError(f"eos_token_ids: {token} is no token of {self.vocab_size}")
+        return self
+
     def attention_heads(self, layer: int) -> int:
         """Query heads of a layer (1-based)."""
         heads = self.layer_attention_heads

@@ -24,6 +24,7 @@ from .stages import FileRecord, StageSpec, TensorSpec, TokenizerSpec
 __all__ = ["SCHEMA_VERSION", "Manifest"]
 
 SCHEMA_VERSION = 5
+_INTEGER_BITS = {"int4": 4, "int8": 8}  # by precision; others have no `quantisation`
 _EXIT_FILES = ("adapters/", "exit/", "reports/calibration.")
 
 
@@ -207,6 +208,7 @@ class Manifest(Record):
     def _consistent(self) -> Manifest:
         self._check_stages()
         self._check_sizes()
+        self._check_precision()
         self._check_exits()
         return self
 
@@ -230,6 +232,14 @@ class Manifest(Record):
         if self.max_seq_len > self.kv.max_length:
             raise ValueError(
                 f"max_seq_len {self.max_seq_len} does not fit caches of {self.kv.max_length}"
+            )
+
+    def _check_precision(self) -> None:
+        bits = self.quantisation.bits if self.quantisation else None
+        expected = _INTEGER_BITS.get(self.precision)
+        if bits != expected:
+            raise ValueError(
+                f"precision {self.precision} with quantisation of {bits} bits, expected {expected}"
             )
 
     def _check_exits(self) -> None:
