@@ -53,7 +53,7 @@ def new_folder(out: Path, *, force: bool = False, resume: bool = False) -> Itera
 
     Otherwise it vanishes; with `resume` it stays, if it has a journal, and the next call with
     `resume` goes on in it. It also stays, finished, where `out` came to be during the block and is
-    not to be replaced. An interrupt gets a note that says what was kept.
+    not to be replaced. Exceptions get a note that says what was kept.
 
     Args:
         force: an engine folder that is there in the end is replaced; else only an empty one is.
@@ -85,8 +85,9 @@ def new_folder(out: Path, *, force: bool = False, resume: bool = False) -> Itera
     except OSError as error:
         reason = error.strerror or str(error)
         raise OutputError(f"{out} cannot be written: {reason}; {kept}") from error
-    except KeyboardInterrupt as stop:
-        stop.add_note(kept if resume else f"{kept}: --resume keeps what is finished")
+    except BaseException as error:
+        if not unwanted:
+            error.add_note(kept if resume else f"{kept}: --resume keeps what is finished")
         raise
     finally:
         if temporary is not None and temporary.is_dir():

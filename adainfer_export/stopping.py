@@ -13,44 +13,52 @@ import typer
 
 __all__ = ["stoppable"]
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AFTER_A_SIGNAL = 128  # shells add the signal's number
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, where everything that expects Ctrl-C knows what to do."""
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Ends a command that is stopped with one line: `stopped`, and the interrupt's notes.
+    """Either signal is a KeyboardInterrupt in the block, and ends the command with one line:
+    `stopped`, and the notes of the exception.
 
-    In threads other than the main one, which get no signals, SIGTERM stays what it is.
+    In threads other than the main one, which get no signals, nothing is changed.
 
     Raises:
         typer.Exit: with status 130 after Ctrl-C, 143 after SIGTERM.
     """
+    received: list[int] = []
     try:
-        with _sigterm_raises():
+        with _interrupting(received):
             yield
-    except KeyboardInterrupt as stop:
-        number = signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT
+    except BaseException as stop:
+        # Not KeyboardInterrupt alone: an import that it ends, of a compiled module, fails with
+        # another exception.
+        if not received:
+            raise
         print("; ".join(["stopped", *getattr(stop, "__notes__", ())]), file=sys.stderr)
-        raise typer.Exit(_AFTER_A_SIGNAL + number) from stop
+        raise typer.Exit(_AFTER_A_SIGNAL + received[0]) from stop
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def _interrupting(received: list[int]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, before)  # a second one does not wait
-        raise _Terminated
+        restore()  # a second signal does not wait
+        received.append(number)
+        raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, handle)
+    for number in _SIGNALS:
+        signal.signal(number, handle)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        restore()

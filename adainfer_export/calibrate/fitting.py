@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,10 @@ class Fitted:
     block_influence: Mapping[int, float]
     selection: Predictions
     graphs: tuple[FittedGraph, ...]
+
+    def of_graphs(self, names: Collection[str]) -> Fitted:
+        """The same with the graphs of these names alone."""
+        return replace(self, graphs=tuple(graph for graph in self.graphs if graph.name in names))
 
 
 @dataclass(frozen=True)

@@ -80,18 +80,27 @@ def _calibrate(
         points=(), target_agreement=request.target_agreement, calibration=_figures(request, fitted)
     )
     write = partial(write_exits, files, manifest, adapters=fitted.adapters, draft=draft)
-    # Thresholds and certificates are of the exit graphs as they run: they are written first.
-    written = write(fitted.graphs, context=context.spec if context else None)
-    judged = _judge(_observe(folder, written, fitted, context, reporter), fitted, context, request)
-    paying = tuple(graph for graph in fitted.graphs if graph.name in judged)
-    final = write(paying, context=context.spec if context and CONTEXT in judged else None)
-    final = _finish(final, judged, tried=sum(graph.name != CHOICE for graph in fitted.graphs))
+    tried: set[str] = set()
+    count = sum(graph.name != CHOICE for graph in fitted.graphs)
+    # Thresholds and certificates are of graphs and engines as they run: those are written first.
+    # Where exit points go for not paying, engines are joined over them, and tried again.
+    while True:
+        written = write(fitted.graphs, context=context.spec if context else None)
+        tried |= written.files.keys()
+        seen = _observe(folder, written, fitted, context, reporter)
+        judged = _judge(seen, fitted, context, request)
+        fitted = fitted.of_graphs(judged)
+        context = context if CONTEXT in judged else None
+        final = write(fitted.graphs, context=context.spec if context else None)
+        if final.boundaries == written.boundaries:
+            break
+    final = _finish(final, judged, tried=count)
     if request.shortlist is not None:
         final = with_shortlist(files, final, fitted.parts, request.shortlist, reporter)
     if final.named_exits:
         final = _with_plan(folder, final, reporter)
     final = _report(folder, final, fitted.parts)
-    tried = written.files.keys() | files.written.keys()
+    tried |= files.written.keys()
     for name in tried - final.files.keys() - in_use.files.keys():
         (folder / name).unlink()
     return final
@@ -102,7 +111,7 @@ def recalibrate(
 ) -> Manifest:
     """Gives an existing engine folder another exit graph; its manifest is replaced at the end.
 
-    An interrupt gets a note that says what was kept.
+    Exceptions get a note that says what was kept.
 
     Raises:
         OutputError: the folder cannot be written; the old exit graph stays in force.
@@ -113,9 +122,9 @@ def recalibrate(
         remove_unnamed(folder, manifest.files)  # what a calibration that was killed left
         try:
             renewed = calibrate(folder, manifest, request, reporter)
-        except KeyboardInterrupt as stop:
+        except BaseException as error:
             remove_unnamed(folder, manifest.files)
-            stop.add_note(f"{folder} was left as it is{_note_of_kept(folder)}")
+            error.add_note(f"{folder} was left as it is{_note_of_kept(folder)}")
             raise
         write_manifest(folder, renewed)
         for name in manifest.files.keys() - renewed.files.keys():

@@ -16,7 +16,7 @@ from adainfer_export.calibrate.builtin import builtin_examples
 from adainfer_export.calibrate.classifiers import CLASSIFIERS, Entry, FittedClassifier
 from adainfer_export.calibrate.convert import lower_adapter
 from adainfer_export.calibrate.data import load_examples, split_parts
-from adainfer_export.calibrate.fitting import fit_graphs
+from adainfer_export.calibrate.fitting import FittedGraph, fit_graphs
 from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.calibrate.predictions import Predictions
 from adainfer_export.calibrate.ridge import Moments
@@ -321,6 +321,37 @@ def test_exits_that_do_not_pay_leave_nothing_behind(folder, monkeypatch):
     manifest = calibrated(folder, target_agreement=0.5)
     assert manifest.exit.points == ()
     assert manifest.boundaries == (4,)  # nothing to stop at: one engine
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert found == {*manifest.files, "manifest.json"}
+
+
+def test_certificates_are_of_the_engines_that_run(folder, monkeypatch):
+    """Where a graph is dropped, engines are joined over its exit points: they are tried again."""
+    observe_once, judge = pipeline._observe, pipeline._judge
+    cuts, judged = [], []
+
+    def with_another(*given):
+        fitted = fit_graphs(*given)
+        (graph,) = fitted.graphs
+        assert graph.classifier.layers == (2,)
+        other = fit_classifier("logistic", graph.selection, (3,), ("top_prob", "gap"))
+        return replace(fitted, graphs=(graph, FittedGraph("logistic", other, graph.selection)))
+
+    def observed(folder, written, *rest):
+        cuts.append(written.boundaries)
+        return observe_once(folder, written, *rest)
+
+    def without_other(*given):
+        judged.append({name: found for name, found in judge(*given).items() if name == "svm"})
+        return judged[-1]
+
+    monkeypatch.setattr(pipeline, "fit_graphs", with_another)
+    monkeypatch.setattr(pipeline, "_observe", observed)
+    monkeypatch.setattr(pipeline, "_judge", without_other)
+    manifest = calibrated(folder, target_agreement=0.5)
+    assert cuts == [(2, 3, 4), (2, 4)]
+    assert manifest.boundaries == (2, 4)
+    assert manifest.exit.threshold == judged[-1]["svm"].outcome.threshold
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found == {*manifest.files, "manifest.json"}
 

@@ -23,7 +23,7 @@ def stop_by(number):
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_end_a_command_with_one_line(capsys, number, status):
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(number)
     with pytest.raises(typer.Exit) as caught, stoppable():
         try:
             stop_by(number)
@@ -32,7 +32,23 @@ def test_signals_end_a_command_with_one_line(capsys, number, status):
             raise
     assert caught.value.exit_code == status
     assert capsys.readouterr().err == "stopped; nothing was kept\n"
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(number) == before
+
+
+def test_an_import_that_a_signal_ends_is_no_error(capsys):
+    """Compiled modules turn the interrupt into an ImportError."""
+    with pytest.raises(typer.Exit) as caught, stoppable():
+        try:
+            stop_by(signal.SIGTERM)
+        except KeyboardInterrupt as stop:
+            raise ImportError("initialization failed") from stop
+    assert caught.value.exit_code == 143
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_other_errors_are_the_commands_own():
+    with pytest.raises(ImportError), stoppable():
+        raise ImportError("missing")
 
 
 def test_threads_have_no_signals():
@@ -78,7 +94,7 @@ def test_a_calibration_that_is_stopped_leaves_the_folder(tiny, monkeypatch):
     from adainfer_export.calibrate import pipeline
 
     def interrupted(*_):
-        raise KeyboardInterrupt
+        stop_by(signal.SIGINT)
 
     monkeypatch.setattr(pipeline, "calibrate", interrupted)
     folder = tiny("llama").folder
