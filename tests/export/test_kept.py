@@ -24,6 +24,7 @@ from adainfer_export.calibrate.distilled import Distilled
 from adainfer_export.calibrate.kept import KeptSteps
 from adainfer_export.calibrate.pipeline import recalibrate
 from adainfer_export.errors import CalibrationError
+from adainfer_export.folder import save_hashed
 from adainfer_export.progress import SilentReporter
 from adainfer_runtime.engine_folder import load_manifest, verify_files
 
@@ -226,6 +227,11 @@ def test_files_of_a_killed_calibration_go_with_the_next(engines, request_of, mon
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(pipeline, "_observe", killed)
         calibrated(engines, request_of())
+    named = {engines / name for name in (*load_manifest(engines).files, "manifest.json")}
+    left = {path for path in engines.rglob("*") if path.is_file()} - named
+    assert {path.parent.name for path in left} == {REST}  # an interrupt takes the rest away itself
+    for name in ("stages/a.onnx", "adapters/a.onnx", "exit/a.onnx"):  # a kill does not
+        save_hashed(engines, name, b"written")
     own = engines / "reports" / "notes.json"  # the user's: of no such name
     own.parent.mkdir(exist_ok=True)
     own.write_text("{}")
@@ -234,8 +240,7 @@ def test_files_of_a_killed_calibration_go_with_the_next(engines, request_of, mon
     with pytest.raises(KeyboardInterrupt):
         calibrated(engines, request_of())
     removed = before - {path for path in engines.rglob("*") if path.is_file()}
-    assert removed
-    assert all(path.parent.name in {"stages", "adapters", "exit"} for path in removed)
+    assert {path.parent.name for path in removed} == {"stages", "adapters", "exit"}
     assert own.is_file()
     assert kept_in(engines) == {"identity", "adapters", "translators"}
     verify_files(engines, load_manifest(engines), sha256=True)
