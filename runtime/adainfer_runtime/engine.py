@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, Unpack
 from weakref import WeakSet
@@ -15,13 +13,13 @@ from weakref import WeakSet
 from .backends import Backend, load_backend
 from .batch import BatchScheduler, ContinuousBatching
 from .batch_request import BatchListener, check_batch, prepare_texts
-from .certificate import device_class, device_option
+from .certificate import device_class
 from .choose import ChoiceOptions, Chosen, choose, join_label, listed_labels, longest_label
 from .conversation import Conversation
-from .decode_costs import DecodeCosts, decode_costs
-from .decode_plan import DecodeForecast, best_drafting, forecast_decode
+from .decode_costs import DecodeCosts
+from .decode_plan import DecodeForecast
 from .engine_folder import load_manifest, verify_files
-from .errors import DeadlineError, ExitUnavailableError, RequestError
+from .errors import DeadlineError, RequestError
 from .exit_policy import ExitPolicy, NoExit
 from .generation_options import CancelToken, GenerationKeywords, GenerationOptions
 from .lifetime import Lifetime, closed
@@ -29,17 +27,8 @@ from .long_text import LongText
 from .manifest import Manifest
 from .mode_options import check_mode_options
 from .mode_policies import Mode, PolicyFactory, Strictness, known_modes
-from .planning import (
-    Machine,
-    ModeForecast,
-    RecentExits,
-    RequestShape,
-    TimePredictor,
-    forecast_modes,
-    machine,
-    pick_mode,
-)
-from .planning.choose import exit_shares
+from .planner import Planner
+from .planning import Machine, ModeForecast, RecentExits, RequestShape, machine
 from .profile import ProfiledBackend, StageClock, measuring
 from .results import ChoiceResult, GenerationResult, StreamEvent
 from .session import ExitProbe, Session, check_tokens
@@ -51,7 +40,6 @@ from .values import require_count
 
 __all__ = ["Engine"]
 
-_LOG = logging.getLogger(__name__)
 _IDLE_SESSIONS = 4
 
 
@@ -79,19 +67,22 @@ class Engine:
     ) -> None:
         self._folder = folder
         self.lifetime = Lifetime()
-        self._here = here
-        self._warned = False
-        self._costs: dict[ExitProbe, DecodeCosts] = {}
         self._shadow = shadow
         self._device = device
         self._device_class = device_class(device)
         self.clock = clock
         self.recorder = StatisticsRecorder()
-        self.recent = RecentExits()
         self._manifest = manifest
         self._backend = backend if clock is None else ProfiledBackend(backend, clock)
         self._tokenizer = tokenizer
         self._policies = PolicyFactory(self._backend, manifest)
+        self._planner = Planner(
+            manifest,
+            self._policies,
+            device_class=self._device_class,
+            max_rows=self._backend.max_rows,
+            here=here,
+        )
         self._idle: list[Session] = []
         self._own: WeakSet[Session] = WeakSet()  # of callers
         self._lock = threading.Lock()
@@ -248,6 +239,11 @@ class Engine:
         """What was done since the engine was loaded, also for texts that failed or were closed."""
         return self.recorder.snapshot()
 
+    @property
+    def recent(self) -> RecentExits:
+        """Where requests of late left, which mode `auto` goes by."""
+        return self._planner.recent
+
     def session(self) -> Session:
         """A sequence of one's own, for as long as the engine is open.
 
@@ -289,7 +285,7 @@ class Engine:
         _check_taken(mode, threshold=threshold, classifier=classifier)
         strictness = Strictness(threshold, level, self._device_class, text)
         if mode == "auto":
-            return self._planned(shape, strictness).policy
+            return self._planner.pick(shape, strictness).policy
         return self._policies.of_mode(mode, strictness, classifier)
 
     def plan(
@@ -305,7 +301,7 @@ class Engine:
         Raises:
             ExitUnavailableError: there is no plan.
         """
-        return self._planned(shape, Strictness(threshold, level, self._device_class, text))
+        return self._planner.pick(shape, Strictness(threshold, level, self._device_class, text))
 
     def choice_policy(
         self,
@@ -328,7 +324,7 @@ class Engine:
         _check_taken(mode, threshold=threshold, classifier=classifier)
         strictness = Strictness(threshold, level, self._device_class, longest_label=longest_label)
         if mode == "auto":
-            return self._planned(shape, strictness).policy
+            return self._planner.pick(shape, strictness).policy
         return self._policies.of_choice(mode, strictness, classifier)
 
     def forecasts(
@@ -341,57 +337,13 @@ class Engine:
         """
         text = LongText(shape.new_tokens, shape.kv_policy) if shape.new_tokens > 1 else None
         label = 1 if shape.candidates else None
-        return self._forecasts(shape, Strictness(None, level, self._device_class, text, label))
-
-    def _planned(self, shape: RequestShape | None, strictness: Strictness) -> ModeForecast:
-        if shape is None:
-            raise RequestError("mode auto decides by the request's shape: give one")
-        return pick_mode(self._forecasts(shape, strictness))
-
-    def _forecasts(self, shape: RequestShape, strictness: Strictness) -> tuple[ModeForecast, ...]:
-        plan = self._manifest.plan
-        if plan is None:
-            raise ExitUnavailableError(
-                "this engine has no plan, which mode auto decides by: run `adainfer bench DIR"
-                f"{device_option(self._device_class)}`"
-            )
-        if plan.machine.device_class != self._device_class:
-            raise ExitUnavailableError(
-                f"the plan's times are of {plan.machine.device_class}, this is "
-                f"{self._device_class}: run `adainfer bench DIR{device_option(self._device_class)}`"
-            )
-        self._warn_of_other_machine(plan.machine)
-        layers = self._manifest.model.num_layers
-        predictor = TimePredictor(plan.times, layers, self._backend.max_rows)
-        return forecast_modes(
-            self._policies, predictor, shape, strictness, self.recent, self._drafting
+        return self._planner.forecasts(
+            shape, Strictness(None, level, self._device_class, text, label)
         )
-
-    def _warn_of_other_machine(self, planned: Machine) -> None:
-        if self._here is not None and planned != self._here and not self._warned:
-            self._warned = True
-            _LOG.warning(
-                "the plan that mode auto goes by was measured on %s with %d threads, this is %s "
-                "with %d: run `adainfer bench DIR%s` here",
-                planned.processor,
-                planned.threads,
-                self._here.processor,
-                self._here.threads,
-                device_option(self._device_class),
-            )
-
-    @cached_property
-    def _drafting(self) -> float:
-        """Expected time of a token in mode `verified`, as a share of the full model's."""
-        return best_drafting(self._manifest, self.decode_costs())
 
     def decode_costs(self, probe: ExitProbe = "full") -> DecodeCosts:
         """What drafts and looks at exit points cost here, with the probe they use."""
-        known = self._costs.get(probe)
-        if known is None:
-            known = decode_costs(self._manifest, self._here, shortlist=probe == "shortlist")
-            self._costs[probe] = known
-        return known
+        return self._planner.decode_costs(probe)
 
     def decode_forecasts(self, *, level: float | None = None) -> tuple[DecodeForecast, ...]:
         """What exits and drafts are expected to gain in decode, by mode, exit point and probe.
@@ -399,14 +351,7 @@ class Engine:
         A level leaves mode `adaptive` out, as mode `auto` does: it is certified for texts that look
         at every exit point, whatever that costs.
         """
-        spec, looks = self._manifest.exit, None
-        if spec is not None and spec.exit_shares and level is None:
-            strictness = Strictness(device_class=self._device_class)
-            policy = self._policies.of_mode("adaptive", strictness)
-            layers = tuple(check.layer for check in policy.checks)
-            shares = exit_shares(spec, strictness, "adaptive")
-            looks = (layers, shares) if layers else None
-        return forecast_decode(self._manifest, self.decode_costs, looks)
+        return self._planner.decode_forecasts(level=level)
 
     def generate(
         self, prompt: str | Sequence[int], **options: Unpack[GenerationKeywords]

@@ -133,7 +133,7 @@ def test_a_round_of_drafts():
 
 def test_engines_know_the_costs_of_their_machine(tiny):
     made = tiny("llama")
-    here = Engine.of_manifest(made.folder, made.engine.manifest)._here
+    here = Engine.of_manifest(made.folder, made.engine.manifest)._planner._here
     spec = PlanSpec(machine=here, times=TIMES)
     engine = Engine.of_manifest(made.folder, made.engine.manifest.model_copy(update={"plan": spec}))
     assert engine.decode_costs().token == pytest.approx(10.0)
