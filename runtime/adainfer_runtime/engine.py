@@ -199,6 +199,7 @@ class Engine:
             session.close("engine")
         backend, self._backend = self._backend, closed("engine")
         self._policies = PolicyFactory(self._backend, self._manifest)
+        self._planner.policies = self._policies
         backend.close()
 
     @property

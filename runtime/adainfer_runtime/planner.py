@@ -33,6 +33,7 @@ class Planner:
 
     Attributes:
         recent: where requests of late left.
+        policies: of the loaded stages; an engine that is closed gives its planner those of none.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Planner:
         """
         self.recent = RecentExits()
         self._manifest = manifest
-        self._policies = policies
+        self.policies = policies
         self._device_class = device_class
         self._max_rows = max_rows
         self._here = here
@@ -87,7 +88,7 @@ class Planner:
         self._warn_of_other_machine(plan.machine)
         predictor = TimePredictor(plan.times, self._manifest.model.num_layers, self._max_rows)
         return forecast_modes(
-            self._policies, predictor, shape, strictness, self.recent, self._drafting
+            self.policies, predictor, shape, strictness, self.recent, self._drafting
         )
 
     def decode_costs(self, probe: ExitProbe) -> DecodeCosts:
@@ -103,7 +104,7 @@ class Planner:
         spec, looks = self._manifest.exit, None
         if spec is not None and spec.exit_shares and level is None:
             strictness = Strictness(device_class=self._device_class)
-            policy = self._policies.of_mode("adaptive", strictness)
+            policy = self.policies.of_mode("adaptive", strictness)
             layers = tuple(check.layer for check in policy.checks)
             shares = exit_shares(spec, strictness, "adaptive")
             looks = (layers, shares) if layers else None
