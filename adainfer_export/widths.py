@@ -66,7 +66,10 @@ def layer_configs(config: Any, widths: Sequence[LayerWidths] | None) -> tuple[An
 
 def _of_layer(shape: Shape, name: str, width: int, head_dim: int) -> LayerWidths | None:
     """None where the tensors of a layer do not fit together, or are not all there."""
-    return _of_separate(shape, name, width, head_dim) or _of_fused(shape, name, width, head_dim)
+    found = _of_separate(shape, name, width, head_dim) or _of_fused(shape, name, width, head_dim)
+    if found is None or found.kv_heads <= 0 or found.heads % found.kv_heads:
+        return None
+    return found
 
 
 def _of_separate(shape: Shape, name: str, width: int, head_dim: int) -> LayerWidths | None:
@@ -82,8 +85,6 @@ def _of_separate(shape: Shape, name: str, width: int, head_dim: int) -> LayerWid
         and out == query[::-1]
         and gate == up == (widths.intermediate, width)
         and down == gate[::-1]
-        and widths.kv_heads > 0
-        and widths.heads % widths.kv_heads == 0
     )
     return widths if fits else None
 
@@ -102,7 +103,5 @@ def _of_fused(shape: Shape, name: str, width: int, head_dim: int) -> LayerWidths
         and out == (width, widths.heads * head_dim)
         and gate_up == (2 * widths.intermediate, width)
         and down == (width, widths.intermediate)
-        and widths.kv_heads > 0
-        and widths.heads % widths.kv_heads == 0
     )
     return widths if fits else None

@@ -293,8 +293,9 @@ def test_input_that_is_no_text_is_one_line(folder, command):
         assert b"Traceback" not in done.stderr
 
 
-def test_a_line_that_is_no_text_is_asked_for_again(monkeypatch):
-    typed = iter(["hi", UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid"), EOFError])
+def type_in(monkeypatch, lines):
+    """At a terminal; exceptions among the lines are raised."""
+    typed = iter(lines)
 
     def answer(prompt):
         said = next(typed)
@@ -304,6 +305,11 @@ def test_a_line_that_is_no_text_is_asked_for_again(monkeypatch):
 
     monkeypatch.setattr("builtins.input", answer)
     monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+
+
+def test_a_line_that_is_no_text_is_asked_for_again(monkeypatch):
+    invalid = UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "invalid")
+    type_in(monkeypatch, ["hi", invalid, EOFError])
     notes = []
     assert list(_lines(notes.append)) == ["hi"]
     assert notes[1].startswith("that was no text: 'utf-8' codec")
@@ -429,16 +435,7 @@ class Terminal:
 
 
 def test_ctrl_c_at_the_prompt_leaves_nothing(monkeypatch):
-    typed = iter([" hi ", KeyboardInterrupt, "more", EOFError])
-
-    def answer(prompt):
-        said = next(typed)
-        if isinstance(said, str):
-            return said
-        raise said
-
-    monkeypatch.setattr("builtins.input", answer)
-    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    type_in(monkeypatch, [" hi ", KeyboardInterrupt, "more", EOFError])
     notes = []
     assert list(_lines(notes.append)) == ["hi", "more"]
     assert notes[1:] == ["/exit or Ctrl-D leaves"]

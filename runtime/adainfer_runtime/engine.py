@@ -78,7 +78,6 @@ class Engine:
         self._policies = PolicyFactory(self._backend, manifest)
         self._planner = Planner(
             manifest,
-            self._policies,
             device_class=self._device_class,
             max_rows=self._backend.max_rows,
             here=here,
@@ -199,7 +198,6 @@ class Engine:
             session.close("engine")
         backend, self._backend = self._backend, closed("engine")
         self._policies = PolicyFactory(self._backend, self._manifest)
-        self._planner.policies = self._policies
         backend.close()
 
     @property
@@ -286,7 +284,7 @@ class Engine:
         _check_taken(mode, threshold=threshold, classifier=classifier)
         strictness = Strictness(threshold, level, self._device_class, text)
         if mode == "auto":
-            return self._planner.pick(shape, strictness).policy
+            return self._planner.pick(self._policies, shape, strictness).policy
         return self._policies.of_mode(mode, strictness, classifier)
 
     def plan(
@@ -302,7 +300,9 @@ class Engine:
         Raises:
             ExitUnavailableError: there is no plan.
         """
-        return self._planner.pick(shape, Strictness(threshold, level, self._device_class, text))
+        return self._planner.pick(
+            self._policies, shape, Strictness(threshold, level, self._device_class, text)
+        )
 
     def choice_policy(
         self,
@@ -325,7 +325,7 @@ class Engine:
         _check_taken(mode, threshold=threshold, classifier=classifier)
         strictness = Strictness(threshold, level, self._device_class, longest_label=longest_label)
         if mode == "auto":
-            return self._planner.pick(shape, strictness).policy
+            return self._planner.pick(self._policies, shape, strictness).policy
         return self._policies.of_choice(mode, strictness, classifier)
 
     def forecasts(
@@ -339,7 +339,7 @@ class Engine:
         text = LongText(shape.new_tokens, shape.kv_policy) if shape.new_tokens > 1 else None
         label = 1 if shape.candidates else None
         return self._planner.forecasts(
-            shape, Strictness(None, level, self._device_class, text, label)
+            self._policies, shape, Strictness(None, level, self._device_class, text, label)
         )
 
     def decode_costs(self, probe: ExitProbe = "full") -> DecodeCosts:
@@ -352,7 +352,7 @@ class Engine:
         A level leaves mode `adaptive` out, as mode `auto` does: it is certified for texts that look
         at every exit point, whatever that costs.
         """
-        return self._planner.decode_forecasts(level=level)
+        return self._planner.decode_forecasts(self._policies, level=level)
 
     def generate(
         self, prompt: str | Sequence[int], **options: Unpack[GenerationKeywords]

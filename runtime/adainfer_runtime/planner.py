@@ -33,13 +33,11 @@ class Planner:
 
     Attributes:
         recent: where requests of late left.
-        policies: of the loaded stages; an engine that is closed gives its planner those of none.
     """
 
     def __init__(
         self,
         manifest: Manifest,
-        policies: PolicyFactory,
         *,
         device_class: str,
         max_rows: int,
@@ -50,14 +48,15 @@ class Planner:
         """
         self.recent = RecentExits()
         self._manifest = manifest
-        self.policies = policies
         self._device_class = device_class
         self._max_rows = max_rows
         self._here = here
         self._warned = False
         self._costs: dict[ExitProbe, DecodeCosts] = {}
 
-    def pick(self, shape: RequestShape | None, strictness: Strictness) -> ModeForecast:
+    def pick(
+        self, policies: PolicyFactory, shape: RequestShape | None, strictness: Strictness
+    ) -> ModeForecast:
         """What mode `auto` takes.
 
         Raises:
@@ -66,9 +65,11 @@ class Planner:
         """
         if shape is None:
             raise RequestError("mode auto decides by the request's shape: give one")
-        return pick_mode(self.forecasts(shape, strictness))
+        return pick_mode(self.forecasts(policies, shape, strictness))
 
-    def forecasts(self, shape: RequestShape, strictness: Strictness) -> tuple[ModeForecast, ...]:
+    def forecasts(
+        self, policies: PolicyFactory, shape: RequestShape, strictness: Strictness
+    ) -> tuple[ModeForecast, ...]:
         """What each mode is expected to take for such a request, `off` first.
 
         Raises:
@@ -87,9 +88,7 @@ class Planner:
             )
         self._warn_of_other_machine(plan.machine)
         predictor = TimePredictor(plan.times, self._manifest.model.num_layers, self._max_rows)
-        return forecast_modes(
-            self.policies, predictor, shape, strictness, self.recent, self._drafting
-        )
+        return forecast_modes(policies, predictor, shape, strictness, self.recent, self._drafting)
 
     def decode_costs(self, probe: ExitProbe) -> DecodeCosts:
         """What drafts and looks at exit points cost here, with the probe they use."""
@@ -99,12 +98,14 @@ class Planner:
             self._costs[probe] = known
         return known
 
-    def decode_forecasts(self, *, level: float | None) -> tuple[DecodeForecast, ...]:
+    def decode_forecasts(
+        self, policies: PolicyFactory, *, level: float | None
+    ) -> tuple[DecodeForecast, ...]:
         """What exits and drafts are expected to gain in decode, see `Engine.decode_forecasts`."""
         spec, looks = self._manifest.exit, None
         if spec is not None and spec.exit_shares and level is None:
             strictness = Strictness(device_class=self._device_class)
-            policy = self.policies.of_mode("adaptive", strictness)
+            policy = policies.of_mode("adaptive", strictness)
             layers = tuple(check.layer for check in policy.checks)
             shares = exit_shares(spec, strictness, "adaptive")
             looks = (layers, shares) if layers else None

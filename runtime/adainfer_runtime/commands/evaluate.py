@@ -18,7 +18,6 @@ from ..evaluation import (
     AnswerLog,
     Evaluation,
     TaskResult,
-    check_examples,
     evaluate,
     make_methods,
     summary_rows,
@@ -99,7 +98,6 @@ def run_eval(
     placed = _limited(read_placed(tasks), limit)
     examples = [each.example for each in placed]
     engine = Engine.load(folder, device, threads)
-    check_examples(engine, placed, labels_only=labels_only)
     known = _count_fitted(folder, engine, examples)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     chosen = make_methods(
@@ -121,6 +119,7 @@ def run_eval(
             examples,
             labels_only=labels_only,
             log=log,
+            places=[each.where for each in placed],
             on_example=lambda example: progress.update(bar, advance=1, detail=example.task),
         )
     _show(result, known, json_file, console)

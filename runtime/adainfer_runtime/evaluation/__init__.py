@@ -1,7 +1,6 @@
 """The paper's evaluation: methods side by side on task files, counted and timed."""
 
 from .answer_log import AnswerLog
-from .check import check_examples
 from .methods import Method, make_methods
 from .results import Evaluation, MethodResult, TaskResult
 from .runner import evaluate
@@ -14,7 +13,6 @@ __all__ = [
     "MethodResult",
     "SummaryRow",
     "TaskResult",
-    "check_examples",
     "evaluate",
     "make_methods",
     "summary_rows",

@@ -21,6 +21,7 @@ def evaluate(
     *,
     labels_only: bool = False,
     log: AnswerLog | None = None,
+    places: Sequence[str] | None = None,
     on_example: Callable[[TaskExample], None] = lambda example: None,
 ) -> Evaluation:
     """Asks every method about every prompt, each in its turn first.
@@ -30,6 +31,7 @@ def evaluate(
         labels_only: choose among the example's labels; else one greedy token over the whole
             vocabulary, right if it is the answer's first token.
         log: answers that it holds are not asked for again.
+        places: what errors call each example; default: its number and task.
 
     Raises:
         RequestError: no examples, or no baseline; see `check_examples` for examples that cannot be
@@ -39,10 +41,8 @@ def evaluate(
         raise RequestError("there are no examples to evaluate")
     if not methods or methods[0].name != BASELINE:
         raise RequestError(f"the first method must be {BASELINE!r}: it is what others agree with")
-    placed = (
-        PlacedExample(f"example {number}, of task {example.task or 'without a name'}", example)
-        for number, example in enumerate(examples, start=1)
-    )
+    where = _numbered(examples) if places is None else places
+    placed = map(PlacedExample, where, examples)
     check_examples(methods[0].engine, placed, labels_only=labels_only)
     log = log or AnswerLog()
     answers: dict[str, list[Answer]] = {method.name: [] for method in methods}
@@ -60,3 +60,10 @@ def evaluate(
             answers[method.name].append(answer)
         on_example(example)
     return summarise(answers, methods[0].engine.manifest.model.num_layers, labels_only=labels_only)
+
+
+def _numbered(examples: Sequence[TaskExample]) -> list[str]:
+    return [
+        f"example {number}, of task {example.task or 'without a name'}"
+        for number, example in enumerate(examples, start=1)
+    ]
