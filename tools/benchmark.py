@@ -1,7 +1,8 @@
 """Prefill and decode speed of engine folders, against each other and against onnxruntime-genai.
 
-Every contestant runs in a process of its own that sleeps between its turns; turns go round, so that
-drift of the machine meets all alike. What is reported is the median over rounds of the ratio to the
+Every contestant runs in a process of its own that sleeps between its turns; in every round each has
+one, in an order drawn anew and after a pause, so that drift of the machine and whatever the one
+before left behind meet all alike. What is reported is the median over rounds of the ratio to the
 first contestant *in the same round*, with its quartiles.
 
     python tools/benchmark.py build/k1 build/k5 build/k30
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import subprocess
 import sys
@@ -24,6 +26,8 @@ from typing import IO, Any
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+
+_PAUSE_SECONDS = 0.3  # until the threads of whoever went before sleep
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,16 @@ def compete(
     """(prefill, decode) tokens per second, per contestant and round; the first round is dropped."""
     workers = [start(kind, folder, work) for kind, folder in contestants]
     results: list[list[tuple[float, float]]] = [[] for _ in workers]
+    order, last = random.Random(0), -1
     for round_number in range(rounds + 1):
-        for place in range(len(workers)):
-            # Of three or more nobody goes twice in a row, and finds its weights in the cache; of
-            # two each does in turn.
-            index = (place + round_number) % len(workers)
+        # Another order each time: who goes behind whom tells, by what a neighbour leaves in the
+        # caches and by threads that still spin. Nobody goes twice in a row.
+        places = order.sample(range(len(workers)), len(workers))
+        if places[0] == last:
+            places.reverse()
+        last = places[-1]
+        for index in places:
+            time.sleep(_PAUSE_SECONDS)
             speeds = turn(workers[index])
             if round_number:
                 results[index].append(speeds)
