@@ -41,6 +41,8 @@ Examples:
 
     adainfer-export llama2-7b --out engines/ --int8-layers 1-2,head --resume
 
+    adainfer-export smollm2-135m --out engines/ --rounding gptq --block-size 64
+
     adainfer-export smollm2-135m --out engines/ --preset jetson-orin
 """
 _CALIBRATE_EXAMPLES = """
@@ -76,6 +78,7 @@ _OF_STORED_LAYERS = frozenset(
         "revision",
         "block_size",
         "int8_layers",
+        "rounding",
         "layers",
         "workers",
         "quiet",
@@ -97,6 +100,13 @@ class TranslatorChoice(str, Enum):
 
     distilled = "distilled"
     ridge = "ridge"
+
+
+class RoundingChoice(str, Enum):
+    """Values of --rounding."""
+
+    nearest = "nearest"
+    gptq = "gptq"
 
 
 class ClassifierChoice(str, Enum):
@@ -285,6 +295,13 @@ def run_export(
             show_default=False,
         ),
     ] = None,
+    rounding: Annotated[
+        RoundingChoice,
+        typer.Option(
+            help="Of int4: `gptq` runs the float model on built-in prompts and lets rounding "
+            "errors make up for each other: nearer to the float model, and blocks of 64 will do."
+        ),
+    ] = RoundingChoice.nearest,
     layers: Annotated[
         str | None,
         typer.Option(help="Write the weights of these layers (`12-15`) again, in a folder there."),
@@ -340,7 +357,9 @@ def run_export(
         revision=revision,
         weights=source,
         force=force,
-        storage=choose_storage(block_size, int8_layers, sensitive, target, precision),
+        storage=choose_storage(
+            block_size, int8_layers, sensitive, target, precision, rounding.value
+        ),
         resume=resume,
         workers=workers,
         layers=None if layers is None else parse_range(layers, "--layers"),

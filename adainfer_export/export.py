@@ -44,7 +44,8 @@ from .sources import Checkpoint, resolve
 from .split import StageGraph, layer_groups, split_decoder
 from .stage_plan import StagePlan
 from .storage import StorageRequest
-from .writer import DataWriter, default_workers
+from .write_weights import write_weights
+from .writer import default_workers
 
 __all__ = ["ExportRequest", "ExportResult", "export"]
 
@@ -138,13 +139,15 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     if request.layers is not None:
         with scratch_folder(request.out) as folder:
             plan = plan_stages(folder, request, checkpoint, dialect, precision)
-            manifest = restore_layers(request.out, plan, request.layers, workers, reporter)
+            manifest = restore_layers(
+                request.out, plan, checkpoint, request.layers, workers, reporter
+            )
     else:
         with new_folder(request.out, force=request.force, resume=request.resume) as folder:
             plan = plan_stages(folder, request, checkpoint, dialect, precision)
             # What a calibration that was killed had fitted is good for another one alone.
             kept = {KEPT_FOLDER} if request.calibration is not None else set[str]()
-            manifest = _write_folder(folder, plan, workers, kept, reporter)
+            manifest = _write_folder(folder, plan, checkpoint, workers, kept, reporter)
             if request.calibration is not None and manifest.tokenizer is not None:
                 from .calibrate.pipeline import calibrate
 
@@ -162,6 +165,7 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
 def _write_folder(
     folder: Path,
     plan: StagePlan,
+    source: Checkpoint,
     workers: int,
     kept: set[str],
     reporter: Reporter,
@@ -174,14 +178,13 @@ def _write_folder(
     remove_others(folder, {*plan.layout.graphs, *journal.finished(), JOURNAL_NAME, *kept})
     # Before the weights, which take long: one that cannot be built is refused at once.
     tokenizer, tokenizer_files = _write_tokenizer(folder, plan)
-    plans = plan.layout.plans
-    reporter.begin("writing weights", len(plans))
-    writer = DataWriter(folder, plan.checkpoint, journal)
-    written = writer.write_all(plans, workers, lambda file: reporter.step(plan.progress_of(file)))
+    known = load_tokenizer(folder, plan.manifest(tokenizer, tokenizer_files)) if tokenizer else None
+    files = plan.layout.plans
+    written = write_weights(plan, files, journal, source, known, workers, reporter)
     matrices = [matrix for file in written.values() for matrix in file.matrices]
-    files = plan.layout.graphs | {name: file.record for name, file in written.items()}
-    files |= tokenizer_files | write_quantisation_report(folder, matrices)
-    return plan.manifest(tokenizer, dict(sorted(files.items())))
+    records = plan.layout.graphs | {name: file.record for name, file in written.items()}
+    records |= tokenizer_files | write_quantisation_report(folder, matrices)
+    return plan.manifest(tokenizer, dict(sorted(records.items())))
 
 
 def plan_stages(

@@ -16,17 +16,25 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from .gptq import ErrorFeedback
+
 __all__ = ["dequantise_int4", "quantise_int4"]
 
 _COLUMNS_AT_ONCE = 1024
 
 
 def quantise_int4(
-    weight: npt.NDArray[np.float32], block_size: int, dtype: npt.DTypeLike = np.float16
+    weight: npt.NDArray[np.float32],
+    block_size: int,
+    dtype: npt.DTypeLike = np.float16,
+    feedback: ErrorFeedback | None = None,
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.generic]]:
     """Quantises `[out, in]` (out even, in divisible by `block_size`).
 
     Codes are chosen for the scale as it is stored, rounded to `dtype`.
+
+    Args:
+        feedback: how rounding errors are made up for; None: every value goes to its nearest code.
 
     Returns:
         packed codes uint8 `[in, out / 2]` and scales `[in / block_size, out]`.
@@ -41,8 +49,12 @@ def quantise_int4(
         values = weight[columns].T.reshape(blocks, block_size, -1)
         needed = np.maximum(values.max(axis=1) / 7.0, values.min(axis=1) / -8.0)
         scale = np.maximum(needed, tiny).astype(dtype)
-        codes = np.rint(values / scale.astype(np.float32)[:, None])
-        nibbles = np.clip(codes, -8, 7).astype(np.int8).reshape(in_features, -1) & 15
+        steps = scale.astype(np.float32)
+        if feedback is None:
+            codes = np.clip(np.rint(values / steps[:, None]), -8, 7).reshape(in_features, -1)
+        else:
+            codes = feedback.round(weight[columns], steps.T, -8, 7).T
+        nibbles = codes.astype(np.int8) & 15
         low, high = nibbles[:, 0::2].view(np.uint8), nibbles[:, 1::2].view(np.uint8)
         packed[:, columns.start // 2 : columns.stop // 2] = low | (high << 4)
         scales[:, columns] = scale

@@ -23,6 +23,8 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from .gptq import ErrorFeedback
+
 __all__ = [
     "BlockRows",
     "Blocks",
@@ -97,19 +99,33 @@ class QuantisedRows:
 
 
 def quantise_blocks(
-    weight: npt.NDArray[np.float32], bits: Literal[4, 8], block_size: int
+    weight: npt.NDArray[np.float32],
+    bits: Literal[4, 8],
+    block_size: int,
+    feedback: ErrorFeedback | None = None,
 ) -> QuantisedRows:
-    """Quantises `[out, in]` (in divisible by `block_size`)."""
+    """Quantises `[out, in]` (in divisible by `block_size`).
+
+    Args:
+        feedback: how rounding errors are made up for; None: every value goes to its nearest code.
+    """
     out_features, in_features = weight.shape
     blocks = in_features // block_size
     packed = np.empty((out_features, blocks, block_size * bits // 8), np.uint8)
     scales = np.empty((out_features, blocks), np.float32)
     squared_error = squared = 0.0
-    step = max(1, _VALUES_AT_ONCE // in_features)
+    # Feedback reads a matrix of in x in for every step: as few as there are.
+    step = max(1, _VALUES_AT_ONCE // in_features) if feedback is None else max(1, out_features)
     for start in range(0, out_features, step):
         rows = slice(start, start + step)
         values = weight[rows].reshape(-1, block_size)
-        codes, scale = _codes(values, bits)
+        scale = _scales(values, bits)
+        if feedback is None:
+            codes = _nearest(values, scale, bits)
+        else:
+            half = 2 ** (bits - 1)
+            codes = feedback.round(weight[rows], scale.reshape(-1, blocks), -half, half - 1)
+            codes = codes.reshape(values.shape)
         packed[rows] = pack(_unsigned(codes, bits), bits).reshape(-1, blocks, packed.shape[2])
         scales[rows] = scale.reshape(-1, blocks)
         codes *= scale
@@ -136,20 +152,25 @@ def pack(codes: npt.NDArray[np.uint8], bits: Literal[4, 8]) -> npt.NDArray[np.ui
     return (codes[..., 0::2] | (codes[..., 1::2] << 4)).astype(np.uint8)
 
 
-def _codes(
-    values: npt.NDArray[np.float32], bits: Literal[4, 8]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """Signed codes as floats `[blocks, block_size]`, and scales `[blocks, 1]`."""
-    half = 2 ** (bits - 1)
+def _scales(values: npt.NDArray[np.float32], bits: Literal[4, 8]) -> npt.NDArray[np.float32]:
+    """Of blocks `[blocks, block_size]`: `[blocks, 1]`."""
     highest, lowest = values.max(axis=1, keepdims=True), values.min(axis=1, keepdims=True)
-    scale = np.where(highest >= -lowest, highest, lowest) / np.float32(-half)
+    extreme: npt.NDArray[np.float32] = np.where(highest >= -lowest, highest, lowest)
+    return extreme / np.float32(-(2 ** (bits - 1)))
+
+
+def _nearest(
+    values: npt.NDArray[np.float32], scale: npt.NDArray[np.float32], bits: Literal[4, 8]
+) -> npt.NDArray[np.float32]:
+    """Signed codes as floats `[blocks, block_size]`."""
+    half = 2 ** (bits - 1)
     # Blocks of (next to) nothing become zeros: their scale has no finite inverse.
     usable = np.abs(scale) > np.finfo(np.float32).tiny
     inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=usable)
     codes = values * inverse
     np.rint(codes, out=codes)
     np.clip(codes, -half, half - 1, out=codes)
-    return codes, scale
+    return codes
 
 
 def _unsigned(codes: npt.NDArray[np.float32], bits: Literal[4, 8]) -> npt.NDArray[np.uint8]:

@@ -7,24 +7,32 @@ from pathlib import Path
 
 from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.manifest import Manifest
+from adainfer_runtime.tokenizer import load_tokenizer
 
 from .errors import OutputError, UnsupportedError
 from .journal import Journal
 from .layout import DataPlan
 from .progress import Reporter
+from .sources import Checkpoint
 from .stage_plan import StagePlan
-from .writer import DataWriter
+from .write_weights import write_weights
 
 __all__ = ["restore_layers"]
 
 
 def restore_layers(
-    out: Path, plan: StagePlan, layers: tuple[int, int], workers: int, reporter: Reporter
+    out: Path,
+    plan: StagePlan,
+    source: Checkpoint,
+    layers: tuple[int, int],
+    workers: int,
+    reporter: Reporter,
 ) -> Manifest:
     """Replaces the layers' data files, each all at once, by what the manifest records of them.
 
     Args:
         plan: the same export, planned in a scratch folder.
+        source: the checkpoint under its own names.
         layers: (first, last), 1-based.
         workers: files that are written at a time.
 
@@ -35,10 +43,10 @@ def restore_layers(
     manifest = load_manifest(out)
     _require_same_export(out, manifest, plan)
     scratch = plan.layout.root
-    plans = list(_chosen(plan, layers))
-    reporter.begin("writing weights", len(plans))
-    writer = DataWriter(scratch, plan.checkpoint, Journal(scratch, {}))
-    written = writer.write_all(plans, workers, lambda file: reporter.step(plan.progress_of(file)))
+    files = list(_chosen(plan, layers))
+    tokenizer = load_tokenizer(out, manifest) if manifest.tokenizer else None
+    journal = Journal(scratch, {})
+    written = write_weights(plan, files, journal, source, tokenizer, workers, reporter)
     for file, record in ((file, done.record) for file, done in written.items()):
         if record != manifest.files[file]:
             raise OutputError(

@@ -110,4 +110,5 @@ def _quantisation(precision: Precision) -> Quantisation | None:
         wide_rows=precision.wide_rows,
         int8_layers=tuple(sorted(precision.int8_layers)),
         int8_head=precision.int8_head,
+        rounding=precision.rounding,
     )

@@ -10,6 +10,7 @@ from adainfer_models import QuantisationSettings
 
 from .errors import UnsupportedError
 from .lower import Precision, Target, find_target
+from .lower.precision import Rounding
 from .lower.targets import AS_IS, Dialect
 from .preflight import weight_shapes
 from .quantise import Blocks
@@ -37,11 +38,14 @@ class StorageRequest:
         block_size: values that share a scale; None leaves the precision's own, 32.
         int8_layers: sensitive layers (1-based) that are stored in 8 bits.
         int8_head: the LM head too, and with it a tied embedding.
+        rounding: of 4-bit weights: each to its nearest code, or so that errors make up for each
+            other in what the layers give (see `gptq`).
     """
 
     block_size: int | None = None
     int8_layers: frozenset[int] = frozenset()
     int8_head: bool = False
+    rounding: Rounding = "nearest"
 
     def refine(self, precision: Precision, target: Target) -> Precision:
         """The precision with these departures.
@@ -50,6 +54,8 @@ class StorageRequest:
             UnsupportedError: they mean nothing in this precision, or the target takes no such size
                 or no 8-bit layers.
         """
+        if self.rounding != "nearest" and precision.bits != 4:
+            raise UnsupportedError(f"--rounding {self.rounding} is for int4, not {precision.name}")
         asked = self.block_size is not None or self.int8_layers or self.int8_head
         if asked and precision.bits is None:
             raise UnsupportedError(
@@ -68,6 +74,7 @@ class StorageRequest:
             block_size=self.block_size or precision.block_size,
             int8_layers=self.int8_layers,
             int8_head=self.int8_head,
+            rounding=self.rounding,
         )
 
     def check(self, num_layers: int) -> None:
@@ -84,6 +91,7 @@ def choose_storage(
     known: QuantisationSettings | None,
     target: str,
     precision: str,
+    rounding: Rounding = "nearest",
 ) -> StorageRequest:
     """What the user asked for; sensitive layers that he left open are those known of the alias,
     in int4, where the target takes any.
@@ -92,10 +100,11 @@ def choose_storage(
         UnsupportedError: unknown target, or no such layers (see `parse_int8_layers`).
     """
     if int8_layers is not None:
-        return StorageRequest(block_size, *parse_int8_layers(int8_layers))
+        return StorageRequest(block_size, *parse_int8_layers(int8_layers), rounding)
     if known is None or precision != "int4" or not find_target(target, precision)[0].int8_layers:
-        return StorageRequest(block_size)
-    return StorageRequest(block_size, frozenset(known.int8_layers), known.int8_head)
+        return StorageRequest(block_size, rounding=rounding)
+    layers = frozenset(known.int8_layers)
+    return StorageRequest(block_size, layers, known.int8_head, rounding)
 
 
 def parse_int8_layers(text: str) -> tuple[frozenset[int], bool]:

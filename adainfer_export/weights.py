@@ -6,7 +6,7 @@ that will give its value; the writer streams them by rows and writes equal ones 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from .errors import UnsupportedError
 from .float8 import dequantise_float8, quantise_float8
+from .gptq import ErrorFeedback
 from .int4 import dequantise_int4, quantise_int4
 from .quantise import Blocks, pack, quantise_blocks
 from .sources.checkpoint import Checkpoint
@@ -28,6 +29,7 @@ __all__ = [
     "Dense",
     "ElementName",
     "ErrorSum",
+    "Feedbacks",
     "Rows",
     "Stored",
     "WeightExpr",
@@ -102,6 +104,10 @@ class Rows:
 
 WeightExpr = Stored | Rows
 
+# By tensor name: how errors of 4-bit rounding are made up for, where they are.
+Feedbacks = Mapping[str, ErrorFeedback]
+_NO_FEEDBACKS: Feedbacks = {}
+
 
 @dataclass
 class ErrorSum:
@@ -117,13 +123,17 @@ class ErrorSum:
 
 
 def stream(
-    checkpoint: Checkpoint, exprs: Sequence[Stored], errors: ErrorSum
+    checkpoint: Checkpoint,
+    exprs: Sequence[Stored],
+    errors: ErrorSum,
+    feedbacks: Feedbacks = _NO_FEEDBACKS,
 ) -> Iterator[tuple[Stored, _Array]]:
     """Values of expressions over the same parts, in their order, each in consecutive pieces.
 
     Args:
         exprs: one dense, or fields of one matrix in the order of `FIELDS`, `packed` first.
         errors: takes up what quantisation changes.
+        feedbacks: of tensors whose rounding errors are made up for; those of others are not.
 
     Raises:
         CheckpointError: a tensor is missing, damaged or not finite.
@@ -139,7 +149,7 @@ def stream(
         yield from ((first, _as_type(array, first.dtype)) for array in arrays)
         return
     if isinstance(first, Columns):
-        fields = _columns(checkpoint, first, pieces, errors)
+        fields = _columns(checkpoint, first, pieces, errors, feedbacks)
         yield from ((expr, fields[expr.field]) for expr in exprs if isinstance(expr, Columns))
         return
 
@@ -147,7 +157,7 @@ def stream(
     later: dict[Stored, _Array] = {}
     total, at = sum(rows.stop - rows.start for _, rows in pieces), 0
     for name, part in pieces:
-        rows = _rows(checkpoint, first.blocks, name, part)
+        rows = _rows(checkpoint, first.blocks, name, part, feedbacks)
         errors.error += rows.error.error
         errors.values += rows.error.values
         packed = rows.fields["packed"]
@@ -170,9 +180,13 @@ class _Rows:
     error: ErrorSum
 
 
-def _rows(checkpoint: Checkpoint, blocks: Blocks, name: str, rows: slice) -> _Rows:
+def _rows(
+    checkpoint: Checkpoint, blocks: Blocks, name: str, rows: slice, feedbacks: Feedbacks
+) -> _Rows:
     if not blocks.kept:
-        made = quantise_blocks(checkpoint.read(name, rows), blocks.bits, blocks.block_size)
+        feedback = feedbacks.get(name) if blocks.bits == 4 else None
+        values = checkpoint.read(name, rows)
+        made = quantise_blocks(values, blocks.bits, blocks.block_size, feedback)
         error = ErrorSum(made.squared_error, made.squared)
         return _Rows({"packed": made.packed, "scales": made.scales}, error)
     kept = checkpoint.read_blocks(name, rows)
@@ -194,6 +208,7 @@ def _columns(
     expr: Columns,
     pieces: list[tuple[str, slice]],
     errors: ErrorSum,
+    feedbacks: Feedbacks,
 ) -> dict[str, _Array]:
     """Both fields, with rows of the matrix as columns."""
     blocks, width = expr.blocks, checkpoint.shape(expr.parts[0])[1]
@@ -203,7 +218,7 @@ def _columns(
     at = 0
     for name, rows in pieces:
         values = checkpoint.read(name, rows)
-        codes, steps, stored = _encode(expr, values)
+        codes, steps, stored = _encode(expr, values, feedbacks.get(name))
         end = at + len(values)
         packed[:, at * blocks.bits // 8 : end * blocks.bits // 8] = codes
         scales[:, at:end] = steps
@@ -214,13 +229,15 @@ def _columns(
     return {"packed": packed, "scales": scales}
 
 
-def _encode(expr: Columns, values: npt.NDArray[np.float32]) -> tuple[_Array, _Array, _Array]:
+def _encode(
+    expr: Columns, values: npt.NDArray[np.float32], feedback: ErrorFeedback | None
+) -> tuple[_Array, _Array, _Array]:
     """Codes, scales, and the values that they stand for."""
     dtype = _DTYPES[expr.dtype]
     if expr.codes == "float8":
         codes, scales = quantise_float8(values, dtype)
         return codes, scales, dequantise_float8(codes, scales)
-    packed, steps = quantise_int4(values, expr.blocks.block_size, dtype)
+    packed, steps = quantise_int4(values, expr.blocks.block_size, dtype, feedback)
     return packed, steps, dequantise_int4(packed, steps)
 
 

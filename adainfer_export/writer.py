@@ -21,7 +21,7 @@ from .journal import Journal, Written
 from .layout import ALIGNMENT, DataPlan
 from .quantisation_report import StoredMatrix
 from .sources.checkpoint import Checkpoint
-from .weights import Blocked, Columns, ErrorSum, stream
+from .weights import Blocked, Columns, ErrorSum, Feedbacks, stream
 
 __all__ = ["DataWriter", "default_workers"]
 
@@ -42,12 +42,14 @@ class DataWriter:
     Attributes:
         journal: where finished files are noted, and found by a resumed export.
         stopped: whoever is writing gives its file up.
+        feedbacks: of tensors whose rounding errors are made up for.
     """
 
     root: Path
     checkpoint: Checkpoint
     journal: Journal
     stopped: threading.Event = field(default_factory=threading.Event)
+    feedbacks: Feedbacks = field(default_factory=dict)
 
     def write_all(
         self, plans: Sequence[DataPlan], workers: int, on_file: Callable[[str], None]
@@ -102,7 +104,7 @@ class DataWriter:
 
     def _write_group(self, file: _DataFile, group: tuple[Any, ...]) -> Iterator[StoredMatrix]:
         errors, current = ErrorSum(), None
-        for expr, array in stream(self.checkpoint, group, errors):
+        for expr, array in stream(self.checkpoint, group, errors, self.feedbacks):
             if self.stopped.is_set():
                 raise _StoppedError
             if expr is not current:

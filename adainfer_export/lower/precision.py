@@ -11,8 +11,9 @@ import onnx_ir as ir
 
 from ..quantise import Blocks
 
-__all__ = ["PRECISIONS", "Precision", "layer_of_tensor", "with_half_activations"]
+__all__ = ["PRECISIONS", "Precision", "Rounding", "layer_of_tensor", "with_half_activations"]
 
+Rounding = Literal["nearest", "gptq"]
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -28,6 +29,7 @@ class Precision:
             with 8-bit weights never (1.5 at 128).
         int8_layers: sensitive layers (1-based) that have 8 bits whatever `bits` says.
         int8_head: the same for the LM head, and the embedding where it is the head.
+        rounding: of 4-bit weights.
         float8: linear layers multiply 8-bit floats (see `lower.float8`); the head does not.
         activations: element type of activations, KV and unquantised weights.
         kept: tensors of the checkpoint whose own blocks are stored, of precision `keep`.
@@ -40,6 +42,7 @@ class Precision:
     wide_rows: int | None = None
     int8_layers: frozenset[int] = frozenset()
     int8_head: bool = False
+    rounding: Rounding = "nearest"
     float8: bool = False
     activations: Literal["float32", "float16", "bfloat16"] = "float32"
     kept: Mapping[str, Blocks] = field(default_factory=dict, hash=False)

@@ -96,6 +96,7 @@ class Quantisation(Record):
 
     From `wide_rows` positions in one pass on, a stage's wide graph is the faster one; None where
     stages have none. `int8_layers` (1-based) and the head, if `int8_head`, have 8 bits instead.
+    `rounding` is of 4-bit weights: to the nearest code, or GPTQ's (arXiv 2210.17323).
     """
 
     bits: Literal[4, 8]
@@ -104,3 +105,4 @@ class Quantisation(Record):
     wide_rows: Length | None = None
     int8_layers: tuple[Layers, ...] = ()
     int8_head: bool = False
+    rounding: Literal["nearest", "gptq"] = "nearest"
