@@ -17,8 +17,8 @@ __all__ = ["Footprint", "build_bytes", "footprint"]
 
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
 _ROWS = BuildRequest("tensorrt").max_rows
-# Embedding, probe, and candidate tokens, each with a table in 16 bits.
-_TABLES = 3
+# In 16 bits: embedding and LM head, which is one matrix where they are tied; plans share them.
+_TABLES, _TIED_TABLES = 2, 1
 # All adapters together (see `calibrate.low_rank`), and one layer's weights for each translator (see
 # `calibrate.translate`): stored in 16 bits, in plans as 32.
 _ADAPTER_SHARE = 0.05
@@ -65,6 +65,7 @@ class _Shape:
     query: int
     kv: int
     vocabulary: int
+    tied: bool
 
     @classmethod
     def of(cls, config: Any) -> _Shape:
@@ -79,6 +80,7 @@ class _Shape:
             query=heads * width,
             kv=(getattr(config, "num_key_value_heads", None) or heads) * width,
             vocabulary=config.vocab_size,
+            tied=bool(config.tie_word_embeddings),
         )
 
     @property
@@ -100,7 +102,7 @@ def footprint(config: Any, precision: str, target: str, *, context_exit: bool) -
     translators = _TRANSLATORS * _FULL * shape.layer_weights if context_exit else 0
     return Footprint(
         layers=shape.layers * _layer_bytes(shape, precision),
-        tables=_TABLES * table,
+        tables=(_TIED_TABLES if shape.tied else _TABLES) * table,
         exits=adapters + translators,
         scratch=_scratch(shape),
         per_position=_per_position(shape, target),

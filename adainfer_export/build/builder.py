@@ -25,6 +25,7 @@ from adainfer_runtime.plans import (
     BuildStamp,
     PlanRecord,
     PlanShapes,
+    SharedTable,
     engine_files,
     load_stamp,
     stage_digest,
@@ -33,6 +34,7 @@ from adainfer_runtime.plans import (
 
 from ..errors import BuildError
 from .profiles import profiles_of
+from .shared_tables import shared_tables
 from .worker import Job, Outcome
 
 __all__ = ["BuildReport", "BuildRequest", "PlanBuilder", "SubprocessBuilder", "build_plans"]
@@ -123,20 +125,44 @@ def build_plans(
     reporter.begin("building plans", len(files))
     built, kept, warnings = [], [], []
     for file in files:
-        source = stage_digest(manifest, file)
-        profiles = _shapes(manifest, file, stamp)
-        if _is_current(place, known.get(file), source, profiles):
+        wanted = _Wanted(
+            file,
+            stage_digest(manifest, file),
+            _shapes(manifest, file, stamp),
+            shared_tables(folder, manifest, file),
+        )
+        if wanted.is_built(place, known.get(file)):
             kept.append(file)
         else:
             again = "; run `adainfer calibrate` again" if _is_calibrated(manifest, file) else ""
-            outcome = _build_one(builder, folder, place, request, stamp, file, profiles, again)
-            known[file] = _record(place, file, source, profiles, outcome)
+            outcome = _build_one(builder, folder, place, request, stamp, wanted, again)
+            known[file] = _record(place, wanted, outcome)
             built.append(file)
             warnings += [f"{file}: {warning}" for warning in outcome.warnings]
         stamp = stamp.model_copy(update={"plans": dict(known)})
         write_stamp(folder, stamp)  # after each: what was built is not built again
         reporter.step(file)
     return BuildReport(stamp, tuple(built), tuple(kept), tuple(warnings))
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """The plan that an ONNX file should have."""
+
+    file: str
+    source: str
+    profiles: tuple[PlanShapes, ...]
+    tables: tuple[SharedTable, ...]
+
+    def is_built(self, place: Path, record: PlanRecord | None) -> bool:
+        """Whether it stands there."""
+        if record is None:
+            return False
+        found = (record.source, record.profiles, record.tables)
+        path = place / record.file
+        if found != (self.source, self.profiles, self.tables):
+            return False
+        return path.is_file() and path.stat().st_size == record.bytes
 
 
 class SubprocessBuilder:
@@ -183,21 +209,22 @@ def _build_one(
     place: Path,
     request: BuildRequest,
     stamp: BuildStamp,
-    file: str,
-    profiles: tuple[PlanShapes, ...],
+    wanted: _Wanted,
     again: str,
 ) -> Outcome:
+    file = wanted.file
     job = Job(
         backend=request.backend,
         onnx=str((folder / file).absolute()),
         plan=str(place.absolute() / f".{_plan_name(file)}.partial"),
         sm=stamp.sm,
-        profiles=profiles,
+        profiles=wanted.profiles,
         optimisation_level=request.optimisation_level,
         # Kernels are timed on the GPU: without one there is nothing to keep.
         timing_cache=str(place.absolute() / "timing.cache")
         if request.backend == "tensorrt"
         else None,
+        tables=tuple(table.name for table in wanted.tables),
     )
     outcome = builder.build(job)
     if outcome.error is None and outcome.unused_inputs:
@@ -223,30 +250,21 @@ def _is_calibrated(manifest: Manifest, file: str) -> bool:
     return file in files | {point.translate for point in manifest.context_points.values()}
 
 
-def _record(
-    place: Path, file: str, source: str, profiles: tuple[PlanShapes, ...], outcome: Outcome
-) -> PlanRecord:
-    written = record_file(place / _plan_name(file))
+def _record(place: Path, wanted: _Wanted, outcome: Outcome) -> PlanRecord:
+    name = _plan_name(wanted.file)
+    written = record_file(place / name)
     return PlanRecord(
-        file=_plan_name(file),
+        file=name,
         bytes=written.bytes,
         sha256=written.sha256,
-        source=source,
+        source=wanted.source,
         seconds=round(outcome.seconds, 2),
         peak_memory_bytes=outcome.peak_memory_bytes,
         fused_attention=outcome.fused_attention,
         float8_products=outcome.float8_products,
-        profiles=profiles,
+        profiles=wanted.profiles,
+        tables=wanted.tables,
     )
-
-
-def _is_current(
-    place: Path, record: PlanRecord | None, source: str, profiles: tuple[PlanShapes, ...]
-) -> bool:
-    if record is None or (record.source, record.profiles) != (source, profiles):
-        return False
-    path = place / record.file
-    return path.is_file() and path.stat().st_size == record.bytes
 
 
 def _plan_name(file: str) -> str:

@@ -18,6 +18,8 @@ from typing import Any
 
 from adainfer_runtime.plans import BACKEND_MODULES, Backend
 
+from .shared_tables import with_inputs
+
 __all__ = ["Job", "Outcome", "peak_memory_bytes"]
 
 _FUSED_ATTENTION = ("_mha", "fmha", "fused_attention")
@@ -25,7 +27,9 @@ _FUSED_ATTENTION = ("_mha", "fmha", "fused_attention")
 
 @dataclass(frozen=True)
 class Job:
-    """One plan to build. `profiles` maps inputs to [smallest, usual, largest] shapes."""
+    """One plan to build. `profiles` maps inputs to [smallest, usual, largest] shapes; `tables` are
+    initialisers that become inputs.
+    """
 
     backend: Backend
     onnx: str
@@ -34,6 +38,7 @@ class Job:
     profiles: tuple[Mapping[str, tuple[tuple[int, ...], ...]], ...]
     optimisation_level: int
     timing_cache: str | None = None
+    tables: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def _build_with(trt: Any, job: Job, log: Any) -> Outcome:
     if network is None:
         raise _RefusedError("it makes no network")
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(job.onnx):
+    if not _parse(parser, job):
         reasons = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         return Outcome(f"the parser refuses it: {_one_line(' '.join(reasons))}")
     config = builder.create_builder_config()
@@ -122,6 +127,13 @@ def _build_with(trt: Any, job: Job, log: Any) -> Outcome:
         fused_attention=log.fused_attention,
         float8_products=log.float8_products,
     )
+
+
+def _parse(parser: Any, job: Job) -> bool:
+    if not job.tables:
+        return bool(parser.parse_from_file(job.onnx))
+    model = with_inputs(Path(job.onnx), job.tables)
+    return bool(parser.parse(model.SerializeToString(), job.onnx))  # weights lie beside that file
 
 
 class _RefusedError(Exception):

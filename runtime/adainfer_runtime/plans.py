@@ -29,6 +29,7 @@ __all__ = [
     "BuildStamp",
     "PlanRecord",
     "PlanShapes",
+    "SharedTable",
     "check_plan",
     "engine_files",
     "find_stamp",
@@ -50,10 +51,31 @@ DEFAULT_OPTIMISATION_LEVEL = 3
 PlanShapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
 
+class SharedTable(BaseModel):
+    """A matrix `shape` that a plan is given as its input `name`: `bytes` of a weight file of the
+    folder, from `offset` on. Plans that name the same ones share it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    file: str
+    offset: int
+    bytes: int
+    dtype: Literal["float32", "float16", "bfloat16"]
+    shape: tuple[int, ...]
+
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Which bytes of which file."""
+        return self.file, self.offset, self.bytes
+
+
 class PlanRecord(BaseModel):
     """One plan. `source` is the digest of the ONNX file and the weights that it was built from;
     `fused_attention` and `float8_products` the numbers of fused attention kernels and of products
-    of 8-bit floats that the build log names, in all profiles; `profiles` the shapes of each.
+    of 8-bit floats that the build log names, in all profiles; `profiles` the shapes of each;
+    `tables` the weights that it is given as inputs, and does not hold.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,6 +89,7 @@ class PlanRecord(BaseModel):
     fused_attention: int
     float8_products: int = 0
     profiles: tuple[PlanShapes, ...] = ()
+    tables: tuple[SharedTable, ...] = ()
 
 
 class BuildStamp(BaseModel):
@@ -215,6 +238,10 @@ def _find_problem(folder: Path, manifest: Manifest, stamp: BuildStamp) -> str | 
         if record is None or record.source != stage_digest(manifest, file):
             what = "is missing" if record is None else "was built from another ONNX file"
             return f"{folder}: the plan of {file} {what}"
+        for table in record.tables:
+            weights = manifest.files.get(table.file)
+            if weights is None or weights.bytes < table.offset + table.bytes:
+                return f"{folder}: the plan of {file} reads {table.file}, which is not what it was"
         path = folder / PLAN_FOLDER / stamp.name / record.file
         if not path.is_file() or path.stat().st_size != record.bytes:
             return f"{path} is missing or damaged"

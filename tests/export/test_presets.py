@@ -58,7 +58,10 @@ def test_a_footprint_counts_what_plans_hold():
     layer = 4 * 4096 * 4096 + 3 * 4096 * 11008
     need = footprint(LLAMA2_7B, "int4", "tensorrt", context_exit=False)
     assert need.layers == pytest.approx(32 * layer * 4.5 / 8)
-    assert need.tables == 3 * 2 * 32000 * 4096  # embedding, head, and the head for candidates
+    assert need.tables == 2 * 2 * 32000 * 4096  # embedding and head, which plans share
+    tied = AutoConfig.for_model("llama", **{**LLAMA2_7B.to_dict(), "tie_word_embeddings": True})
+    tied_need = footprint(tied, "int4", "tensorrt", context_exit=False)
+    assert tied_need.tables == need.tables // 2
     # 16-bit weights twice: once for each profile.
     assert footprint(LLAMA2_7B, "bf16", "tensorrt", context_exit=False).layers == 32 * layer * 4
     assert footprint(LLAMA2_7B, "fp8", "tensorrt", context_exit=False).layers == 32 * layer * 2
@@ -73,7 +76,7 @@ def test_a_footprint_counts_what_plans_hold():
 
 def test_weights_that_do_not_fit_are_refused():
     match = (
-        r"GiB \(layers 24.1, embedding and head 0.7, exit graphs 1.3, scratch 0.1\) do not fit the "
+        r"GiB \(layers 24.1, embedding and head 0.5, exit graphs 1.3, scratch 0.1\) do not fit the "
         r"5 GiB .* choose another precision"
     )
     with pytest.raises(UnsupportedError, match=match):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import hashlib
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from adainfer_export.build import profiles_of
+from adainfer_export.build.shared_tables import shared_tables, with_inputs
 from adainfer_runtime import Engine, NoExit, certificate
 from adainfer_runtime import engine as engine_module
 from adainfer_runtime.backends import tensorrt
@@ -25,10 +29,17 @@ from adainfer_runtime.backends.ort_cpu import open_session
 from adainfer_runtime.backends.tensorrt import PlanStages
 from adainfer_runtime.backends.tensorrt_graphs import GraphRecorder
 from adainfer_runtime.backends.tensorrt_stage import PlanStage
+from adainfer_runtime.backends.tensorrt_tables import SharedTables
 from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.devices import GpuInfo
 from adainfer_runtime.engine_folder import load_manifest
-from adainfer_runtime.errors import DeviceError, ExitUnavailableError, PlanError, StageError
+from adainfer_runtime.errors import (
+    DeviceError,
+    DeviceMemoryError,
+    ExitUnavailableError,
+    PlanError,
+    StageError,
+)
 from adainfer_runtime.planning import Machine, RequestShape, bench, measure_times
 from adainfer_runtime.plans import BuildStamp, PlanRecord, engine_files
 from adainfer_runtime.profile import ProfiledBackend, StageClock
@@ -41,20 +52,30 @@ PROMPT = [5, 17, 200, 43, 9, 120, 77, 31, 250, 8]
 TARGETS = [("onnx-std", "fp32"), ("tensorrt", "fp16"), ("tensorrt-basic", "fp32")]
 
 
-def fake_backend(made, max_rows=16, aliases=True, single=False, capture_fails=None):
+def plan_record(folder, manifest, file, share):
+    """The ONNX file as its own plan, given what it shares with others as inputs."""
+    tables = shared_tables(folder, manifest, file) if share else ()
+    source = folder / file
+    if tables:
+        source = source.with_suffix(".shared.onnx")
+        onnx.save(with_inputs(folder / file, [table.name for table in tables]), source)
+    return PlanRecord(
+        file=f"../../{source.relative_to(folder)}",
+        bytes=0,
+        sha256=hashlib.sha256(source.read_bytes()).hexdigest(),
+        source="",
+        seconds=0,
+        peak_memory_bytes=0,
+        fused_attention=0,
+        tables=tables,
+    )
+
+
+def fake_backend(made, max_rows=16, aliases=True, single=False, capture_fails=None, share=True):
     manifest = made.engine.manifest
     driver = FakeDriver(capture_fails=capture_fails)
     records = {
-        file: PlanRecord(
-            file=f"../../{file}",
-            bytes=0,
-            sha256=hashlib.sha256((made.folder / file).read_bytes()).hexdigest(),
-            source="",
-            seconds=0,
-            peak_memory_bytes=0,
-            fused_attention=0,
-        )
-        for file in engine_files(manifest)
+        file: plan_record(made.folder, manifest, file, share) for file in engine_files(manifest)
     }
     stamp = BuildStamp(
         backend="tensorrt",
@@ -67,14 +88,14 @@ def fake_backend(made, max_rows=16, aliases=True, single=False, capture_fails=No
 
     def profiles(path):
         file = path.resolve().relative_to(made.folder.resolve()).as_posix()
+        file = file.replace(".shared.onnx", ".onnx")
         return profiles_of(manifest, file, max_rows, single=single)
 
     (made.folder / "plans" / stamp.name).mkdir(parents=True, exist_ok=True)
     loader = FakeLoader(driver, profiles, aliases)
-    backend = DeviceBackend(
-        manifest, PlanStages(made.folder, stamp, loader, driver), driver, max_rows
-    )
-    return backend, driver
+    stages = PlanStages(made.folder, stamp, loader, driver)
+    stages.load_all(manifest)
+    return DeviceBackend(manifest, stages, driver, max_rows), driver
 
 
 def tokens_of(backend, manifest, prompt, count):
@@ -194,6 +215,9 @@ class FakeSessions:
     def __init__(self, folder, driver):
         self._folder, self._driver = folder, driver
 
+    def close(self):
+        pass
+
     def load(self, file):
         session = open_session(self._folder / file)
         driver = self._driver
@@ -263,10 +287,91 @@ def test_two_sequences_share_plans_without_sharing_memory(tiny):
 def test_memory_is_given_back_with_the_sequence(tiny):
     made = tiny("llama", target="onnx-std")
     backend, driver = fake_backend(made)
+    tokens_of(backend, made.engine.manifest, PROMPT, 2)  # loads what is the engine's own
+    driver.wait()
     before = len(driver.blocks)
     tokens_of(backend, made.engine.manifest, PROMPT, 2)
     driver.download(np.empty(1, np.float32), next(iter(driver.blocks)))  # waits
     assert len(driver.blocks) == before
+
+
+def table_addresses(backend):
+    """Of what plans share, by file: the addresses that their contexts were given."""
+    stages, found = backend._stages, {}
+    for file, stage in stages._loaded.items():
+        for table in stages.stamp.plans[file].tables:
+            contexts = stage._plan.contexts
+            found[file] = {context._addresses[table.name] for context in contexts}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("variant", "sharing"),
+    [("llama-tied", ["candidates", "embed", "probe"]), ("llama", ["candidates", "probe"])],
+)
+@pytest.mark.parametrize(("target", "precision"), TARGETS)
+def test_the_head_lies_once_for_all_that_read_it(tiny, variant, sharing, target, precision):
+    made = tiny(variant, target=target, precision=precision)
+    backend, driver = fake_backend(made)
+    expected, _ = tokens_of(made.engine.backend, made.engine.manifest, PROMPT, 4)
+    assert tokens_of(backend, made.engine.manifest, PROMPT, 4)[0] == expected
+    hidden = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    some = np.array([3, 99, 17])
+    mine, theirs = (b.probe_candidates(hidden, some) for b in (backend, made.engine.backend))
+    np.testing.assert_allclose(mine.logits, theirs.logits, atol=2e-2)
+    found = table_addresses(backend)
+    assert sorted(Path(file).stem for file in found) == sharing
+    (address,) = set().union(*found.values())
+    record = next(iter(backend._stages.stamp.plans[file] for file in found)).tables[0]
+    stored = (made.folder / record.file).read_bytes()[record.offset :][: record.bytes]
+    assert driver.blocks[address].tobytes() == stored
+    del backend, mine
+    gc.collect()
+    driver.wait()
+    assert address not in driver.blocks
+
+
+def test_plans_that_hold_the_head_themselves_run_as_well(tiny):
+    made = tiny("llama-tied", target="tensorrt", precision="fp16")
+    backend, _ = fake_backend(made, share=False)
+    assert not table_addresses(backend)
+    expected, _ = tokens_of(made.engine.backend, made.engine.manifest, PROMPT, 4)
+    assert tokens_of(backend, made.engine.manifest, PROMPT, 4)[0] == expected
+
+
+@pytest.mark.parametrize("change", ["missing", "renamed", "shape"])
+def test_a_wrong_binding_of_a_table_is_refused(tiny, change):
+    made = tiny("llama-tied", target="onnx-std")
+    backend, _ = fake_backend(made)
+    file = made.engine.manifest.probe.file
+    stages = backend._stages
+    stamp, record = stages.stamp, stages.stamp.plans[file]
+    del stages._loaded[file]
+    (table,) = record.tables
+    tables = {
+        "missing": (),
+        "renamed": (table.model_copy(update={"name": "other"}),),
+        "shape": (table.model_copy(update={"shape": table.shape[::-1]}),),
+    }[change]
+    stamp.plans[file] = record.model_copy(update={"tables": tables})
+    with pytest.raises(StageError, match=r"the plan has inputs|no profile of the plan takes"):
+        backend.probe(np.zeros(64, np.float32)).token  # noqa: B018 - reads it
+
+
+def test_a_table_that_does_not_fit_or_is_gone(tiny, tmp_path):
+    made = tiny("llama-tied", target="onnx-std")
+    manifest = made.engine.manifest
+    (table,) = shared_tables(made.folder, manifest, manifest.probe.file)
+    with pytest.raises(DeviceMemoryError):
+        SharedTables(made.folder, FakeDriver(room=table.bytes - 1)).tensor(table)
+    driver = FakeDriver()
+    with pytest.raises(PlanError, match=r"embed\.data cannot be read: "):
+        SharedTables(tmp_path, driver).tensor(table)
+    (tmp_path / "stages").mkdir()
+    (tmp_path / table.file).write_bytes(b"short")
+    with pytest.raises(PlanError, match=r"embed\.data cannot be read: "):
+        SharedTables(tmp_path, driver).tensor(table)
+    assert driver.live_bytes == 0
 
 
 def test_probe_functions_equal_those_of_the_cpu(tiny):
@@ -521,6 +626,7 @@ def test_a_plan_that_was_changed_is_not_loaded(tiny):
     made = tiny("llama", target="tensorrt", precision="fp16")
     backend, _ = fake_backend(made)
     stages, file = backend._stages, made.engine.manifest.embed.file
+    del stages._loaded[file]
     record = stages.stamp.plans[file].model_copy(update={"sha256": "0" * 64})
     stages.stamp = stages.stamp.model_copy(update={"plans": {file: record}})
     match = r"embed.onnx is not the plan that was built .*: remove it, then run `adainfer build"

@@ -81,6 +81,7 @@ class DeviceBackend:
             self._blocks.free()
             for pool in (self._adapted, self.kept_logits):
                 pool.close()
+            self._stages.close()
 
     def open_sequence(self) -> DeviceSequence:
         """Memory for one sequence.

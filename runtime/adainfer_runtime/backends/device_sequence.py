@@ -54,6 +54,9 @@ class Stages(Protocol):
     def load(self, file: str) -> LoadedStage:
         """The stage of an ONNX file (its path in the folder)."""
 
+    def close(self) -> None:
+        """Frees what stages share; none can be run afterwards."""
+
 
 class DeviceSequence:
     """See `base.SequenceBuffers`. Memory goes with it."""

@@ -112,6 +112,9 @@ class SessionStages:
             self._loaded[file] = _SessionStage(file, self._ort, session)
         return self._loaded[file]
 
+    def close(self) -> None:
+        """Sessions share nothing."""
+
     def _open(self, path: Path) -> Any:
         options = self._ort.SessionOptions()
         options.log_severity_level = 3

@@ -32,6 +32,7 @@ from .tensorrt_engine import EngineLoader
 from .tensorrt_graphs import GraphRecorder
 from .tensorrt_protocols import GraphDriver, PlanLoader
 from .tensorrt_stage import PlanStage
+from .tensorrt_tables import SharedTables
 
 __all__ = ["PlanStages", "installed_modules", "load"]
 
@@ -49,18 +50,38 @@ class PlanStages:
 
     def __post_init__(self) -> None:
         self._recorder = GraphRecorder(self.driver)
+        self._tables = SharedTables(self.folder, self.driver)
         self._loaded: dict[str, PlanStage] = {}
 
     def load(self, file: str) -> PlanStage:
-        """The plan of an ONNX file.
+        """The plan of an ONNX file, and what it shares with others.
 
         Raises:
+            DeviceMemoryError: that does not fit.
             PlanError: the file is not the one that was built: a plan is machine code.
         """
         if file not in self._loaded:
             path = check_plan(self.folder, self.stamp, file)
-            self._loaded[file] = PlanStage(file, self.loader.load(path), self._recorder)
+            tables = {
+                table.name: self._tables.tensor(table) for table in self.stamp.plans[file].tables
+            }
+            plan = self.loader.load(path)
+            self._loaded[file] = PlanStage(file, plan, self._recorder, tables)
         return self._loaded[file]
+
+    def close(self) -> None:
+        """Frees the tables; again it does nothing."""
+        self._tables.free()
+
+    def load_all(self, manifest: Manifest) -> None:
+        """All that a request may need, so that nothing is left to fail within one.
+
+        Of plans that do not share the LM head (built by earlier versions) the one for candidate
+        tokens holds it once more: it is loaded where one asks for it.
+        """
+        for file in engine_files(manifest):
+            if file != manifest.candidates.file or self.stamp.plans[file].tables:
+                self.load(file)
 
 
 def load(
@@ -87,10 +108,7 @@ def load(
         kernels = KernelCache(folder / PLAN_FOLDER / stamp.name / _KERNELS)
     loader = EngineLoader(modules[stamp.backend], driver, kernels)
     stages = PlanStages(folder, stamp, loader, driver)
-    for file in engine_files(manifest):
-        # The plan for candidate tokens holds the LM head once more: loaded where one asks for it.
-        if file != manifest.candidates.file:
-            stages.load(file)
+    stages.load_all(manifest)
     return DeviceBackend(manifest, stages, driver, stamp.max_rows)
 
 

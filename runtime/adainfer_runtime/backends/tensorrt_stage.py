@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 
 from ..errors import StageError
-from .device_memory import ALIGNMENT
+from .device_memory import ALIGNMENT, Tensor
 from .device_sequence import BoundRun
 from .tensorrt_graphs import GraphRecorder, RecordedRun
 from .tensorrt_protocols import Plan, PlanContext
@@ -21,14 +23,24 @@ class PlanStage:
     one per profile, which is told only what changed since its last run.
     """
 
-    def __init__(self, name: str, plan: Plan, recorder: GraphRecorder) -> None:
+    def __init__(
+        self,
+        name: str,
+        plan: Plan,
+        recorder: GraphRecorder,
+        tables: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
+        """`tables` are inputs that are the same in every run: weights that plans share."""
         self._name = name
         self._plan = plan
         self._recorder = recorder
+        self._tables = dict(tables)
         self._shared: dict[int, _Context] = {}
 
     def bind(self, run: BoundRun) -> Callable[[], None]:
         """Checks names, shapes, alignment and aliases."""
+        if self._tables:
+            run = replace(run, inputs={**run.inputs, **self._tables})
         self._check_names(run)
         self._check_places(run)
         self._check_aliases(run)

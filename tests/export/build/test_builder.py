@@ -20,6 +20,7 @@ from adainfer_export import ExportRequest, export
 from adainfer_export.build import BuildRequest, build_plans, profiles_of
 from adainfer_export.build.builder import SubprocessBuilder
 from adainfer_export.build.command import register
+from adainfer_export.build.shared_tables import shared_tables, with_inputs
 from adainfer_export.build.worker import Outcome
 from adainfer_export.errors import BuildError
 from adainfer_export.progress import SilentReporter
@@ -134,6 +135,49 @@ def test_a_second_build_keeps_what_is_current(folder):
     again = FakeBuilder()
     report = build(folder, again)
     assert (report.built, len(report.kept), again.jobs) == ((), 8, [])
+
+
+def test_the_head_is_an_input_of_all_plans_that_read_it(folder, tiny):
+    builder = FakeBuilder()
+    stamp = build(folder, builder).stamp
+    given = {Path(job.onnx).stem: job.tables for job in builder.jobs}
+    assert {name: tables for name, tables in given.items() if tables} == {
+        "probe": ("lm_head.weight",),
+        "candidates": ("lm_head.weight",),
+    }
+    (table,) = stamp.plans["stages/probe.onnx"].tables
+    assert (table.dtype, table.shape, table.bytes) == ("float16", (320, 64), 2 * 320 * 64)
+    assert stamp.plans["stages/candidates.onnx"].tables == (table,)
+    tied = tiny("llama-tied", target="tensorrt", precision="fp16").folder
+    names = [
+        shared_tables(tied, load_manifest(tied), f"stages/{s}.onnx") for s in ("embed", "probe")
+    ]
+    assert names[0] == names[1] != ()
+    model = with_inputs(tied / "stages" / "embed.onnx", [names[0][0].name])
+    assert [value.name for value in model.graph.input] == ["input_ids", names[0][0].name]
+    assert not model.graph.initializer
+
+
+def test_plans_from_before_hold_the_head_and_are_kept_until_the_next_build(folder):
+    stamp = build(folder, FakeBuilder()).stamp
+    plans = {file: r.model_copy(update={"tables": ()}) for file, r in stamp.plans.items()}
+    write_stamp(folder, stamp.model_copy(update={"plans": plans}))
+    found = find_stamp(folder, load_manifest(folder), installed={"tensorrt": "10.15.1"}, gpu=ORIN)
+    assert not any(record.tables for record in found.plans.values())
+    built = build(folder, FakeBuilder()).built
+    assert built == ("stages/probe.onnx", "stages/candidates.onnx")
+
+
+@pytest.mark.parametrize("change", [{"file": "../elsewhere.data"}, {"offset": 1 << 40}])
+def test_a_table_outside_the_folders_weights_is_refused(folder, change):
+    stamp = build(folder, FakeBuilder()).stamp
+    file = "stages/probe.onnx"
+    table = stamp.plans[file].tables[0].model_copy(update=change)
+    record = stamp.plans[file].model_copy(update={"tables": (table,)})
+    write_stamp(folder, stamp.model_copy(update={"plans": {**stamp.plans, file: record}}))
+    with pytest.raises(PlanError) as caught:
+        find_stamp(folder, load_manifest(folder), installed={"tensorrt": "10.15.1"}, gpu=ORIN)
+    assert f"the plan of {file} reads {table.file}, which is not what it was" in str(caught.value)
 
 
 def test_an_interrupted_build_goes_on(folder):
