@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import pytest
@@ -59,7 +60,8 @@ def test_a_footprint_counts_what_plans_hold():
     need = footprint(LLAMA2_7B, "int4", "tensorrt", context_exit=False)
     assert need.layers == pytest.approx(32 * layer * 4.5 / 8)
     assert need.tables == 2 * 2 * 32000 * 4096  # embedding and head, which plans share
-    tied = AutoConfig.for_model("llama", **{**LLAMA2_7B.to_dict(), "tie_word_embeddings": True})
+    tied = copy.deepcopy(LLAMA2_7B)
+    tied.tie_word_embeddings = True
     tied_need = footprint(tied, "int4", "tensorrt", context_exit=False)
     assert tied_need.tables == need.tables // 2
     # 16-bit weights twice: once for each profile.
