@@ -1,7 +1,7 @@
 """Compile LLMs into chains of ONNX engines with an exit graph between them (AdaInfer).
 
 The names load on first use: `adainfer build` runs on devices that have none of the compiler's
-libraries.
+libraries but `onnx`.
 """
 
 from __future__ import annotations

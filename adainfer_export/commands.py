@@ -299,7 +299,7 @@ def run_export(
         RoundingChoice,
         typer.Option(
             help="Of int4: `gptq` runs the float model on built-in prompts and lets rounding "
-            "errors make up for each other: nearer to the float model, and blocks of 64 will do."
+            "errors make up for each other: nearer to the float model, at the same speed."
         ),
     ] = RoundingChoice.nearest,
     layers: Annotated[

@@ -36,6 +36,7 @@ from .layout import StageLayout
 from .lower import Precision, find_target, require_shortlist
 from .lower.decoder import DecoderRequest
 from .lower.targets import Dialect
+from .lower_stage import lower_stage
 from .presets import DevicePreset, fitting_length, most_layers_per_engine, require_precision
 from .progress import Reporter, SilentReporter, peak_memory_bytes
 from .quantisation_report import write_quantisation_report
@@ -237,21 +238,8 @@ def plan_stages(
 def _add_stage(
     stage: StageGraph, layout: StageLayout, dialect: Dialect, precision: Precision, tied: bool
 ) -> StageSpec:
+    weights = lower_stage(stage, dialect, precision, tied=tied)
     graph = stage.model.graph
-    if stage.kind == "embed":
-        weights = dialect.lower_embedding(graph, precision, tied=tied)
-    elif stage.kind == "probe":
-        weights = dialect.lower_probe(graph, precision)
-    elif stage.kind == "candidates":
-        weights = dialect.lower_candidates(graph, precision)
-    elif stage.kind == "positions":
-        weights = {}
-    elif stage.kind == "kv_fill" and dialect.kv_fill is not None:
-        weights = dialect.kv_fill.lower(graph, precision)
-    else:
-        weights = dialect.lower_layers(graph, precision)
-        dialect.check_layers(graph, stage.last_layer - stage.first_layer + 1, precision)
-    graph.opset_imports[""], stage.model.ir_version = dialect.opset, dialect.ir_version
     file = layout.add(stage.model, weights)
     wide_file = None
     if stage.kind == "layers" and dialect.widen(graph, precision):

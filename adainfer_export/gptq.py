@@ -20,13 +20,21 @@ from scipy import linalg
 
 from .errors import UnsupportedError
 
-__all__ = ["ErrorFeedback", "SecondMoment"]
+__all__ = ["ErrorFeedback", "SecondMoment", "inverse_scales"]
 
 Float32 = npt.NDArray[np.float32]
 
 _DAMPING = 0.01  # of the mean input's square, the paper's
 _COLUMNS_AT_ONCE = 128  # whose errors reach all later columns in one product
 _ROWS_AT_ONCE = 1024  # of inputs, added up in one product
+
+
+def inverse_scales(scales: Float32) -> Float32:
+    """1 / scales; zeros where they are (next to) nothing and have no finite inverse, so that all
+    values of such blocks get code 0.
+    """
+    usable = np.abs(scales) > np.finfo(np.float32).tiny
+    return np.divide(1.0, scales, out=np.zeros_like(scales), where=usable)
 
 
 class SecondMoment:
@@ -107,8 +115,7 @@ class ErrorFeedback:
         # Transposed: a column of the matrix is then a row in memory.
         rest = np.ascontiguousarray(values.T[self.order])
         steps = np.repeat(scales.T, width // scales.shape[1], axis=0)[self.order]
-        usable = np.abs(steps) > np.finfo(np.float32).tiny
-        inverse = np.divide(1.0, steps, out=np.zeros_like(steps), where=usable)
+        inverse = inverse_scales(steps)
         codes = np.empty_like(rest)
         for start in range(0, width, _COLUMNS_AT_ONCE):
             stop = min(start + _COLUMNS_AT_ONCE, width)

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from .gptq import ErrorFeedback
+from .gptq import ErrorFeedback, inverse_scales
 
 __all__ = [
     "BlockRows",
@@ -164,10 +164,7 @@ def _nearest(
 ) -> npt.NDArray[np.float32]:
     """Signed codes as floats `[blocks, block_size]`."""
     half = 2 ** (bits - 1)
-    # Blocks of (next to) nothing become zeros: their scale has no finite inverse.
-    usable = np.abs(scale) > np.finfo(np.float32).tiny
-    inverse = np.divide(1.0, scale, out=np.zeros_like(scale), where=usable)
-    codes = values * inverse
+    codes = values * inverse_scales(scale)
     np.rint(codes, out=codes)
     np.clip(codes, -half, half - 1, out=codes)
     return codes

@@ -51,11 +51,18 @@ def restore_layers(
         if record != manifest.files[file]:
             raise OutputError(
                 f"{out}: {file} would be {record.sha256[:12]}…, the manifest records "
-                f"{manifest.files[file].sha256[:12]}…; export the model again"
+                f"{manifest.files[file].sha256[:12]}…{_other_cpu(plan)}; export the model again"
             )
     for file in written:
         (scratch / file).replace(out / file)
     return manifest
+
+
+def _other_cpu(plan: StagePlan) -> str:
+    """Sums in float32, which rounding to nearest has none of, differ between kinds of CPUs."""
+    if plan.precision.rounding == "nearest":
+        return ""
+    return f" (with --rounding {plan.precision.rounding}, also on another kind of CPU)"
 
 
 def _chosen(plan: StagePlan, layers: tuple[int, int]) -> Iterator[DataPlan]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
+
+from threadpoolctl import threadpool_limits
 
 from adainfer_runtime.tokenizer import Tokenizer
 
@@ -18,7 +19,7 @@ from .layout import DataPlan
 from .progress import Reporter
 from .sources import Checkpoint
 from .stage_plan import StagePlan
-from .weights import Blocked, Columns
+from .weights import Blocked, Columns, Feedbacks
 from .writer import DataWriter
 
 __all__ = ["write_weights"]
@@ -63,7 +64,11 @@ def write_weights(
     wanted = _unfinished(files, writer)
     written: dict[str, Written] = {}
     # Within the folder: what a kill leaves of it goes with the next export's start.
-    with tempfile.TemporaryDirectory(prefix="rounding-", dir=root) as scratch:
+    # BLAS on one thread: sums, and so codes, are the same on any number of cores.
+    with (
+        threadpool_limits(1, user_api="blas"),
+        tempfile.TemporaryDirectory(prefix="rounding-", dir=root) as scratch,
+    ):
         moments = InputMoments(source, plan.precision, plan.max_seq_len, Path(scratch))
         feedbacks = moments.feedbacks(rounding_prompts(tokenizer, plan.max_seq_len), wanted)
         for ready, known in _as_they_come(files, feedbacks, moments.tensors & wanted):
@@ -93,17 +98,25 @@ def _in_four_bits(file: DataPlan) -> frozenset[str]:
 
 def _as_they_come(
     files: Sequence[DataPlan],
-    feedbacks: Iterable[dict[str, ErrorFeedback]],
+    feedbacks: Iterable[tuple[tuple[str, ...], ErrorFeedback]],
     expected: frozenset[str],
-) -> Iterator[tuple[list[DataPlan], dict[str, ErrorFeedback]]]:
-    """Each file as soon as what rounds all of its tensors is there, which is then given up."""
-    waiting = list(files)
+) -> Iterator[tuple[list[DataPlan], Feedbacks]]:
+    """Each file as soon as what rounds all of its tensors is there, which is then given up: files
+    are written before the next step is asked for.
+    """
+    waiting = [(file, _in_four_bits(file) & expected) for file in files]
     held: dict[str, ErrorFeedback] = {}
-    for found in chain([dict[str, ErrorFeedback]()], feedbacks):
-        held |= found
-        ready = [file for file in waiting if _in_four_bits(file) & expected <= held.keys()]
+    coming = iter(feedbacks)
+    while True:
+        ready = [file for file, needed in waiting if needed <= held.keys()]
         if ready:
             yield ready, held
-        waiting = [file for file in waiting if file not in ready]
-        needed = frozenset[str]().union(*(_in_four_bits(file) for file in waiting))
-        held = {name: feedback for name, feedback in held.items() if name in needed}
+        waiting = [(file, needed) for file, needed in waiting if not needed <= held.keys()]
+        needed_later = frozenset[str]().union(*(needed for _, needed in waiting))
+        for name in held.keys() - needed_later:
+            del held[name]
+        found = next(coming, None)
+        if found is None:
+            return
+        held |= dict.fromkeys(*found)
+        del found

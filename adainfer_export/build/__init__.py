@@ -1,6 +1,7 @@
 """TensorRT plans from an engine folder's ONNX files: one per stage, one at a time.
 
-Needs neither torch nor the compiler's other libraries, so that plans can be built on the device.
+Needs neither torch nor the compiler's other libraries but `onnx`, so that plans can be built on the
+device.
 """
 
 from .builder import BuildReport, BuildRequest, build_plans

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from .backends.layout import ITEM_BYTES
 from .devices import RTX_SM, GpuInfo
 from .errors import PlanError, one_line
 from .manifest import Manifest
@@ -69,6 +71,11 @@ class SharedTable(BaseModel):
     def place(self) -> tuple[str, int, int]:
         """Which bytes of which file."""
         return self.file, self.offset, self.bytes
+
+    def lies_within(self, size: int) -> bool:
+        """Whether it is so many bytes as its shape says, in a file of this size."""
+        needed = math.prod(self.shape) * ITEM_BYTES[self.dtype]
+        return self.bytes == needed and 0 <= self.offset <= size - self.bytes
 
 
 class PlanRecord(BaseModel):
@@ -240,7 +247,7 @@ def _find_problem(folder: Path, manifest: Manifest, stamp: BuildStamp) -> str | 
             return f"{folder}: the plan of {file} {what}"
         for table in record.tables:
             weights = manifest.files.get(table.file)
-            if weights is None or weights.bytes < table.offset + table.bytes:
+            if weights is None or not table.lies_within(weights.bytes):
                 return f"{folder}: the plan of {file} reads {table.file}, which is not what it was"
         path = folder / PLAN_FOLDER / stamp.name / record.file
         if not path.is_file() or path.stat().st_size != record.bytes:

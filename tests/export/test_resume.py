@@ -172,6 +172,7 @@ def test_a_line_that_the_kill_cut_short_is_no_line(stopped, checkpoint, tmp_path
         ({"max_seq_len": 64}, "it had max_seq_len 128, now 64 is asked for"),
         ({"layers_per_engine": 2}, "it had layers_per_engine None, now 2 is asked for"),
         ({"storage": StorageRequest(int8_layers=frozenset({2}))}, "it had quantisation"),
+        ({"storage": StorageRequest(rounding="gptq")}, "it had quantisation"),
     ],
 )
 def test_other_settings_are_refused(stopped, checkpoint, tmp_path, settings, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from functools import partial
+from importlib import import_module
 
 import pytest
 import typer
@@ -48,6 +49,15 @@ def test_debug_works_anywhere(capsys, monkeypatch, place):
     arguments.insert(place, "--debug")
     shown = fails(build_app(), capsys, monkeypatch, *arguments)
     assert "Traceback" in shown
+
+
+def test_plans_are_built_without_the_compilers_libraries(without, capsys, monkeypatch):
+    """Of them a device has `onnx` alone (extra `tensorrt`)."""
+    for name in ("torch", "transformers", "mobius", "onnx_ir", "scipy", "sklearn", "onnxruntime"):
+        without(name)
+    error = fails(build_app(), capsys, monkeypatch, "build", "nowhere")
+    assert error.startswith("error: nowhere")
+    assert import_module("adainfer_export.build.worker")
 
 
 @pytest.mark.parametrize("command", COMPILER)

@@ -168,7 +168,9 @@ def test_plans_from_before_hold_the_head_and_are_kept_until_the_next_build(folde
     assert built == ("stages/probe.onnx", "stages/candidates.onnx")
 
 
-@pytest.mark.parametrize("change", [{"file": "../elsewhere.data"}, {"offset": 1 << 40}])
+@pytest.mark.parametrize(
+    "change", [{"file": "../elsewhere.data"}, {"offset": 1 << 40}, {"offset": -256}, {"bytes": 256}]
+)
 def test_a_table_outside_the_folders_weights_is_refused(folder, change):
     stamp = build(folder, FakeBuilder()).stamp
     file = "stages/probe.onnx"
