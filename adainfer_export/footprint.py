@@ -1,6 +1,6 @@
 """What an engine takes on a device: counted before anything is written.
 
-Plans of TensorRT do not share weights: each holds its own.
+Plans of TensorRT hold their own weights, and share embedding and LM head alone.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import Any
 from adainfer_runtime.backends.layout import PROBED_ROWS
 
 from .build import BuildRequest
+from .build.shared_tables import multiplies_in_place
 from .lower.precision import PRECISIONS
 
 __all__ = ["Footprint", "build_bytes", "footprint"]
 
 _INNER_WIDTHS = ("intermediate_size", "ffn_dim", "n_inner")
 _ROWS = BuildRequest("tensorrt").max_rows
-# In 16 bits: embedding and LM head, which is one matrix where they are tied; plans share them.
-_TABLES, _TIED_TABLES = 2, 1
 # All adapters together (see `calibrate.low_rank`), and one layer's weights for each translator (see
 # `calibrate.translate`): stored in 16 bits, in plans as 32.
 _ADAPTER_SHARE = 0.05
@@ -36,7 +35,8 @@ class Footprint:
 
     Attributes:
         layers: weights of all layers, once for each profile where they have 16 or 8 bits.
-        tables: embedding and LM head.
+        tables: embedding and LM head in 16 bits: one matrix where they are tied, and one more where
+            the probe cannot read what the other plans share.
         exits: adapters and translators.
         scratch: activations of the largest pass, and the logits that are probed at once.
         per_position: of the cache, of hidden states that wait, and what attention takes for it.
@@ -65,11 +65,12 @@ class _Shape:
     query: int
     kv: int
     vocabulary: int
-    tied: bool
+    tables: int
 
     @classmethod
     def of(cls, config: Any) -> _Shape:
         hidden, heads = config.hidden_size, config.num_attention_heads
+        probes_own = not multiplies_in_place((config.vocab_size, hidden))
         inner = next((int(w) for n in _INNER_WIDTHS if (w := getattr(config, n, None))), 4 * hidden)
         width = getattr(config, "head_dim", None) or hidden // heads
         return cls(
@@ -80,7 +81,7 @@ class _Shape:
             query=heads * width,
             kv=(getattr(config, "num_key_value_heads", None) or heads) * width,
             vocabulary=config.vocab_size,
-            tied=bool(config.tie_word_embeddings),
+            tables=(1 if config.tie_word_embeddings else 2) + int(probes_own),
         )
 
     @property
@@ -102,7 +103,7 @@ def footprint(config: Any, precision: str, target: str, *, context_exit: bool) -
     translators = _TRANSLATORS * _FULL * shape.layer_weights if context_exit else 0
     return Footprint(
         layers=shape.layers * _layer_bytes(shape, precision),
-        tables=(_TIED_TABLES if shape.tied else _TABLES) * table,
+        tables=shape.tables * table,
         exits=adapters + translators,
         scratch=_scratch(shape),
         per_position=_per_position(shape, target),

@@ -64,6 +64,11 @@ def test_a_footprint_counts_what_plans_hold():
     tied.tie_word_embeddings = True
     tied_need = footprint(tied, "int4", "tensorrt", context_exit=False)
     assert tied_need.tables == need.tables // 2
+    for config, copies in ((LLAMA2_7B, 3), (tied, 2)):  # the probe's own as well
+        padded = copy.deepcopy(config)
+        padded.vocab_size = 32001
+        more = footprint(padded, "int4", "tensorrt", context_exit=False)
+        assert more.tables == copies * 2 * 32001 * 4096
     # 16-bit weights twice: once for each profile.
     assert footprint(LLAMA2_7B, "bf16", "tensorrt", context_exit=False).layers == 32 * layer * 4
     assert footprint(LLAMA2_7B, "fp8", "tensorrt", context_exit=False).layers == 32 * layer * 2

@@ -30,6 +30,7 @@ from adainfer_runtime.engine_folder import load_manifest
 from adainfer_runtime.errors import DeviceError, PlanError
 from adainfer_runtime.plans import engine_files, find_stamp, load_stamp, write_stamp
 
+from ...checkpoints import make_checkpoint
 from ...needs import HAS_RTX, needs_rtx
 from ..exit_folder import make_exit_folder
 
@@ -156,6 +157,21 @@ def test_the_head_is_an_input_of_all_plans_that_read_it(folder, tiny):
     model = with_inputs(tied / "stages" / "embed.onnx", [names[0][0].name])
     assert [value.name for value in model.graph.input] == ["input_ids", names[0][0].name]
     assert not model.graph.initializer
+
+
+@pytest.mark.parametrize(("tied", "sharing"), [(True, {"embed", "candidates"}), (False, set())])
+def test_a_head_of_odd_sizes_is_the_probes_own(tmp_path, tied, sharing):
+    """TensorRT-RTX would copy all of it in every run; see `multiplies_in_place`."""
+    make_checkpoint(tmp_path / "in", "llama", vocab_size=321, tie_word_embeddings=tied)
+    request = ExportRequest(
+        str(tmp_path / "in"), tmp_path / "out", target="tensorrt", precision="fp16"
+    )
+    manifest = export(request).manifest
+    tables = {
+        stage.file: shared_tables(tmp_path / "out", manifest, stage.file)
+        for stage in manifest.stages
+    }
+    assert {Path(file).stem for file, found in tables.items() if found} == sharing
 
 
 def test_plans_from_before_hold_the_head_and_are_kept_until_the_next_build(folder):
