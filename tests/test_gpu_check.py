@@ -24,7 +24,7 @@ from .runtime.test_doctor import machine as doctored
 PROMPTS = [example.prompt for example in examples(60, 66)]
 ORIN = GpuInfo("Orin", 87, 8 << 30, "12.6")
 COMPILER = {"torch": "2.13", "mobius-onnx": "0.1.0", "onnxruntime": "1.32"}
-TENSORRT = {**COMPILER, "cuda-python": "12.6"}
+TENSORRT = {"onnx": "1.22", **COMPILER, "cuda-python": "12.6"}
 
 
 @pytest.fixture(scope="module")

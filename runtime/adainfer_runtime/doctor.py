@@ -18,7 +18,7 @@ from .plans import BACKEND_MODULES
 __all__ = ["Ability", "Diagnosis", "diagnose", "module_version"]
 
 # Looked up as distributions: two of them hold one module, and torch is slow to load.
-_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "torch", "mobius-onnx")
+_DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "torch", "mobius-onnx", "onnx")
 # Loaded as the runtime does: several distributions bring each, for this or that CUDA.
 _MODULES: tuple[tuple[str, str], ...] = (
     *BACKEND_MODULES.items(),
@@ -111,6 +111,9 @@ def _abilities(
     trt = _lacking("tensorrt", packages, broken, _TENSORRT)
     rtx = _lacking("tensorrt-rtx", packages, broken, _pip("tensorrt-rtx"))
     basic, fused = (trt + _older(packages, least) for least in (_MINIMUM_TENSORRT, _FUSED_TENSORRT))
+    building, building_rtx = (
+        _lacking("onnx", packages, broken, _pip(extra)) for extra in ("tensorrt", "tensorrt-rtx")
+    )
     return [
         Ability("export and calibrate", tuple(compiler + ort)),
         Ability("run any target on the CPU", tuple(ort)),
@@ -118,9 +121,11 @@ def _abilities(
             "run target ort-cuda on the GPU",
             (*device, *dict.fromkeys(_ort_cuda(gpu, packages, broken, library))),
         ),
-        Ability("build plans of target tensorrt here", tuple(device + fused)),
-        Ability("build plans of target tensorrt-basic here", tuple(device + basic)),
-        Ability("build plans with TensorRT-RTX, without a GPU", tuple(rtx)),
+        Ability("build plans of target tensorrt here", tuple(device + fused + building)),
+        Ability("build plans of target tensorrt-basic here", tuple(device + basic + building)),
+        Ability(
+            "build plans with TensorRT-RTX, without a GPU", tuple(dict.fromkeys(rtx + building_rtx))
+        ),
         Ability(
             "run TensorRT plans on the GPU", (*device, *driver, *_running(gpu, packages, basic))
         ),

@@ -60,6 +60,14 @@ def test_plans_are_built_without_the_compilers_libraries(without, capsys, monkey
     assert import_module("adainfer_export.build.worker")
 
 
+def test_building_without_onnx_asks_for_no_compiler(without):
+    without("onnx")
+    done = CliRunner().invoke(build_app(), ["build", "engines"])
+    assert str(done.exception) == (
+        "the compiler is not installed (onnx is missing): pip install 'adainfer-export[tensorrt]'"
+    )
+
+
 @pytest.mark.parametrize("command", COMPILER)
 def test_commands_of_a_missing_compiler_say_what_to_install(without, command):
     without("onnx_ir")

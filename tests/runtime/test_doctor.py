@@ -52,12 +52,22 @@ def test_a_machine_with_nothing():
 
 
 def test_a_jetson_with_jetpack_6():
-    missing = look(ORIN, tensorrt="10.3.0", cuda_python="12.6", onnxruntime="1.32")
+    missing = look(ORIN, tensorrt="10.3.0", cuda_python="12.6", onnxruntime="1.32", onnx="1.22")
     assert missing["build plans of target tensorrt-basic here"] == ()
     assert missing["run TensorRT plans on the GPU"] == ()
     assert missing["build plans of target tensorrt here"] == (
         "TensorRT 10.15 or later, found 10.3.0",
     )
+
+
+def test_plans_are_built_with_onnx_alone_of_the_compiler():
+    missing = look(ORIN, tensorrt="10.15.1", tensorrt_rtx="1.7.1", cuda_python="12.6")
+    for target in ("tensorrt", "tensorrt-basic"):
+        expected = ("pip install 'adainfer-export[tensorrt]'",)
+        assert missing[f"build plans of target {target} here"] == expected
+    expected = ("pip install 'adainfer-export[tensorrt-rtx]'",)
+    assert missing["build plans with TensorRT-RTX, without a GPU"] == expected
+    assert missing[RUN] == ()
 
 
 def test_tensorrt_without_cudas_bindings_needs_no_onnxruntime():
@@ -104,7 +114,7 @@ def test_cudas_bindings_are_not_newer_than_the_driver(gpu, works):
 
 
 def test_tensorrt_rtx_runs_on_the_gpus_that_it_has():
-    there = {"tensorrt_rtx": "1.7.1", "cuda_python": "12.6"}
+    there = {"tensorrt_rtx": "1.7.1", "cuda_python": "12.6", "onnx": "1.22"}
     assert look(GpuInfo("RTX", 89, 1, "13.0"), **there)[RUN] == ()
     expected = "TensorRT-RTX has no plans for SM 90", "TensorRT with its Python package"
     found = look(H100, **there)[RUN]
@@ -114,7 +124,7 @@ def test_tensorrt_rtx_runs_on_the_gpus_that_it_has():
 
 
 def test_a_package_that_cannot_be_loaded_is_not_one_that_is_missing():
-    missing = look(ORIN, broken=("tensorrt",), cuda_python="12.6")
+    missing = look(ORIN, broken=("tensorrt",), cuda_python="12.6", onnx="1.22")
     text = "tensorrt cannot be loaded: libnvinfer.so.10: cannot open shared object file"
     assert missing[RUN] == missing["build plans of target tensorrt here"] == (text,)
 

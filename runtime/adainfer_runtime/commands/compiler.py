@@ -13,6 +13,8 @@ __all__ = ["EXTRA_MODULES", "describe_missing", "register_missing"]
 
 _COMMANDS = ("export", "calibrate", "certify", "validate", "list")
 _INSTALL = "pip install 'adainfer-export[cpu,export,gguf]'"
+# Building plans takes little of it: a device need not have the rest.
+_INSTALL_BUILDER = "pip install 'adainfer-export[tensorrt]'"
 
 # What the extras `export` and `gguf` bring, as it is imported.
 EXTRA_MODULES = frozenset(
@@ -38,18 +40,18 @@ EXTRA_MODULES = frozenset(
 )
 
 
-def describe_missing(error: ImportError | None) -> str:
+def describe_missing(error: ImportError | None, install: str = _INSTALL) -> str:
     """What to do where the compiler's import ended in this error; None: there is no compiler.
 
     A library of its extras is just not installed. Anything else is a broken installation, which
     must not pass for one without the compiler.
     """
     if error is None:
-        return f"the compiler is not installed: {_INSTALL}"
+        return f"the compiler is not installed: {install}"
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         library = error.name.partition(".")[0]
         if library in EXTRA_MODULES:
-            return f"the compiler is not installed ({library} is missing): {_INSTALL}"
+            return f"the compiler is not installed ({library} is missing): {install}"
     reason = one_line(error)
     return f"the compiler is installed but cannot be loaded: {reason}; --debug shows where"
 
@@ -68,7 +70,7 @@ def register_missing(app: typer.Typer, failures: Mapping[str, ImportError]) -> N
 
 
 def _register(app: typer.Typer, name: str, error: ImportError | None) -> None:
-    message = describe_missing(error)
+    message = describe_missing(error, _INSTALL_BUILDER if name == "build" else _INSTALL)
 
     def missing(
         arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None,
