@@ -32,7 +32,7 @@ from .decoders.builder import LayerHeads
 from .errors import CheckpointError, UnsupportedError, one_line
 from .folder import check_output, new_folder, remove_others, scratch_folder
 from .journal import JOURNAL_NAME, Journal
-from .layout import StageLayout
+from .layout import WIDE, StageLayout
 from .lower import Precision, find_target, require_shortlist
 from .lower.decoder import DecoderRequest
 from .lower.targets import Dialect
@@ -240,10 +240,11 @@ def _add_stage(
 ) -> StageSpec:
     weights = lower_stage(stage, dialect, precision, tied=tied)
     graph = stage.model.graph
-    file = layout.add(stage.model, weights)
+    file, cost = layout.add(stage.model, weights), multiply_adds(graph)
     wide_file = None
-    if stage.kind == "layers" and dialect.widen(graph, precision):
-        wide_file = layout.add_variant(stage.model, "wide")
+    if stage.kind == "layers":
+        own = dialect.widen(graph, precision, weights)
+        wide_file = None if own is None else layout.add_variant(stage.model, WIDE, own)
     return StageSpec(
         name=stage.name,
         kind=stage.kind,
@@ -253,7 +254,7 @@ def _add_stage(
         last_layer=stage.last_layer,
         inputs=tuple(str(value.name) for value in graph.inputs),
         outputs=tuple(str(value.name) for value in graph.outputs),
-        multiply_adds=multiply_adds(graph),
+        multiply_adds=cost,
     )
 
 

@@ -17,16 +17,14 @@ from adainfer_runtime.manifest import Manifest, StageSpec
 
 from .folder import save_hashed
 from .graph_builder import serialise
-from .lower.precision import Precision
+from .layout import WIDE
 from .lower.targets import Dialect
 from .split import pass_inputs
 
 __all__ = ["join_engines"]
 
 
-def join_engines(
-    folder: Path, manifest: Manifest, dialect: Dialect, precision: Precision
-) -> Manifest:
+def join_engines(folder: Path, manifest: Manifest, dialect: Dialect) -> Manifest:
     """The manifest with one graph between two exit points, or several where one would be too large
     for the board that builds it, and those graphs in the folder.
     """
@@ -36,7 +34,7 @@ def join_engines(
         if len(group) == 1:
             joined.append(group[0])
             continue
-        spec = _join(folder, group, dialect, precision)
+        spec = _join(folder, group, dialect)
         joined.append(spec)
         for name in (spec.file, spec.wide_file):
             if name is not None:
@@ -60,17 +58,16 @@ def _groups(
             group = []
 
 
-def _join(
-    folder: Path, group: Sequence[StageSpec], dialect: Dialect, precision: Precision
-) -> StageSpec:
+def _join(folder: Path, group: Sequence[StageSpec], dialect: Dialect) -> StageSpec:
     first, last = group[0].first_layer, group[-1].last_layer
     name = f"layers_{first:03d}_{last:03d}"
-    model = _concatenate(name, [ir.load(folder / stage.file) for stage in group])
-    dialect.fuse_joined(model.graph)
+    model = _put_together(folder, name, [stage.file for stage in group], dialect)
     file = save_hashed(folder, f"stages/{name}.onnx", serialise(model))
     wide_file = None
-    if dialect.widen(model.graph, precision):
-        wide_file = save_hashed(folder, f"stages/{name}.wide.onnx", serialise(model))
+    if any(stage.wide_file for stage in group):
+        files = [stage.wide_file or stage.file for stage in group]
+        wide = _put_together(folder, name, files, dialect)
+        wide_file = save_hashed(folder, f"stages/{name}.{WIDE}.onnx", serialise(wide))
     return StageSpec(
         name=name,
         kind="layers",
@@ -82,6 +79,12 @@ def _join(
         outputs=tuple(str(value.name) for value in model.graph.outputs),
         multiply_adds=sum(stage.multiply_adds for stage in group),
     )
+
+
+def _put_together(folder: Path, name: str, files: Sequence[str], dialect: Dialect) -> ir.Model:
+    model = _concatenate(name, [ir.load(folder / file) for file in files])
+    dialect.fuse_joined(model.graph)
+    return model
 
 
 def _concatenate(name: str, models: Sequence[ir.Model]) -> ir.Model:

@@ -21,9 +21,10 @@ from adainfer_runtime.manifest import FileRecord
 from .errors import LoweringError
 from .weights import FIELDS, Blocked, Columns, Dense, Rows, Stored, WeightExpr
 
-__all__ = ["ALIGNMENT", "DataPlan", "StageLayout"]
+__all__ = ["ALIGNMENT", "WIDE", "DataPlan", "StageLayout"]
 
 ALIGNMENT = 4096  # page size: ONNX Runtime maps external data
+WIDE = "wide"  # the variant of a stage for many positions
 _INLINE_BYTES = 1024
 _SHARED = "shared.data"
 
@@ -74,20 +75,13 @@ class StageLayout:
 
     def add(self, model: ir.Model, weights: dict[str, WeightExpr]) -> str:
         """Places a stage's weights and writes its graph; the path relative to the folder."""
-        name = str(model.graph.name)
-        initializers = model.graph.initializers
-        for key in sorted(initializers):  # one order, whatever order the split found them in
-            value = initializers.pop(key)
-            initializers[key] = value
-            if value.const_value is None:
-                self._place_weight(f"{name}.data", value, weights, initializers)
-            elif value.const_value.nbytes > _INLINE_BYTES:
-                self._place_table(value)
-        return self._save(model, name)
+        return self._add(model, str(model.graph.name), weights)
 
-    def add_variant(self, model: ir.Model, variant: str) -> str:
-        """Writes a changed graph of a stage that was added, on the same weights."""
-        return self._save(model, f"{model.graph.name}.{variant}")
+    def add_variant(self, model: ir.Model, variant: str, weights: dict[str, WeightExpr]) -> str:
+        """Writes a changed graph of a stage that was added, on the same weights and some of its
+        own.
+        """
+        return self._add(model, f"{model.graph.name}.{variant}", weights)
 
     @property
     def plans(self) -> tuple[DataPlan, ...]:
@@ -98,6 +92,19 @@ class StageLayout:
     def graphs(self) -> dict[str, FileRecord]:
         """The graphs that were written, by relative path."""
         return dict(self._records)
+
+    def _add(self, model: ir.Model, name: str, weights: dict[str, WeightExpr]) -> str:
+        initializers = model.graph.initializers
+        for key in sorted(initializers):  # one order, whatever order the split found them in
+            value = initializers.pop(key)
+            initializers[key] = value
+            if value.const_value is None:
+                self._place_weight(f"{name}.data", value, weights, initializers)
+            elif isinstance(value.const_value, ir.ExternalTensor):
+                continue  # of a variant: placed with its stage
+            elif value.const_value.nbytes > _INLINE_BYTES:
+                self._place_table(value)
+        return self._save(model, name)
 
     def _save(self, model: ir.Model, name: str) -> str:
         relative = f"stages/{name}.onnx"

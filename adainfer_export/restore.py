@@ -11,7 +11,7 @@ from adainfer_runtime.tokenizer import load_tokenizer
 
 from .errors import OutputError, UnsupportedError
 from .journal import Journal
-from .layout import DataPlan
+from .layout import WIDE, DataPlan
 from .progress import Reporter
 from .sources import Checkpoint
 from .stage_plan import StagePlan
@@ -71,8 +71,9 @@ def _chosen(plan: StagePlan, layers: tuple[int, int]) -> Iterator[DataPlan]:
             f"--layers {layers[0]}-{layers[1]}: this model has {plan.model.num_layers}"
         )
     names = {
-        f"stages/{stage.name}.data"
+        f"stages/{stage.name}{variant}.data"
         for stage in plan.stages
+        for variant in ("", f".{WIDE}")
         if stage.first_layer and stage.first_layer <= layers[1] and layers[0] <= stage.last_layer
     }
     return (data for data in plan.layout.plans if data.file in names)

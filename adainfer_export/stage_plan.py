@@ -19,7 +19,7 @@ from adainfer_runtime.manifest import (
     TokenizerSpec,
 )
 
-from .layout import StageLayout
+from .layout import WIDE, StageLayout
 from .lower import Precision
 from .sources import Checkpoint
 
@@ -61,7 +61,7 @@ class StagePlan:
 
     def progress_of(self, file: str) -> str:
         """What a display says once a data file is written: which of the model's layers it was."""
-        name = PurePosixPath(file).stem
+        name = PurePosixPath(file).stem.removesuffix(f".{WIDE}")
         for stage in self.stages:
             if stage.name == name and stage.kind == "layers":
                 first, last = stage.first_layer, stage.last_layer
@@ -111,4 +111,5 @@ def _quantisation(precision: Precision) -> Quantisation | None:
         int8_layers=tuple(sorted(precision.int8_layers)),
         int8_head=precision.int8_head,
         rounding=precision.rounding,
+        prefill=precision.prefill,
     )

@@ -10,7 +10,8 @@ from adainfer_models import QuantisationSettings
 
 from .errors import UnsupportedError
 from .lower import Precision, Target, find_target
-from .lower.precision import Rounding
+from .lower.int8_products import INT8_WIDE_ROWS
+from .lower.precision import Prefill, Rounding
 from .lower.targets import AS_IS, Dialect
 from .preflight import weight_shapes
 from .quantise import Blocks
@@ -40,12 +41,14 @@ class StorageRequest:
         int8_head: the LM head too, and with it a tied embedding.
         rounding: of 4-bit weights: each to its nearest code, or so that errors make up for each
             other in what the layers give (see `gptq`).
+        prefill: what reads prompts (see `Precision.prefill`).
     """
 
     block_size: int | None = None
     int8_layers: frozenset[int] = frozenset()
     int8_head: bool = False
     rounding: Rounding = "nearest"
+    prefill: Prefill = "stored"
 
     def refine(self, precision: Precision, target: Target) -> Precision:
         """The precision with these departures.
@@ -56,6 +59,10 @@ class StorageRequest:
         """
         if self.rounding != "nearest" and precision.bits != 4:
             raise UnsupportedError(f"--rounding {self.rounding} is for int4, not {precision.name}")
+        if self.prefill == "int8" and precision.bits is None:
+            raise UnsupportedError(f"--prefill int8 is for int4 and int8, not {precision.name}")
+        if self.prefill == "int8" and not target.int8_prefill:
+            raise UnsupportedError(f"target {target.name} does not take --prefill int8")
         asked = self.block_size is not None or self.int8_layers or self.int8_head
         if asked and precision.bits is None:
             raise UnsupportedError(
@@ -75,6 +82,8 @@ class StorageRequest:
             int8_layers=self.int8_layers,
             int8_head=self.int8_head,
             rounding=self.rounding,
+            prefill=self.prefill,
+            wide_rows=INT8_WIDE_ROWS if self.prefill == "int8" else precision.wide_rows,
         )
 
     def check(self, num_layers: int) -> None:
@@ -92,6 +101,7 @@ def choose_storage(
     target: str,
     precision: str,
     rounding: Rounding = "nearest",
+    prefill: Prefill = "stored",
 ) -> StorageRequest:
     """What the user asked for; sensitive layers that he left open are those known of the alias,
     in int4, where the target takes any.
@@ -100,11 +110,11 @@ def choose_storage(
         UnsupportedError: unknown target, or no such layers (see `parse_int8_layers`).
     """
     if int8_layers is not None:
-        return StorageRequest(block_size, *parse_int8_layers(int8_layers), rounding)
+        return StorageRequest(block_size, *parse_int8_layers(int8_layers), rounding, prefill)
     if known is None or precision != "int4" or not find_target(target, precision)[0].int8_layers:
-        return StorageRequest(block_size, rounding=rounding)
+        return StorageRequest(block_size, rounding=rounding, prefill=prefill)
     layers = frozenset(known.int8_layers)
-    return StorageRequest(block_size, layers, known.int8_head, rounding)
+    return StorageRequest(block_size, layers, known.int8_head, rounding, prefill)
 
 
 def parse_int8_layers(text: str) -> tuple[frozenset[int], bool]:

@@ -18,6 +18,7 @@ from .errors import UnsupportedError
 from .float8 import dequantise_float8, quantise_float8
 from .gptq import ErrorFeedback
 from .int4 import dequantise_int4, quantise_int4
+from .int8 import dequantise_int8, quantise_int8
 from .quantise import Blocks, pack, quantise_blocks
 from .sources.checkpoint import Checkpoint
 
@@ -41,7 +42,7 @@ FIELDS = ("packed", "low", "scales", "shifts")
 _Array = npt.NDArray[Any]
 ElementName = Literal["float32", "float16", "bfloat16"]
 _DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
-_CODES = {"int4": np.uint8, "float8": ml_dtypes.float8_e4m3fn}
+_CODES = {"int4": np.uint8, "int8": np.int8, "float8": ml_dtypes.float8_e4m3fn}
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,14 @@ class Blocked:
 
 @dataclass(frozen=True)
 class Columns:
-    """One of the tensors of a matrix in DequantizeLinear's layout (see `int4` and `float8`).
+    """One of the tensors of a matrix that is stored transposed (see `int4`, `int8` and `float8`).
 
-    Of 8-bit floats a block is a whole column. Codes depend on `dtype`, the scales': both fields
+    Of 8-bit codes a block is a whole column. Codes depend on `dtype`, the scales': both fields
     name the same one.
     """
 
     parts: tuple[str, ...]
-    codes: Literal["int4", "float8"]
+    codes: Literal["int4", "int8", "float8"]
     blocks: Blocks
     field: Literal["packed", "scales"]
     dtype: ElementName = "float32"
@@ -237,6 +238,9 @@ def _encode(
     if expr.codes == "float8":
         codes, scales = quantise_float8(values, dtype)
         return codes, scales, dequantise_float8(codes, scales)
+    if expr.codes == "int8":
+        bytes_, largest = quantise_int8(values)
+        return bytes_, largest, dequantise_int8(bytes_, largest)
     packed, steps = quantise_int4(values, expr.blocks.block_size, dtype, feedback)
     return packed, steps, dequantise_int4(packed, steps)
 

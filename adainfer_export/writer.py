@@ -112,8 +112,13 @@ class DataWriter:
                 current = expr
             file.append(array)
         first = group[0]
-        if isinstance(first, Blocked | Columns):
+        if isinstance(first, Blocked | Columns) and not _second_copy(first):
             yield StoredMatrix.of(first, errors)
+
+
+def _second_copy(expr: Blocked | Columns) -> bool:
+    """Of a matrix that is reported as it is stored for single positions."""
+    return isinstance(expr, Columns) and expr.codes == "int8"
 
 
 class _StoppedError(Exception):

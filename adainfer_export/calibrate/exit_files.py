@@ -105,8 +105,8 @@ def join_calibrated(folder: Path, manifest: Manifest) -> Manifest:
     """With one engine between two exit points, unless the user fixed the layers per engine."""
     if manifest.layers_per_engine is not None:
         return manifest
-    _, dialect, precision = find_target(manifest.target, manifest.precision)
-    return join_engines(folder, manifest, dialect, precision)
+    _, dialect, _ = find_target(manifest.target, manifest.precision)
+    return join_engines(folder, manifest, dialect)
 
 
 def _write_point(layer: int, maps: tuple[AffineMap, Trust] | None, files: Files) -> ExitPoint:

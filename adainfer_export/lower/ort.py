@@ -25,6 +25,7 @@ from .graph import (
     remove_dead_nodes,
     take_over,
 )
+from .int8_products import multiply_in_int8
 from .precision import Precision
 
 __all__ = [
@@ -156,15 +157,25 @@ def check_layers(graph: ir.Graph, layers: int, precision: Precision) -> None:
             )
 
 
-def widen(graph: ir.Graph, precision: Precision) -> bool:
-    """Sets 4-bit products to float32 arithmetic; False where that is no faster."""
+def widen(graph: ir.Graph, precision: Precision, stored: Weights) -> Weights | None:
+    """Turns a lowered stage into its form for many positions: 4-bit products in float32 arithmetic,
+    or products of 8-bit integers on weights of their own.
+
+    Args:
+        stored: what the stage's initialisers hold.
+
+    Returns:
+        what new initialisers hold; None where another form is no faster.
+    """
     if precision.wide_rows is None:
-        return False
+        return None
+    if precision.prefill == "int8":
+        return multiply_in_int8(graph, stored) or None
     products = [node for node in graph if node.op_type == "MatMulNBits"]
     narrow = [node for node in products if node.attributes["bits"].as_int() == 4]
     for node in narrow:
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-    return bool(narrow)
+    return {} if narrow else None
 
 
 def fuse_skip_norms(graph: ir.Graph) -> None:

@@ -11,8 +11,16 @@ import onnx_ir as ir
 
 from ..quantise import Blocks
 
-__all__ = ["PRECISIONS", "Precision", "Rounding", "layer_of_tensor", "with_half_activations"]
+__all__ = [
+    "PRECISIONS",
+    "Precision",
+    "Prefill",
+    "Rounding",
+    "layer_of_tensor",
+    "with_half_activations",
+]
 
+Prefill = Literal["stored", "int8"]
 Rounding = Literal["nearest", "gptq"]
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
@@ -24,9 +32,12 @@ class Precision:
     Attributes:
         bits: of integers, in the linear layers and the LM head; None where they have none.
         accuracy_level: MatMulNBits' least accuracy of activations; 4 is int8, 0 float32.
-        wide_rows: positions from which on float32 arithmetic (unpacking weights once for all of
-            them) beats int8's. On AVX-512, int4: 0.94 of its time at 32, 0.74 at 64, 0.68 at 128;
-            with 8-bit weights never (1.5 at 128).
+        wide_rows: positions from which on the wide form of stages is faster. Of `stored` weights
+            that is float32 arithmetic, which unpacks weights once for all positions. On AVX-512,
+            int4: 0.94 of int8's time at 32, 0.74 at 64, 0.68 at 128; with 8-bit weights never (1.5
+            at 128).
+        prefill: what the wide form multiplies: the stored weights, or a second copy in 8 bits by
+            8-bit activations (see `lower.int8_products`).
         int8_layers: sensitive layers (1-based) that have 8 bits whatever `bits` says.
         int8_head: the same for the LM head, and the embedding where it is the head.
         rounding: of 4-bit weights.
@@ -40,6 +51,7 @@ class Precision:
     block_size: int = 32
     accuracy_level: int = 4
     wide_rows: int | None = None
+    prefill: Prefill = "stored"
     int8_layers: frozenset[int] = frozenset()
     int8_head: bool = False
     rounding: Rounding = "nearest"

@@ -153,9 +153,8 @@ def check_plain_layers(graph: ir.Graph, layers: int, precision: Precision) -> No
     _check(graph, {**expected, "TensorScatter": 0, "Swish": 0}, precision)
 
 
-def no_wide_form(graph: ir.Graph, precision: Precision) -> bool:
+def no_wide_form(graph: ir.Graph, precision: Precision, stored: Weights) -> None:
     """One graph serves few and many positions: these targets choose kernels by profile."""
-    return False
 
 
 def keep_as_joined(graph: ir.Graph) -> None:

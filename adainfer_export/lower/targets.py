@@ -36,7 +36,8 @@ class Dialect:
     `lower_decoder` rewrites every attention and returns the stage `positions`, where layers share
     more than lengths; `kv_layout` is the cache's geometry; `precision` says what the target makes
     of a precision; `opset` and `ir_version` are what stages are stamped with.
-    `widen` turns a lowered stage into its form for many positions and says whether there is one;
+    `widen` turns a lowered stage into its form for many positions and says what its new initialisers
+    hold (None: there is no such form);
     `fuse_joined` mends the seams of lowered stages that were put into one graph; `kv_fill` is None
     where a target has no such stages; `batched` layers may be given a position of each of several
     sequences, whose lengths alone tell them apart.
@@ -48,7 +49,7 @@ class Dialect:
     lower_probe: Callable[[ir.Graph, Precision], Weights]
     lower_candidates: Callable[[ir.Graph, Precision], Weights]
     check_layers: Callable[[ir.Graph, int, Precision], None]
-    widen: Callable[[ir.Graph, Precision], bool]
+    widen: Callable[[ir.Graph, Precision, Weights], Weights | None]
     fuse_joined: Callable[[ir.Graph], None]
     kv_fill: KvFill | None = None
     kv_layout: Literal["bnsh", "prefix"] = "bnsh"
@@ -66,6 +67,7 @@ class Target:
         precisions: names of the precisions that it takes.
         block_sizes: values that may share a scale; the first is the default.
         int8_layers: whether sensitive layers may have 8 bits beside int4.
+        int8_prefill: whether prompts may be read in 8 bits, weights and activations.
         shortlist: whether a low-rank head in its operators can be fitted.
         classifier_domains: domains beside the standard one that a user's own classifier may take
             operators from.
@@ -77,6 +79,7 @@ class Target:
     dialect: Dialect
     block_sizes: tuple[int, ...] = (32,)
     int8_layers: bool = False
+    int8_prefill: bool = False
     shortlist: bool = False
     classifier_domains: tuple[str, ...] = ()
 
@@ -154,6 +157,7 @@ TARGETS: tuple[Target, ...] = (
         _ORT_CPU,
         (32, 16, 64, 128),
         int8_layers=True,
+        int8_prefill=True,
         shortlist=True,
         classifier_domains=("ai.onnx.ml", "com.microsoft"),
     ),

@@ -26,8 +26,8 @@ def joined_copy(made, folder, exits):
     classifier = ClassifierSpec(kind="svm", graph="", reference="", state_size=2, features=())
     points = tuple(ExitPoint(exit_layer=layer) for layer in exits)
     spec = ExitSpec(points=points, classifier=classifier, threshold=0.0, target_agreement=1.0)
-    _, dialect, precision = find_target(manifest.target, manifest.precision)
-    joined = join_engines(folder, manifest.model_copy(update={"exit": spec}), dialect, precision)
+    _, dialect, _ = find_target(manifest.target, manifest.precision)
+    joined = join_engines(folder, manifest.model_copy(update={"exit": spec}), dialect)
     write_manifest(folder, joined.model_copy(update={"exit": None}))
     return Engine.load(folder, verify=True)
 

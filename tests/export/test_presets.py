@@ -128,8 +128,8 @@ def test_joined_engines_keep_within_the_boards_bound(checkpoint, tmp_path):
     )
     manifest = export(request).manifest
     assert manifest.most_layers_per_engine == 3
-    _, dialect, precision = find_target(manifest.target, manifest.precision)
-    joined = join_engines(tmp_path / "engines", manifest, dialect, precision)
+    _, dialect, _ = find_target(manifest.target, manifest.precision)
+    joined = join_engines(tmp_path / "engines", manifest, dialect)
     assert [stage.last_layer for stage in joined.joined] == [2, 4]  # in parts of one size
     fixed = dataclasses.replace(request, layers_per_engine=4, force=True)
     assert export(fixed).manifest.most_layers_per_engine is None

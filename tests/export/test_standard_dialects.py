@@ -130,8 +130,8 @@ def test_joined_engines_equal_single_layers(tiny, tmp_path, target, precision):
     made = tiny("llama", target=target, precision=precision)
     folder = tmp_path / "engines"
     shutil.copytree(made.folder, folder)
-    _, dialect, record = find_target(target, precision)
-    manifest = join_engines(folder, made.engine.manifest, dialect, record)
+    _, dialect, _ = find_target(target, precision)
+    manifest = join_engines(folder, made.engine.manifest, dialect)
     assert len(manifest.joined) == 1
     model = ir.load(folder / manifest.joined[0].file)
     casts = sum(node.op_type == "Cast" for node in model.graph)

@@ -39,15 +39,20 @@ def load(
     ONNX Runtime packs a graph's weights into memory of the process, in one layout for products
     with int8 activations and in another for float32 ones: a wide graph is a second copy. With None
     it is held where both copies, by the size of the folder's weights, take at most a quarter of
-    the memory that the process may use (`memory_limit`).
+    the memory that the process may use (`memory_limit`), and always where the export was asked for
+    it (`--prefill int8`): what its exits were fitted and certified on comes from these weights.
 
     Raises:
         DeviceError: onnxruntime is not installed.
         StageError: ONNX Runtime refuses a file, or its graph is not what the manifest says.
     """
     if low_memory is None:
-        low_memory = not fits_twice(manifest, memory_limit())
+        low_memory = not (_reads_in_int8(manifest) or fits_twice(manifest, memory_limit()))
     return OrtCpuBackend(folder, manifest, _Sessions(threads), low_memory=low_memory)
+
+
+def _reads_in_int8(manifest: Manifest) -> bool:
+    return manifest.quantisation is not None and manifest.quantisation.prefill == "int8"
 
 
 def fits_twice(manifest: Manifest, limit: int | None) -> bool:
