@@ -36,8 +36,8 @@ class Dialect:
     `lower_decoder` rewrites every attention and returns the stage `positions`, where layers share
     more than lengths; `kv_layout` is the cache's geometry; `precision` says what the target makes
     of a precision; `opset` and `ir_version` are what stages are stamped with.
-    `widen` turns a lowered stage into its form for many positions and says what its new initialisers
-    hold (None: there is no such form);
+    `widen` turns a lowered stage into its form for many positions and says what its new
+    initialisers hold (None: there is no such form);
     `fuse_joined` mends the seams of lowered stages that were put into one graph; `kv_fill` is None
     where a target has no such stages; `batched` layers may be given a position of each of several
     sequences, whose lengths alone tell them apart.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -33,6 +34,12 @@ class StageCost:
     layers: int
     per_position: int = 0
     per_pair: int = 0
+
+    @classmethod
+    def sum(cls, stages: Iterable[StageCost]) -> StageCost:
+        """What all of them cost."""
+        costs = [(stage.layers, stage.per_position, stage.per_pair) for stage in stages]
+        return cls(*(sum(column) for column in zip(*costs, strict=True)))
 
     def multiply_adds(self, start: int, end: int) -> int:
         """Of the positions `start … end-1`, each attending to itself and all before it."""
@@ -108,10 +115,14 @@ class Ledger:
 
     def __init__(self, stages: tuple[StageCost, ...]) -> None:
         self._stages = stages
+        self._all_stages = StageCost.sum(stages)
         self._filled = [0] * len(stages)
         self._length = 0
         self._newest = 0  # first of the positions that came last
-        self._count = WorkCount(0, 0)
+        # Plain numbers: every pass of a stage counts, and records that add up cost 8 µs a pass.
+        self._executed = self._dense = 0
+        self._compute = self._dense_compute = 0
+        self._deferred = self._given = 0
         self._stopped = 0
         # Positions with approximate entries: from which stage on, to the last, and how.
         self._approximate: dict[int, tuple[int, FillKind]] = {}
@@ -129,7 +140,14 @@ class Ledger:
     @property
     def count(self) -> WorkCount:
         """Counted since the sequence began; `truncate` gives nothing back."""
-        return self._count
+        return WorkCount(
+            self._executed,
+            self._dense,
+            self._compute,
+            self._dense_compute,
+            self._deferred,
+            self._given,
+        )
 
     @property
     def exact_length(self) -> int:
@@ -162,11 +180,8 @@ class Ledger:
         """Adds positions that no layer has seen yet."""
         start, end = self._length, self._length + positions
         self._length, self._newest = end, start
-        self._count += WorkCount(
-            executed=0,
-            dense=positions * sum(stage.layers for stage in self._stages),
-            dense_compute=sum(stage.multiply_adds(start, end) for stage in self._stages),
-        )
+        self._dense += positions * self._all_stages.layers
+        self._dense_compute += self._all_stages.multiply_adds(start, end)
 
     def plan(self, stages: int, max_rows: int) -> tuple[Pass, ...]:
         """Passes after which the first `stages` stages have seen every position.
@@ -188,17 +203,14 @@ class Ledger:
         """Notes that a pass was executed."""
         self._filled[done.stage] = done.end
         older = max(0, min(done.end, self._newest) - done.start)
-        self._count += WorkCount(0, 0, deferred=older * self._stages[done.stage].layers)
+        self._deferred += older * self._stages[done.stage].layers
         self.record_aside(done)
 
     def record_aside(self, todo: Pass) -> None:
         """Notes a pass whose K,V are not to be kept: nothing counts as filled by it."""
         stage = self._stages[todo.stage]
-        self._count += WorkCount(
-            executed=(todo.end - todo.start) * stage.layers,
-            dense=0,
-            compute=stage.multiply_adds(todo.start, todo.end),
-        )
+        self._executed += (todo.end - todo.start) * stage.layers
+        self._compute += stage.multiply_adds(todo.start, todo.end)
 
     def fill(self, start: int, end: int, kind: FillKind | None, compute: int = 0) -> None:
         """Notes that positions which waited at the same boundary now have entries in every stage:
@@ -213,11 +225,13 @@ class Ledger:
         if kind is not None:
             self._approximate.update(dict.fromkeys(range(start, end), (first, kind)))
             layers = sum(stage.layers for stage in self._stages[first:])
-            self._count += WorkCount(0, 0, compute, filled=(end - start) * layers)
+            self._compute += compute
+            self._given += (end - start) * layers
 
     def record_probe(self, compute: int, dense_compute: int) -> None:
         """Notes multiply-adds outside of layers, and what the dense model needs instead."""
-        self._count += WorkCount(0, 0, compute, dense_compute)
+        self._compute += compute
+        self._dense_compute += dense_compute
 
     def truncate(self, length: int) -> None:
         """Forgets positions from `length` on, in every layer."""
@@ -231,9 +245,6 @@ class Ledger:
         dense model would not have run them. What they executed stays counted.
         """
         positions = self._length - length
-        self._count -= WorkCount(
-            executed=0,
-            dense=positions * sum(stage.layers for stage in self._stages),
-            dense_compute=sum(stage.multiply_adds(length, self._length) for stage in self._stages),
-        )
+        self._dense -= positions * self._all_stages.layers
+        self._dense_compute -= self._all_stages.multiply_adds(length, self._length)
         self.truncate(length)

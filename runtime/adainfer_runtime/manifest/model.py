@@ -96,9 +96,9 @@ class Quantisation(Record):
 
     From `wide_rows` positions in one pass on, a stage's wide graph is the faster one; None where
     stages have none. `int8_layers` (1-based) and the head, if `int8_head`, have 8 bits instead.
-    `rounding` is of 4-bit weights: to the nearest code, or GPTQ's (arXiv 2210.17323). `prefill` says
-    what wide graphs multiply: the weights as they are stored, or a second copy of the checkpoint's
-    in 8 bits, by 8-bit activations (W8A8).
+    `rounding` is of 4-bit weights: to the nearest code, or GPTQ's (arXiv 2210.17323). `prefill`
+    says what wide graphs multiply: the weights as they are stored, or a second copy of the
+    checkpoint's in 8 bits, by 8-bit activations (W8A8).
     """
 
     bits: Literal[4, 8]
