@@ -14,7 +14,9 @@ from transformers.generation.logits_process import (
 )
 
 from adainfer_export.calibrate.builtin import builtin_examples
+from adainfer_export.export import ExportRequest, export
 from adainfer_export.sources import resolve
+from adainfer_export.storage import StorageRequest
 from adainfer_export.validate import reference_model
 from adainfer_runtime import (
     ClassifierExit,
@@ -25,6 +27,7 @@ from adainfer_runtime import (
     SamplingOptions,
 )
 from adainfer_runtime.sampling import make_sampler
+from adainfer_runtime.session import log_softmax
 
 from .export.context_folder import make_context_folder
 from .reference import reference_greedy, reference_logits
@@ -92,6 +95,24 @@ def test_greedy_text_equals_transformers_on_30_prompts(engine, reference):
 def test_kept_blocks_give_the_greedy_text_of_dequantised_weights(smollm2_kept, reference, count):
     """llama.cpp's blocks as they are, against transformers on what they stand for."""
     check_greedy(Engine.load(smollm2_kept), reference, count)
+
+
+@pytest.mark.slow
+def test_prompts_in_8_bits_are_nearer_to_transformers(reference, smollm2_int4, tmp_path):
+    """Positions of prompts, by the mean divergence of the next token's probabilities."""
+    storage = StorageRequest(prefill="int8")
+    export(ExportRequest("smollm2-135m", tmp_path / "engines", storage=storage))
+    found = {}
+    for folder in (smollm2_int4, tmp_path / "engines"):
+        engine, divergences = Engine.load(folder), []
+        for ids in prompts(engine, 6, shortest=60):
+            session = engine.session()
+            session.extend(ids)
+            expected = log_softmax(reference_logits(reference, ids).astype(np.float64))
+            difference = expected - session.log_probs(0)
+            divergences.append((np.exp(expected) * difference).sum(axis=-1).mean())
+        found[folder] = np.mean(divergences)
+    assert found[tmp_path / "engines"] < 0.15 < 0.25 < found[smollm2_int4]
 
 
 def test_weights_equal_transformers_own_reading_of_the_file(smollm2_gguf, reference):

@@ -84,7 +84,8 @@ def measure_times(
         layer=tuple(seconds.layer for seconds in passes),
         embed=tuple(seconds.embed for seconds in passes),
         pair_one=bench.attention(1, past),
-        pair_many=bench.attention(min(past, most), past),
+        # Prompts of a pass or less have no past: where there is one it is long.
+        pair_many=bench.attention(min(past, most), min(2 * past, manifest.max_seq_len // 2)),
         step=bench.step(past),
         step_past=past,
         probe=passes[0].probe,
