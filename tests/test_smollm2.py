@@ -112,7 +112,8 @@ def test_prompts_in_8_bits_are_nearer_to_transformers(reference, smollm2_int4, t
             difference = expected - session.log_probs(0)
             divergences.append((np.exp(expected) * difference).sum(axis=-1).mean())
         found[folder] = np.mean(divergences)
-    assert found[tmp_path / "engines"] < 0.15 < 0.25 < found[smollm2_int4]
+    assert found[tmp_path / "engines"] < 0.15
+    assert found[smollm2_int4] > 0.25
 
 
 def test_weights_equal_transformers_own_reading_of_the_file(smollm2_gguf, reference):
