@@ -25,7 +25,7 @@ import onnx_ir as ir
 from ..float8 import FLOAT8_UNIT
 from ..quantise import Blocks
 from ..weights import Columns, ElementName, WeightExpr
-from .graph import Linear, add_initializer, insert_before, ints
+from .graph import Linear, add_initializer, insert_before, ints, scalar
 
 __all__ = ["Float8Products"]
 
@@ -65,8 +65,8 @@ class Float8Products:
         return [weight, product, scaled, result]
 
     def _quantise(self, linear: Linear, name: str) -> _Rows:
-        least = _constant(self._graph, f"{name}.least", np.float32(_LEAST))
-        zero = _constant(self._graph, f"{name}.zero", ml_dtypes.float8_e4m3fn(0))
+        least = scalar(self._graph, f"{name}.least", np.float32(_LEAST))
+        zero = scalar(self._graph, f"{name}.zero", ml_dtypes.float8_e4m3fn(0))
         size = ir.Node("", "Abs", [linear.input])
         most = ir.Node("", "ReduceMax", [size.outputs[0], ints(self._graph, "axes", [-1])])
         largest = ir.Node("", "Max", [most.outputs[0], least])
@@ -93,11 +93,4 @@ class Float8Products:
         )
 
     def _unit(self, name: str) -> ir.Value:
-        return _constant(self._graph, name, np.float32(FLOAT8_UNIT))
-
-
-def _constant(graph: ir.Graph, name: str, number: np.generic) -> ir.Value:
-    tensor = ir.tensor(np.asarray(number), name=name)
-    value = add_initializer(graph, name, tensor.dtype, [])
-    value.const_value = tensor
-    return value
+        return scalar(self._graph, name, np.float32(FLOAT8_UNIT))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from ..graph_builder import CONTRIB
@@ -20,6 +21,7 @@ __all__ = [
     "only_user",
     "remove_dead_inputs",
     "remove_dead_nodes",
+    "scalar",
     "take_over",
 ]
 
@@ -111,6 +113,14 @@ def ints(graph: ir.Graph, kind: str, values: list[int]) -> ir.Value:
     name = "_".join([kind, *(str(value).replace("-", "m") for value in values)])
     value = add_initializer(graph, name, ir.DataType.INT64, [len(values)])
     value.const_value = ir.tensor(values, dtype=ir.DataType.INT64, name=name)
+    return value
+
+
+def scalar(graph: ir.Graph, name: str, number: np.generic) -> ir.Value:
+    """An initialiser with a value and no dimension; equal names are the same one."""
+    tensor = ir.tensor(np.asarray(number), name=name)
+    value = add_initializer(graph, name, tensor.dtype, [])
+    value.const_value = tensor
     return value
 
 

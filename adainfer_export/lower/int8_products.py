@@ -22,7 +22,15 @@ import onnx_ir as ir
 from ..int8 import LARGEST_CODE
 from ..quantise import Blocks
 from ..weights import Blocked, Columns, WeightExpr
-from .graph import CONTRIB, add_initializer, insert_before, ints, remove_dead_nodes, take_over
+from .graph import (
+    CONTRIB,
+    add_initializer,
+    insert_before,
+    ints,
+    remove_dead_nodes,
+    scalar,
+    take_over,
+)
 
 __all__ = ["INT8_WIDE_ROWS", "multiply_in_int8"]
 
@@ -72,9 +80,9 @@ def _replace(
     inputs = [
         rows.codes,
         add_initializer(graph, codes, ir.DataType.INT8, [width, outputs]),
-        _constant(graph, "int8.one", np.float32(1.0)),
+        scalar(graph, "int8.one", np.float32(1.0)),
         add_initializer(graph, scales, ir.DataType.FLOAT, [outputs]),
-        _constant(graph, "int8.middle", np.uint8(_MIDDLE)),
+        scalar(graph, "int8.middle", np.uint8(_MIDDLE)),
     ]
     product = ir.Node(CONTRIB, "MatMulIntegerToFloat", inputs)
     scaled = ir.Node("", "Mul", [product.outputs[0], rows.scales])
@@ -83,9 +91,9 @@ def _replace(
 
 
 def _quantise(graph: ir.Graph, value: ir.Value, before: ir.Node) -> _Rows:
-    unit = _constant(graph, "int8.unit", np.float32(1.0 / LARGEST_CODE))
-    least = _constant(graph, "int8.least", np.float32(_LEAST))
-    middle = _constant(graph, "int8.middle", np.uint8(_MIDDLE))
+    unit = scalar(graph, "int8.unit", np.float32(1.0 / LARGEST_CODE))
+    least = scalar(graph, "int8.least", np.float32(_LEAST))
+    middle = scalar(graph, "int8.middle", np.uint8(_MIDDLE))
     size = ir.Node("", "Abs", [value])
     largest = ir.Node("", "ReduceMax", [size.outputs[0], ints(graph, "axes", [-1])])
     share = ir.Node("", "Mul", [largest.outputs[0], unit])
@@ -97,10 +105,3 @@ def _quantise(graph: ir.Graph, value: ir.Value, before: ir.Node) -> _Rows:
     codes = ir.Node("", "QuantizeLinear", inputs, [ir.AttrInt64("axis", 1)])
     insert_before(before, [size, largest, share, scales, by_row, shape, zeros, codes])
     return _Rows(codes.outputs[0], scales.outputs[0])
-
-
-def _constant(graph: ir.Graph, name: str, number: np.generic) -> ir.Value:
-    tensor = ir.tensor(np.asarray(number), name=name)
-    value = add_initializer(graph, name, tensor.dtype, [])
-    value.const_value = tensor
-    return value
