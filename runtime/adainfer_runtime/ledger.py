@@ -119,7 +119,7 @@ class Ledger:
         self._filled = [0] * len(stages)
         self._length = 0
         self._newest = 0  # first of the positions that came last
-        # Plain numbers: every pass of a stage counts, and records that add up cost 8 µs a pass.
+        # Plain numbers, of which `count` makes a record: every pass of every stage adds to them.
         self._executed = self._dense = 0
         self._compute = self._dense_compute = 0
         self._deferred = self._given = 0
