@@ -30,9 +30,10 @@ from .cost import multiply_adds
 from .decoder_source import prepare_decoder
 from .decoders.builder import LayerHeads
 from .errors import CheckpointError, UnsupportedError, one_line
+from .features import drop_features
 from .folder import check_output, new_folder, remove_others, scratch_folder
 from .journal import JOURNAL_NAME, Journal
-from .layout import WIDE, StageLayout
+from .layout import LOGITS, WIDE, StageLayout
 from .lower import Precision, find_target, require_shortlist
 from .lower.decoder import DecoderRequest
 from .lower.targets import Dialect
@@ -241,19 +242,26 @@ def _add_stage(
     weights = lower_stage(stage, dialect, precision, tied=tied)
     graph = stage.model.graph
     file, cost = layout.add(stage.model, weights), multiply_adds(graph)
-    wide_file = None
+    inputs, outputs = (
+        tuple(str(value.name) for value in values) for values in (graph.inputs, graph.outputs)
+    )
+    wide_file = logits_file = None
     if stage.kind == "layers":
         own = dialect.widen(graph, precision, weights)
         wide_file = None if own is None else layout.add_variant(stage.model, WIDE, own)
+    if stage.kind == "probe" and dialect.host_features:
+        drop_features(graph)
+        logits_file = layout.add_variant(stage.model, LOGITS, {})
     return StageSpec(
         name=stage.name,
         kind=stage.kind,
         file=file,
         wide_file=wide_file,
+        logits_file=logits_file,
         first_layer=stage.first_layer,
         last_layer=stage.last_layer,
-        inputs=tuple(str(value.name) for value in graph.inputs),
-        outputs=tuple(str(value.name) for value in graph.outputs),
+        inputs=inputs,
+        outputs=outputs,
         multiply_adds=cost,
     )
 

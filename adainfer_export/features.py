@@ -15,8 +15,9 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from .graph_builder import GraphBuilder
+from .lower.graph import remove_dead_nodes
 
-__all__ = ["add_candidate_features", "add_features"]
+__all__ = ["add_candidate_features", "add_features", "drop_features"]
 
 _LOWEST = -3.0e38
 
@@ -29,6 +30,13 @@ def add_features(graph: ir.Graph) -> None:
 def add_candidate_features(graph: ir.Graph) -> None:
     """The same over a few candidate rows: `token` is the place among the candidates."""
     _append(graph, lambda build, logits: build.top_two(logits))
+
+
+def drop_features(graph: ir.Graph) -> None:
+    """Leaves the logits alone."""
+    for value in [value for value in graph.outputs if value.name != "logits"]:
+        graph.outputs.remove(value)
+    remove_dead_nodes(graph)
 
 
 def _append(

@@ -21,10 +21,11 @@ from adainfer_runtime.manifest import FileRecord
 from .errors import LoweringError
 from .weights import FIELDS, Blocked, Columns, Dense, Rows, Stored, WeightExpr
 
-__all__ = ["ALIGNMENT", "WIDE", "DataPlan", "StageLayout"]
+__all__ = ["ALIGNMENT", "LOGITS", "WIDE", "DataPlan", "StageLayout"]
 
 ALIGNMENT = 4096  # page size: ONNX Runtime maps external data
 WIDE = "wide"  # the variant of a stage for many positions
+LOGITS = "logits"  # the probe's without features
 _INLINE_BYTES = 1024
 _SHARED = "shared.data"
 

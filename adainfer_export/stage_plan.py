@@ -106,6 +106,7 @@ def _quantisation(precision: Precision) -> Quantisation | None:
     return Quantisation(
         bits=precision.bits,
         block_size=precision.block_size,
+        down_block_size=precision.down_block_size,
         accuracy_level=precision.accuracy_level if precision.activations == "float32" else None,
         wide_rows=precision.wide_rows,
         int8_layers=tuple(sorted(precision.int8_layers)),

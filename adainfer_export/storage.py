@@ -37,6 +37,7 @@ class StorageRequest:
 
     Attributes:
         block_size: values that share a scale; None leaves the precision's own, 32.
+        down_block_size: those in the products that end feed-forward networks; None: as many.
         int8_layers: sensitive layers (1-based) that are stored in 8 bits.
         int8_head: the LM head too, and with it a tied embedding.
         rounding: of 4-bit weights: each to its nearest code, or so that errors make up for each
@@ -49,6 +50,7 @@ class StorageRequest:
     int8_head: bool = False
     rounding: Rounding = "nearest"
     prefill: Prefill = "stored"
+    down_block_size: int | None = None
 
     def refine(self, precision: Precision, target: Target) -> Precision:
         """The precision with these departures.
@@ -63,22 +65,20 @@ class StorageRequest:
             raise UnsupportedError(f"--prefill int8 is for int4 and int8, not {precision.name}")
         if self.prefill == "int8" and not target.int8_prefill:
             raise UnsupportedError(f"target {target.name} does not take --prefill int8")
-        asked = self.block_size is not None or self.int8_layers or self.int8_head
-        if asked and precision.bits is None:
+        sizes = {self.block_size, self.down_block_size} - {None}
+        if (sizes or self.int8_layers or self.int8_head) and precision.bits is None:
             raise UnsupportedError(
-                f"--block-size and --int8-layers are for int4 and int8, not {precision.name}"
+                f"--block-size, --down-block-size and --int8-layers are for int4 and int8, not "
+                f"{precision.name}"
             )
-        if self.block_size is not None and self.block_size not in target.block_sizes:
-            sizes = ", ".join(map(str, sorted(target.block_sizes)))
-            raise UnsupportedError(
-                f"--block-size {self.block_size}: it must be one of {sizes} for target "
-                f"{target.name}"
-            )
+        _require_size("--block-size", self.block_size, target.block_sizes, target)
+        _require_size("--down-block-size", self.down_block_size, target.down_block_sizes, target)
         if (self.int8_layers or self.int8_head) and not target.int8_layers:
             raise UnsupportedError(f"target {target.name} does not take --int8-layers")
         return replace(
             precision,
             block_size=self.block_size or precision.block_size,
+            down_block_size=self.down_block_size,
             int8_layers=self.int8_layers,
             int8_head=self.int8_head,
             rounding=self.rounding,
@@ -94,27 +94,37 @@ class StorageRequest:
             )
 
 
+def _require_size(option: str, size: int | None, allowed: tuple[int, ...], target: Target) -> None:
+    if size is None or size in allowed:
+        return
+    if not allowed:
+        raise UnsupportedError(f"target {target.name} does not take {option}")
+    sizes = ", ".join(map(str, sorted(allowed)))
+    raise UnsupportedError(f"{option} {size}: it must be one of {sizes} for target {target.name}")
+
+
 def choose_storage(
-    block_size: int | None,
+    asked: StorageRequest,
     int8_layers: str | None,
     known: QuantisationSettings | None,
     target: str,
     precision: str,
-    rounding: Rounding = "nearest",
-    prefill: Prefill = "stored",
 ) -> StorageRequest:
     """What the user asked for; sensitive layers that he left open are those known of the alias,
     in int4, where the target takes any.
+
+    Args:
+        asked: all but the sensitive layers, which `int8_layers` names.
 
     Raises:
         UnsupportedError: unknown target, or no such layers (see `parse_int8_layers`).
     """
     if int8_layers is not None:
-        return StorageRequest(block_size, *parse_int8_layers(int8_layers), rounding, prefill)
+        layers, head = parse_int8_layers(int8_layers)
+        return replace(asked, int8_layers=layers, int8_head=head)
     if known is None or precision != "int4" or not find_target(target, precision)[0].int8_layers:
-        return StorageRequest(block_size, rounding=rounding, prefill=prefill)
-    layers = frozenset(known.int8_layers)
-    return StorageRequest(block_size, layers, known.int8_head, rounding, prefill)
+        return asked
+    return replace(asked, int8_layers=frozenset(known.int8_layers), int8_head=known.int8_head)
 
 
 def parse_int8_layers(text: str) -> tuple[frozenset[int], bool]:

@@ -45,18 +45,20 @@ def reference_greedy(model: Any, tokens: Sequence[int], count: int) -> list[int]
 
 def dequantised_reference(made: Any, precision: str) -> Any:
     """The transformers model with the weights that a quantised engine really has."""
-    block_size = made.engine.manifest.quantisation.block_size
-    record = replace(PRECISIONS[precision], block_size=block_size)
+    spec = made.engine.manifest.quantisation
+    record = replace(
+        PRECISIONS[precision], block_size=spec.block_size, down_block_size=spec.down_block_size
+    )
     model = copy.deepcopy(made.reference)
     tokens = model.get_input_embeddings().weight
     tied = model.get_output_embeddings().weight is tokens
     with torch.no_grad():
-        for module in model.modules():
-            for parameter in module.parameters(recurse=False):
+        for place, module in model.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
                 positions = isinstance(module, torch.nn.Embedding) and parameter is not tokens
                 if parameter.dim() != 2 or positions:
                     continue
-                blocks = record.storage("")
+                blocks = record.storage(f"{place}.{name}")
                 if parameter is tokens:
                     blocks = record.embedding("", tied=tied)
                 conv1d = type(module).__name__ == "Conv1D"  # stored as [in, out]

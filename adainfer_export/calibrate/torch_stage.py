@@ -125,7 +125,10 @@ def _needed_nodes(graph: ir.Graph, attentions: Mapping[ir.Value, FoundAttention]
             continue
         found.append(node)
         inside = attentions.get(node.outputs[0])
-        wanted.update(node.inputs if inside is None else (inside.query, inside.key, inside.value))
+        if inside is not None:
+            wanted.update((inside.query, inside.key, inside.value))
+        else:  # of a product with blocks what it reads: scales become part of the matrix
+            wanted.update(node.inputs[:2] if node.op_type == "MatMulNBits" else node.inputs)
     return found[::-1]
 
 
@@ -147,8 +150,12 @@ def _is_weight(node: ir.Node) -> bool:
 
 
 def _tensor(value: ir.Value | None) -> Any:
-    assert value is not None and value.const_value is not None  # a weight, by the operator's spec
-    return value.const_value.numpy()
+    assert value is not None  # a weight, by the operator's spec
+    if value.const_value is not None:
+        return value.const_value.numpy()
+    product = value.producer()
+    assert product is not None and product.op_type == "Mul"  # of constants (`lower.few_rows`)
+    return _tensor(product.inputs[0]) * _tensor(product.inputs[1])
 
 
 def _rms(torch: Any, value: Any, weight: Any, node: ir.Node) -> Any:

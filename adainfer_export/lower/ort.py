@@ -13,6 +13,7 @@ from ..errors import LoweringError
 from ..quantise import Blocks
 from ..weights import Dense, WeightExpr
 from .blocks import blocked_product, gather_rows
+from .few_rows import attend_few_rows, attend_many_rows
 from .graph import (
     CONTRIB,
     Linear,
@@ -62,6 +63,8 @@ def lower_layers(graph: ir.Graph, precision: Precision) -> Weights:
     for linear in list(find_linears(graph)):
         _replace_linear(graph, (linear,), precision, weights)
     remove_dead_nodes(graph)
+    if _has_wide_form(graph, precision):
+        attend_few_rows(graph)
     return weights
 
 
@@ -167,15 +170,25 @@ def widen(graph: ir.Graph, precision: Precision, stored: Weights) -> Weights | N
     Returns:
         what new initialisers hold; None where another form is no faster.
     """
-    if precision.wide_rows is None:
+    if not _has_wide_form(graph, precision):
         return None
+    attend_many_rows(graph)
     if precision.prefill == "int8":
-        return multiply_in_int8(graph, stored) or None
-    products = [node for node in graph if node.op_type == "MatMulNBits"]
-    narrow = [node for node in products if node.attributes["bits"].as_int() == 4]
-    for node in narrow:
+        return multiply_in_int8(graph, stored)
+    for node in _products(graph, 4):
         node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", 0)
-    return {} if narrow else None
+    return {}
+
+
+def _has_wide_form(graph: ir.Graph, precision: Precision) -> bool:
+    if precision.wide_rows is None:
+        return False
+    return bool(_products(graph, *((4, 8) if precision.prefill == "int8" else (4,))))
+
+
+def _products(graph: ir.Graph, *bits: int) -> list[ir.Node]:
+    products = [node for node in graph if node.op_type == "MatMulNBits"]
+    return [node for node in products if node.attributes["bits"].as_int() in bits]
 
 
 def fuse_skip_norms(graph: ir.Graph) -> None:

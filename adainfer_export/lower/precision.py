@@ -23,6 +23,7 @@ __all__ = [
 Prefill = Literal["stored", "int8"]
 Rounding = Literal["nearest", "gptq"]
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
+_DOWN = re.compile(r"(?:down_proj|fc2|mlp\.c_proj|dense_4h_to_h)\.weight$")
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Precision:
 
     Attributes:
         bits: of integers, in the linear layers and the LM head; None where they have none.
+        down_block_size: of the products that end feed-forward networks, where it is another.
         accuracy_level: MatMulNBits' least accuracy of activations; 4 is int8, 0 float32.
         wide_rows: positions from which on the wide form of stages is faster. Of `stored` weights
             that is float32 arithmetic, which unpacks weights once for all positions. On AVX-512,
@@ -49,6 +51,7 @@ class Precision:
     name: Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4", "keep"]
     bits: Literal[4, 8] | None
     block_size: int = 32
+    down_block_size: int | None = None
     accuracy_level: int = 4
     wide_rows: int | None = None
     prefill: Prefill = "stored"
@@ -78,7 +81,8 @@ class Precision:
             return self.kept.get(name)
         layer = layer_of_tensor(name)
         high = self.int8_head if layer is None else layer in self.int8_layers
-        return Blocks(8 if high else self.bits, self.block_size)
+        down = self.down_block_size if _DOWN.search(name) else None
+        return Blocks(8 if high else self.bits, down or self.block_size)
 
     def embedding(self, name: str, *, tied: bool) -> Blocks | None:
         """Of the token embedding. A tied head reads the same copy; else 8 bits lose nothing."""

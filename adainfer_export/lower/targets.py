@@ -40,7 +40,8 @@ class Dialect:
     initialisers hold (None: there is no such form);
     `fuse_joined` mends the seams of lowered stages that were put into one graph; `kv_fill` is None
     where a target has no such stages; `batched` layers may be given a position of each of several
-    sequences, whose lengths alone tell them apart.
+    sequences, whose lengths alone tell them apart; `host_features` says that its runtime computes
+    features from the logits.
     """
 
     lower_decoder: Callable[[ir.Model, DecoderRequest], PassStage | None]
@@ -54,6 +55,7 @@ class Dialect:
     kv_fill: KvFill | None = None
     kv_layout: Literal["bnsh", "prefix"] = "bnsh"
     batched: bool = False
+    host_features: bool = False
     precision: Callable[[Precision], Precision] = lambda precision: precision
     opset: int = 24
     ir_version: int = 11
@@ -66,6 +68,8 @@ class Target:
     Attributes:
         precisions: names of the precisions that it takes.
         block_sizes: values that may share a scale; the first is the default.
+        down_block_sizes: those of the products that end feed-forward networks, where they may be
+            others.
         int8_layers: whether sensitive layers may have 8 bits beside int4.
         int8_prefill: whether prompts may be read in 8 bits, weights and activations.
         shortlist: whether a low-rank head in its operators can be fitted.
@@ -78,6 +82,7 @@ class Target:
     precisions: tuple[str, ...]
     dialect: Dialect
     block_sizes: tuple[int, ...] = (32,)
+    down_block_sizes: tuple[int, ...] = ()
     int8_layers: bool = False
     int8_prefill: bool = False
     shortlist: bool = False
@@ -95,6 +100,7 @@ _ORT_CPU = Dialect(
     fuse_joined=ort.fuse_skip_norms,
     kv_fill=KvFill(kv_fill.project_kv, kv_fill.lower_kv_fill),
     batched=True,
+    host_features=True,
 )
 
 # Of sources that are ONNX for this target already.
@@ -107,6 +113,7 @@ AS_IS = Dialect(
     check_layers=as_is.check_layers,
     widen=ort.widen,
     fuse_joined=ort.fuse_skip_norms,
+    host_features=True,
 )
 
 _ORT_CUDA = replace(
@@ -120,6 +127,7 @@ _ORT_CUDA = replace(
     fuse_joined=cuda.fuse_joined,
     kv_fill=None,
     batched=False,  # its back end runs every sequence alone
+    host_features=False,
     precision=with_half_activations,
     opset=cuda.OPSET,
     ir_version=10,
@@ -156,6 +164,7 @@ TARGETS: tuple[Target, ...] = (
         ("fp32", "int8", "int4", "keep"),
         _ORT_CPU,
         (32, 16, 64, 128),
+        (16, 32, 64, 128, 256),
         int8_layers=True,
         int8_prefill=True,
         shortlist=True,

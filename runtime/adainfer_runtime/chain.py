@@ -75,7 +75,7 @@ class Chain:
         for todo in self.ledger.plan(stages, self._backend.max_rows):
             self._run(todo, previous)
             previous = todo
-            if todo.stage == stages - 1:
+            if todo.last == stages - 1:
                 self._pending[todo.start : todo.end] = self._output(todo)
 
     def can_translate(self, layer: int) -> bool:
@@ -168,9 +168,10 @@ class Chain:
         """Final hidden state `[hidden_size]` of the last of some positions."""
         rows = end - start
         self._buffers.hidden(above, rows)[:] = self._pending[start:end]
-        for stage in range(above, len(self._last_layers)):
+        todo = Pass(above, len(self._last_layers) - 1, start, end)
+        for stage in todo.stages:
             self._buffers.run_stage(stage, rows, start)
-            self.ledger.record_aside(Pass(stage, start, end))
+        self.ledger.record_aside(todo)
         final = self._buffers.hidden(len(self._last_layers), rows)[rows - 1]
         return np.array(final)
 
@@ -204,22 +205,29 @@ class Chain:
         return next(i for i, last in enumerate(self._last_layers) if layer <= last)
 
     def _run(self, todo: Pass, previous: Pass | None) -> None:
-        if self.before_pass is not None:
-            self.before_pass()
-        rows = todo.end - todo.start
-        target = self._buffers.hidden(todo.stage, rows)
-        if previous is None or previous.stage != todo.stage - 1:
+        rows, check = todo.end - todo.start, self.before_pass
+        target = self._buffers.hidden(todo.first, rows)
+        if previous is None or previous.last != todo.first - 1:
             target[:] = self._pending[todo.start : todo.end]
         elif previous.start > todo.start:
             # Positions that wait at this boundary come first; the carried rows move behind them.
             waiting = previous.start - todo.start
-            target[waiting:] = self._buffers.hidden(todo.stage, rows - waiting).copy()
+            target[waiting:] = self._buffers.hidden(todo.first, rows - waiting).copy()
             target[:waiting] = self._pending[todo.start : previous.start]
-        self._buffers.run_stage(todo.stage, rows, todo.start)
+        stage = todo.first
+        try:
+            for stage in todo.stages:
+                if check is not None:
+                    check()
+                self._buffers.run_stage(stage, rows, todo.start)
+        except BaseException:
+            if stage > todo.first:  # what was done before counts
+                self.ledger.record(todo._replace(last=stage - 1))
+            raise
         self.ledger.record(todo)
 
     def _output(self, done: Pass) -> Float32:
-        return self._buffers.hidden(done.stage + 1, done.end - done.start)
+        return self._buffers.hidden(done.last + 1, done.end - done.start)
 
 
 def _cost(stage: StageSpec, manifest: Manifest) -> StageCost:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 __all__ = ["FillKind", "KvState", "Ledger", "Pass", "StageCost", "WorkCount"]
 
@@ -12,13 +12,20 @@ FillKind = Literal["propagated", "translated"]
 KvState = Literal["exact", "propagated", "translated", "pending"]
 
 
-@dataclass(frozen=True)
-class Pass:
-    """Run layer stage `stage` (0-based) on the positions `start … end-1`."""
+class Pass(NamedTuple):
+    """Run the layer stages `first … last` (0-based), one after the other, on the positions
+    `start … end-1`.
+    """
 
-    stage: int
+    first: int
+    last: int
     start: int
     end: int
+
+    @property
+    def stages(self) -> range:
+        """Those that it runs."""
+        return range(self.first, self.last + 1)
 
 
 @dataclass(frozen=True)
@@ -116,6 +123,7 @@ class Ledger:
     def __init__(self, stages: tuple[StageCost, ...]) -> None:
         self._stages = stages
         self._all_stages = StageCost.sum(stages)
+        self._sums: dict[tuple[int, int], StageCost] = {}
         self._filled = [0] * len(stages)
         self._length = 0
         self._newest = 0  # first of the positions that came last
@@ -190,27 +198,40 @@ class Ledger:
         chunk: within a chunk stages follow each other, so that each finds its input in place.
         """
         passes: list[Pass] = []
-        filled = list(self._filled[:stages])
+        filled = self._filled[:stages]
         while filled and filled[-1] < self._length:
             end = min(self._length, filled[-1] + max_rows)
-            for stage, start in enumerate(filled):
+            first = 0
+            while first < stages:
+                start = filled[first]
+                behind = first + filled.count(start)  # neighbours: it never grows with depth
                 if start < end:
-                    passes.append(Pass(stage, start, end))
-                    filled[stage] = end
+                    passes.append(Pass(first, behind - 1, start, end))
+                    filled[first:behind] = [end] * (behind - first)
+                first = behind
         return tuple(passes)
 
     def record(self, done: Pass) -> None:
         """Notes that a pass was executed."""
-        self._filled[done.stage] = done.end
+        for stage in done.stages:
+            self._filled[stage] = done.end
         older = max(0, min(done.end, self._newest) - done.start)
-        self._deferred += older * self._stages[done.stage].layers
+        if older:
+            self._deferred += older * self._cost(done).layers
         self.record_aside(done)
 
     def record_aside(self, todo: Pass) -> None:
         """Notes a pass whose K,V are not to be kept: nothing counts as filled by it."""
-        stage = self._stages[todo.stage]
-        self._executed += (todo.end - todo.start) * stage.layers
-        self._compute += stage.multiply_adds(todo.start, todo.end)
+        cost = self._cost(todo)
+        self._executed += (todo.end - todo.start) * cost.layers
+        self._compute += cost.multiply_adds(todo.start, todo.end)
+
+    def _cost(self, todo: Pass) -> StageCost:
+        stages = todo.first, todo.last
+        known = self._sums.get(stages)
+        if known is None:
+            known = self._sums[stages] = StageCost.sum(self._stages[n] for n in todo.stages)
+        return known
 
     def fill(self, start: int, end: int, kind: FillKind | None, compute: int = 0) -> None:
         """Notes that positions which waited at the same boundary now have entries in every stage:

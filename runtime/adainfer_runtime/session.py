@@ -57,6 +57,10 @@ def check_tokens(tokens: Sequence[int], vocabulary: int) -> npt.NDArray[np.int64
     Raises:
         RequestError: no list of token ids, an empty one, or ids outside the vocabulary.
     """
+    if isinstance(tokens, list) and len(tokens) == 1:
+        (token,) = tokens
+        if type(token) is int and 0 <= token < vocabulary:  # what decoding gives, token by token
+            return np.array(tokens, np.int64)
     ids = _as_ids(tokens)
     if ids.size == 0:
         raise RequestError("the prompt holds no tokens: give text or a list of token ids")
@@ -134,6 +138,9 @@ class Session:
         self._backend = backend
         self._manifest = manifest
         self._chain = Chain(backend, manifest)
+        self._vocabulary = manifest.model.vocab_size
+        self._depth = manifest.depth
+        self._top = manifest.boundaries[-1]
         self._width = manifest.model.hidden_size
         self._probe_cost = manifest.probe.multiply_adds
         self._answer_rows = manifest.context_exit.answer_rows if manifest.context_exit else 1
@@ -147,7 +154,7 @@ class Session:
     @property
     def depth(self) -> int:
         """Layers of the full model."""
-        return self._manifest.depth
+        return self._depth
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -178,7 +185,7 @@ class Session:
             PromptTooLongError: they do not fit the engine's maximum length.
             RequestError: no tokens, or ids outside the vocabulary.
         """
-        ids = check_tokens(tokens, self._manifest.model.vocab_size)
+        ids = check_tokens(tokens, self._vocabulary)
         require_fit(self.length + len(ids), self._manifest.max_seq_len)
         self._chain.admit(ids)
 
@@ -253,6 +260,20 @@ class Session:
     ) -> Prediction:
         rows = self._probe_cost if candidates is None else len(candidates) * self._width
         self._chain.ledger.record_probe(0, rows)
+        found = self._leave(policy, candidates, filler, exit_probe) if policy.checks else None
+        if found is not None:
+            return found
+        self._chain.advance(self._top, filler)
+        return Prediction(self._probe(self._chain.last_hidden(), candidates), self._depth)
+
+    def _leave(
+        self,
+        policy: ExitPolicy,
+        candidates: npt.NDArray[np.int64] | None,
+        filler: KvFiller | None,
+        exit_probe: ExitProbe,
+    ) -> Prediction | None:
+        """The prediction at the first check where the policy stops; None if it stops at none."""
         state = np.zeros(policy.state_size, np.float32)
         reached = self._chain.depth(self.length - 1)
         for check in policy.checks:
@@ -272,8 +293,7 @@ class Session:
             state = next_state
             if stop:
                 return Prediction(_among(evidence.result, candidates), check.layer)
-        self._chain.advance(self._manifest.boundaries[-1], filler)
-        return Prediction(self._probe(self._chain.last_hidden(), candidates), self._manifest.depth)
+        return None
 
     @staticmethod
     def _first_look(
@@ -364,7 +384,7 @@ class Session:
 
     def complete(self) -> None:
         """Brings every waiting position through all layers (pays the exits' debt)."""
-        self._chain.advance(self._manifest.boundaries[-1])
+        self._chain.advance(self._top)
 
     def advance(self, exit_layer: int) -> None:
         """Brings every position at least to a layer boundary.

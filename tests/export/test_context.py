@@ -198,7 +198,12 @@ def test_calibrated_context_exit(folder):
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert found == {*manifest.files, "manifest.json"}
     stages = (*manifest.stages, *manifest.joined)
-    graphs = {name for stage in stages for name in (stage.file, stage.wide_file) if name}
+    graphs = {
+        name
+        for stage in stages
+        for name in (stage.file, stage.wide_file, stage.logits_file)
+        if name
+    }
     graphs |= {point.translate for point in manifest.context_points.values()}
     assert {name for name in found if name.startswith("stages/") and name.endswith("x")} == graphs
     engine = Engine.load(folder)

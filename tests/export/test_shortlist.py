@@ -147,12 +147,12 @@ def test_exact_scores_take_the_place_of_proposed_ones():
 
 
 def with_bias(made, folder):
-    """A copy of an engine whose head has a bias, in the two graphs that hold it."""
+    """A copy of an engine whose head has a bias, in all graphs that hold it."""
     shutil.copytree(made.folder, folder)
     manifest = load_manifest(folder)
     bias = np.random.default_rng(5).normal(size=320).astype(np.float32)
-    for stage in (manifest.probe, manifest.candidates):
-        model = ir.load(folder / stage.file)
+    for file in (manifest.probe.file, manifest.probe.logits_file, manifest.candidates.file):
+        model = ir.load(folder / file)
         graph = model.graph
         stored = ir.Value(name="head_bias", const_value=ir.tensor(bias, name="head_bias"))
         graph.register_initializer(stored)
@@ -167,7 +167,7 @@ def with_bias(made, folder):
         logits.name, add.outputs[0].name = "unbiased", "logits"
         add.outputs[0].type, add.outputs[0].shape = logits.type, logits.shape
         graph.outputs[list(graph.outputs).index(logits)] = add.outputs[0]
-        ir.save(model, folder / stage.file)
+        ir.save(model, folder / file)
     return Engine.of_manifest(folder, manifest)
 
 

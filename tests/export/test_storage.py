@@ -98,6 +98,32 @@ def test_block_size(tiny):
     assert errors[1] < errors[0]
 
 
+@pytest.mark.parametrize("variant", ["llama", "opt", "gpt2", "gpt_neox"])
+def test_products_that_end_feed_forward_networks_have_blocks_of_their_own(tiny, variant):
+    storage = StorageRequest(block_size=16, down_block_size=32)
+    made = tiny(variant, precision="int4", storage=storage)
+    assert made.engine.manifest.quantisation.down_block_size == 32
+    assert products(made.folder, "layer_001") == {(4, 16), (4, 32)}
+    sizes = {
+        tensor: matrix["block_size"]
+        for matrix in report(made.folder)["matrices"]
+        for tensor in matrix["tensors"]
+    }
+    ends = ("down_proj.weight", "fc2.weight", "mlp.c_proj.weight", "dense_4h_to_h.weight")
+    assert {size for name, size in sizes.items() if name.endswith(ends)} == {32}
+    assert {size for name, size in sizes.items() if not name.endswith(ends)} == {16}
+    expected = reference_logits(dequantised_reference(made, "int4"), PROMPT)
+    difference = np.abs(logits_of(made.engine, PROMPT) - expected).max()
+    assert difference <= 0.08 * np.abs(expected).max()
+
+
+def test_other_targets_have_one_block_size(checkpoint, tmp_path):
+    storage = StorageRequest(down_block_size=64)
+    request = ExportRequest(str(checkpoint), tmp_path / "out", target="tensorrt", storage=storage)
+    with pytest.raises(UnsupportedError, match="tensorrt does not take --down-block-size"):
+        export(request)
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory):
     """Exports of a checkpoint that blocks of 128 divide."""
@@ -106,10 +132,10 @@ def wide(tmp_path_factory):
     model = make_checkpoint(checkpoint, hidden_size=128, intermediate_size=256, head_dim=32)
     made = {}
 
-    def make(target, block_size):
-        key = f"{target}-{block_size}"
+    def make(target, block_size, down_block_size=None):
+        key = f"{target}-{block_size}-{down_block_size}"
         if key not in made:
-            storage = StorageRequest(block_size=block_size)
+            storage = StorageRequest(block_size, down_block_size=down_block_size)
             export(ExportRequest(str(checkpoint), root / key, target=target, storage=storage))
             made[key] = TinyEngine(Engine.load(root / key), model, root / key, checkpoint)
         return made[key]
@@ -137,6 +163,15 @@ def test_blocks_of_every_size_equal_their_dequantised_weights(wide, block_size, 
     assert difference <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("times", "tolerance"), [(1, 0.08), (3, 0.01)])
+def test_the_largest_blocks_equal_their_dequantised_weights(wide, times, tolerance):
+    made, prompt = wide("ort-cpu", 64, 256), PROMPT * times
+    assert products(made.folder, "layer_001") == {(4, 64), (4, 256)}
+    expected = reference_logits(dequantised_reference(made, "int4"), prompt)
+    difference = np.abs(logits_of(made.engine, prompt) - expected).max()
+    assert difference <= tolerance * np.abs(expected).max()
+
+
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("target", ["tensorrt", "tensorrt-basic"])
 def test_blocks_for_tensorrt_equal_their_dequantised_weights(wide, target, block_size):
@@ -158,6 +193,7 @@ def test_the_help_names_the_block_sizes_that_targets_take():
         sizes = ", ".join(map(str, sorted(target.block_sizes)))
         assert (f"{target.name}: {sizes}" in shown) is ("int4" in target.precisions)
     assert "ort-cpu: 16, 32, 64, 128; ort-cuda: 32; tensorrt: 32, 64, 128" in shown
+    assert commands._block_sizes(of_down=True) == "ort-cpu: 16, 32, 64, 128, 256"
 
 
 def test_the_report_is_the_error_of_the_weights(tiny):
@@ -203,6 +239,12 @@ def test_calibrating_again_keeps_the_report(tiny):
         (StorageRequest(int8_head=True), "keep", "are for int4 and int8, not keep"),
         (StorageRequest(int8_layers=frozenset({9})), "int4", "names layer 9: this model has 4"),
         (StorageRequest(block_size=128), "int4", "width 64 is not divisible by the block of 128"),
+        (
+            StorageRequest(down_block_size=512),
+            "int4",
+            "--down-block-size 512: it must be one of 16, 32, 64, 128, 256 for target ort-cpu",
+        ),
+        (StorageRequest(down_block_size=64), "fp32", "are for int4 and int8, not fp32"),
     ],
 )
 def test_what_cannot_be_stored_so(checkpoint, tmp_path, storage, precision, message):
@@ -238,11 +280,11 @@ def test_sensitive_layers_of_an_alias_are_the_exports_default(checkpoint, tmp_pa
 
 def test_what_is_known_of_an_alias_goes_with_other_settings():
     known = QuantisationSettings(int8_layers=(3,), note="x")
-    both = choose_storage(64, None, known, "ort-cpu", "int4")
+    both = choose_storage(StorageRequest(64), None, known, "ort-cpu", "int4")
     assert both == StorageRequest(64, frozenset({3}))
-    assert choose_storage(64, None, None, "ort-cpu", "int4") == StorageRequest(64)
+    assert choose_storage(StorageRequest(64), None, None, "ort-cpu", "int4") == StorageRequest(64)
     with pytest.raises(UnsupportedError, match="target 'ort-cpx' is unknown"):
-        choose_storage(None, None, known, "ort-cpx", "int4")
+        choose_storage(StorageRequest(), None, known, "ort-cpx", "int4")
 
 
 def test_layers_as_text():

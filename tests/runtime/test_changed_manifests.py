@@ -162,7 +162,7 @@ def test_sizes_that_no_model_has(folders, path, value):
     ("path", "value", "match"),
     [
         (("model", "hidden_size"), 65, r"the graph has \[.*64\], the manifest \[.*65\]"),
-        (("model", "vocab_size"), 321, r"probe\.onnx: logits: the graph has \[.*320\]"),
+        (("model", "vocab_size"), 321, r"probe\.logits\.onnx: logits: the graph has \[.*320\]"),
         (("kv", "num_heads"), 3, "past_key.1: the graph has"),
         (("kv", "head_dim"), 17, "past_key.1: the graph has"),
         (("kv", "dtype"), "float16", r"the graph has tensor\(float\), the manifest float16"),

@@ -19,12 +19,13 @@ def test_filled_lengths_never_grow_with_depth_and_nothing_is_run_twice(steps, ma
         ledger.admit(admitted)
         for todo in ledger.plan(stages, max_rows):
             assert 0 < todo.end - todo.start <= max_rows
-            assert todo.start == ledger.filled[todo.stage]  # no gap
             positions = set(range(todo.start, todo.end))
-            assert not positions & seen[todo.stage]
-            if todo.stage:
-                assert positions <= seen[todo.stage - 1]
-            seen[todo.stage] |= positions
+            for stage in todo.stages:
+                assert todo.start == ledger.filled[stage]  # no gap
+                assert not positions & seen[stage]
+                if stage:
+                    assert positions <= seen[stage - 1]
+                seen[stage] |= positions
             ledger.record(todo)
             assert list(ledger.filled) == sorted(ledger.filled, reverse=True)
         assert all(filled == ledger.length for filled in ledger.filled[:stages])
@@ -37,7 +38,7 @@ def test_filled_lengths_never_grow_with_depth_and_nothing_is_run_twice(steps, ma
 def test_counts():
     ledger = Ledger((StageCost(2, 10, 1), StageCost(3, 100, 1)))
     ledger.admit(4)
-    ledger.record(Pass(0, 0, 4))
+    ledger.record(Pass(0, 0, 0, 4))
     pairs = 1 + 2 + 3 + 4
     assert ledger.count == WorkCount(8, 20, 40 + pairs, 440 + 2 * pairs)
     assert ledger.count.layers_saved == 0.6

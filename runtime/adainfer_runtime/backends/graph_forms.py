@@ -145,6 +145,8 @@ def _probe_forms(manifest: Manifest) -> Iterator[tuple[str, GraphForm]]:
     found |= {name: _tensor((None, None)) for name in ("top_prob", "gap")}
     all_rows = {"logits": _tensor((None, None, vocabulary)), **found}
     yield from _named(manifest.probe, hidden, all_rows)
+    if manifest.probe.logits_file is not None:
+        yield manifest.probe.logits_file, GraphForm(hidden, {"logits": all_rows["logits"]})
     candidates = {"candidates": TensorForm("int64", (None,))}
     some_rows = {"logits": _tensor((None, None, None)), **found}
     yield from _named(manifest.candidates, hidden | candidates, some_rows)

@@ -143,6 +143,14 @@ class SequenceLayout:
         """Values that the host gives for a pass, by buffer: lengths, or positions."""
         return self._host_inputs(rows, past)
 
+    def host_numbers(self, rows: int, past: int) -> Mapping[str, int] | None:
+        """`host_inputs` where each of them is a single number, which makes no arrays; else None."""
+        if self._manifest.positions is not None:
+            return None
+        last = past + rows - 1
+        numbers = {"seqlens_k": last, "total_sequence_length": last + 1}
+        return numbers | {FIRST_POSITION: past} if self._told else numbers
+
     def embed(self, rows: int) -> StageRun:
         """The embedding stage: writes hidden buffer 0."""
         inputs = {"input_ids": Region("input_ids", "int64", (1, rows))}

@@ -18,6 +18,8 @@ from ..manifest import Manifest
 from .base import ExitEvidence, Float32, ProbeResult
 from .graph_forms import graph_forms, require_form
 from .host_memory import memory_limit
+from .host_results import BoundProbe, HostProbe, top_features
+from .huge_pages import in_huge_pages
 from .ort_batch import OrtBatch
 from .ort_sequence import OrtSequence
 from .ort_stage import OrtStage
@@ -48,7 +50,8 @@ def load(
     """
     if low_memory is None:
         low_memory = not (_reads_in_int8(manifest) or fits_twice(manifest, memory_limit()))
-    return OrtCpuBackend(folder, manifest, _Sessions(threads), low_memory=low_memory)
+    with in_huge_pages():
+        return OrtCpuBackend(folder, manifest, _Sessions(threads), low_memory=low_memory)
 
 
 def _reads_in_int8(manifest: Manifest) -> bool:
@@ -176,7 +179,8 @@ class OrtCpuBackend:
         self._wide = {i: open_stage(file) for i, file in wide.items() if file and not low_memory}
         quantisation = manifest.quantisation
         self._wide_rows = (quantisation.wide_rows if quantisation else None) or 0
-        self._probe: Any = open_stage(manifest.probe.file)
+        self._probe: Any = open_stage(manifest.probe.logits_file or manifest.probe.file)
+        self._own = threading.local()  # a probe's buffers, of each thread
         self._candidates: Any = open_stage(manifest.candidates.file)
         self._proposals: Any = open_stage(manifest.shortlist.file) if manifest.shortlist else None
         self._adapters = {
@@ -219,6 +223,7 @@ class OrtCpuBackend:
         """Drops the sessions: ONNX Runtime gives their memory back once no sequence has them."""
         self.embed = self.positions = None
         self._probe = self._candidates = self._proposals = None
+        self._own = threading.local()
         self._stages.clear()
         self.__dict__.pop("_kv_fills", None)
         for held in (self._wide, self._adapters, self._classifiers, self._translators):
@@ -226,14 +231,16 @@ class OrtCpuBackend:
 
     def probe(self, hidden: Float32) -> ProbeResult:
         """One position `[hidden_size]`."""
-        return self.probe_rows(hidden[None])[0]
+        bound: BoundProbe | None = getattr(self._own, "probe", None)
+        if bound is None:
+            model = self.manifest.model
+            bound = self._own.probe = BoundProbe(self._probe, model.hidden_size, model.vocab_size)
+        return bound(hidden)
 
     def probe_rows(self, hidden: Float32) -> list[ProbeResult]:
         """Positions `[rows, hidden_size]`."""
-        outputs = ["logits", "token", "top_prob", "gap"]
-        logits, token, top_prob, gap = self._probe.run(outputs, {"hidden": hidden[None]})
-        rows = zip(token[0], top_prob[0], gap[0], logits[0], strict=True)
-        return [ProbeResult(int(t), float(p), float(g), scores) for t, p, g, scores in rows]
+        results: list[Any] = [HostProbe(row, threading.Lock()) for row in self.probe_logits(hidden)]
+        return results
 
     def probe_candidates(self, hidden: Float32, candidates: npt.NDArray[np.int64]) -> ProbeResult:
         """One position `[hidden_size]`, some tokens."""
@@ -263,10 +270,11 @@ class OrtCpuBackend:
 
     def probe_features(self, hidden: Float32) -> tuple[npt.NDArray[np.int64], Float32, Float32]:
         """`[rows, hidden_size]` to three times `[rows]`."""
-        token, top_prob, gap = self._probe.run(
-            ["token", "top_prob", "gap"], {"hidden": hidden[None]}
-        )
-        return token[0], top_prob[0], gap[0]
+        logits = self.probe_logits(hidden)
+        tokens = logits.argmax(axis=-1)
+        pairs = [top_features(row, token) for row, token in zip(logits, tokens, strict=True)]
+        top_prob, gap = np.array(pairs, np.float32).reshape(-1, 2).T
+        return tokens, top_prob, gap
 
     def adapt(self, exit_layer: int, hidden: Float32) -> tuple[Float32, float]:
         """`[hidden_size]` to `[hidden_size]`, and the trust."""
@@ -298,6 +306,7 @@ class OrtCpuBackend:
     ) -> tuple[float, Float32]:
         """Score and next state."""
         result = evidence.result
+        classifier, inputs = self._classifiers[graph]
         given = {
             "token": np.array([result.token], np.int64),
             "top_prob": np.array([result.top_prob], np.float32),
@@ -305,9 +314,9 @@ class OrtCpuBackend:
             "depth": np.array([depth], np.float32),
             "trust": np.array([evidence.trust], np.float32),
             "state": state[None],
-            "logits": result.logits[None],
         }
-        classifier, inputs = self._classifiers[graph]
+        if "logits" in inputs:  # not otherwise: reading them copies them
+            given["logits"] = result.logits[None]
         feed: dict[str, object] = {name: given[name] for name in inputs}
         score, next_state = classifier.run(["score", "next_state"], feed)
         return float(score[0]), next_state[0]

@@ -62,6 +62,7 @@ class OrtSequence:
     def use_caches(self, caches: Mapping[str, npt.NDArray[Any]]) -> None:
         """Reads and writes K and V there from now on; what they hold is the caller's business."""
         self._memory.update(caches)
+        self._hidden = tuple(self._memory[hidden_buffer(index)] for index in range(2))
         self._caches = {
             layer: (self._cache("key", layer), self._cache("value", layer))
             for layer in range(1, self._stages.manifest.model.num_layers + 1)
@@ -97,7 +98,7 @@ class OrtSequence:
 
     def hidden(self, index: int, rows: int) -> Float32:
         """Rows of the buffer that stage `index` reads."""
-        view: Float32 = self._memory[hidden_buffer(index)][:rows]
+        view: Float32 = self._hidden[index % 2][:rows]
         return view
 
     def write_kv(self, layer: int, start: int, key: Float32, value: Float32) -> None:
@@ -115,6 +116,12 @@ class OrtSequence:
         return self._layout.cache_view(layer, self._memory[f"{part}.{layer}"])
 
     def _prepare(self, rows: int, past: int) -> None:
+        numbers = self._layout.host_numbers(rows, past)
+        if numbers is not None:
+            for name, number in numbers.items():
+                self._memory[name].fill(number)
+            self._prepared = (rows, past)
+            return
         for name, value in self._layout.host_inputs(rows, past).items():
             self._memory[name].reshape(-1)[: value.size] = value.reshape(-1)
         run = self._layout.positions(rows, past)

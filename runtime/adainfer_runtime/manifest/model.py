@@ -95,7 +95,8 @@ class Quantisation(Record):
     """Block-wise symmetric weight quantisation of the linear operators.
 
     From `wide_rows` positions in one pass on, a stage's wide graph is the faster one; None where
-    stages have none. `int8_layers` (1-based) and the head, if `int8_head`, have 8 bits instead.
+    stages have none. `down_block_size` is that of the products which end feed-forward networks, if
+    it is another. `int8_layers` (1-based) and the head, if `int8_head`, have 8 bits instead.
     `rounding` is of 4-bit weights: to the nearest code, or GPTQ's (arXiv 2210.17323). `prefill`
     says what wide graphs multiply: the weights as they are stored, or a second copy of the
     checkpoint's in 8 bits, by 8-bit activations (W8A8).
@@ -103,6 +104,7 @@ class Quantisation(Record):
 
     bits: Literal[4, 8]
     block_size: Width
+    down_block_size: Width | None = None
     accuracy_level: int | None = None  # of MatMulNBits alone
     wide_rows: Length | None = None
     int8_layers: tuple[Layers, ...] = ()

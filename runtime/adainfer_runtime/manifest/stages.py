@@ -38,7 +38,8 @@ class StageSpec(Record):
     same over some of the head's rows, `kv_fill` one layer's K and V from the hidden state of a
     position that skipped the layer.
 
-    `wide_file` is the same stage on the same weights, for passes of many positions.
+    `wide_file` is the same stage on the same weights, for passes of many positions; `logits_file`
+    the probe without its features, for runtimes that compute them from the logits.
     `multiply_adds` counts one position through the stage's weight matrices.
     """
 
@@ -46,6 +47,7 @@ class StageSpec(Record):
     kind: Literal["embed", "positions", "layers", "probe", "candidates", "kv_fill"]
     file: str
     wide_file: str | None = None
+    logits_file: str | None = None
     first_layer: Count = 0
     last_layer: Count = 0
     inputs: tuple[str, ...]

@@ -268,6 +268,7 @@ class Manifest(Record):
         stages = (*self.stages, *self.joined)
         paths = [*self.files, *(stage.file for stage in stages)]
         paths += [stage.wide_file for stage in stages if stage.wide_file]
+        paths += [stage.logits_file for stage in stages if stage.logits_file]
         paths += [point.adapter for point in self.exit_points.values() if point.adapter]
         paths += [point.translate for point in self.context_points.values() if point.translate]
         paths += [self.shortlist.file] if self.shortlist else []
