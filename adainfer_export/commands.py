@@ -303,7 +303,7 @@ def run_export(
         int | None,
         typer.Option(
             help="The same of the products that end feed-forward networks (down_proj, fc2), whose "
-            "rows are longer: 256 decodes a twentieth faster than 64, for some of the quality. "
+            "rows are longer: 256 decodes up to a twentieth faster than 64, for some quality. "
             f"Default: --block-size. {_block_sizes(of_down=True)}.",
             show_default=False,
             min=1,
