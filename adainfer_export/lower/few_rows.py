@@ -13,8 +13,6 @@ weights that they come from, by products of constants, which ONNX Runtime folds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -43,8 +41,9 @@ def attend_few_rows(graph: ir.Graph) -> None:
         for source in sources:
             _scale_queries(graph, source, _SCALED_INPUTS[source.op_type], node, factor)
         sink = _constant(graph, "no_sink", np.full(_heads(node), _LOWEST))
-        missing = [None] * (_SINK_INPUT - len(node.inputs))
-        _replace(node, [*node.inputs, *missing, sink], 1.0)
+        node.resize_inputs(_SINK_INPUT + 1)
+        node.replace_input_with(_SINK_INPUT, sink)
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
 
 
 def attend_many_rows(graph: ir.Graph) -> None:
@@ -58,10 +57,10 @@ def attend_many_rows(graph: ir.Graph) -> None:
             assert product is not None
             source.replace_input_with(at, product.inputs[0])
             factor = float(product.metadata_props[_MARK])
-        inputs = list(node.inputs[:_SINK_INPUT])
-        while inputs[-1] is None:
-            inputs.pop()
-        _replace(node, inputs, factor)
+            node.attributes["scale"] = ir.AttrFloat32("scale", factor)
+        node.resize_inputs(_SINK_INPUT)
+        while node.inputs[-1] is None:
+            node.resize_inputs(len(node.inputs) - 1)
     remove_dead_nodes(graph)
 
 
@@ -111,22 +110,3 @@ def _constant(graph: ir.Graph, kind: str, values: npt.NDArray[np.float32]) -> ir
     value = add_initializer(graph, name, ir.DataType.FLOAT, shape)
     value.const_value = ir.tensor(values, name=name)
     return value
-
-
-def _replace(node: ir.Node, inputs: Sequence[ir.Value | None], scale: float) -> None:
-    attributes = dict(node.attributes) | {"scale": ir.AttrFloat32("scale", scale)}
-    made = ir.Node(
-        node.domain,
-        node.op_type,
-        inputs,
-        list(attributes.values()),
-        num_outputs=len(node.outputs),
-        name=node.name,
-        metadata_props=dict(node.metadata_props),
-    )
-    for new, old in zip(made.outputs, node.outputs, strict=True):
-        new.name, new.type, new.shape = old.name, old.type, old.shape
-    assert node.graph is not None  # found by walking the graph
-    ir.convenience.replace_nodes_and_values(
-        node.graph, node, [node], [made], list(node.outputs), list(made.outputs)
-    )

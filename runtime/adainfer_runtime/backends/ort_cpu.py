@@ -18,12 +18,12 @@ from ..manifest import Manifest
 from .base import ExitEvidence, Float32, ProbeResult
 from .graph_forms import graph_forms, require_form
 from .host_memory import memory_limit
-from .host_results import BoundProbe, HostProbe, top_features
+from .host_results import BoundProbe, HostProbe
 from .huge_pages import in_huge_pages
 from .ort_batch import OrtBatch
 from .ort_sequence import OrtSequence
 from .ort_stage import OrtStage
-from .rescore import rescored
+from .rescore import rescored, top_features
 
 __all__ = ["OrtCpuBackend", "fits_twice", "load", "open_session"]
 

@@ -1,4 +1,4 @@
-"""Results from logits on the host: of some tokens alone, or of few exact ones among all."""
+"""Results from logits on the host: of all, of some tokens alone, or of few exact ones among all."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ import numpy.typing as npt
 
 from .base import Float32, ProbeResult
 
-__all__ = ["among", "rescored"]
+__all__ = ["among", "rescored", "top_features"]
+
+
+def top_features(logits: Float32, token: int) -> tuple[float, float]:
+    """`top_prob` and `gap` of logits `[vocab_size]` whose largest is the token's."""
+    shares = np.exp(logits - logits[token])
+    total = float(shares.sum())
+    shares[token] = 0.0
+    return 1.0 / total, (1.0 - float(shares.max())) / total
 
 
 def among(candidates: npt.NDArray[np.int64], logits: Float32) -> ProbeResult:
     """The best of some tokens by their logits `[candidates]`; probabilities are among them."""
-    weights = np.exp(logits - logits.max())
-    probabilities = weights / weights.sum()
     best = int(np.argmax(logits))
-    second = np.delete(probabilities, best).max(initial=0.0)
-    top = float(probabilities[best])
-    return ProbeResult(int(candidates[best]), top, top - float(second), logits)
+    return ProbeResult(int(candidates[best]), *top_features(logits, best), logits)
 
 
 def rescored(
