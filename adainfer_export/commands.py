@@ -84,6 +84,7 @@ _OF_STORED_LAYERS = frozenset(
         "int8_layers",
         "rounding",
         "prefill",
+        "kv_cache_dtype",
         "layers",
         "workers",
         "quiet",
@@ -118,6 +119,13 @@ class PrefillChoice(str, Enum):
     """Values of --prefill."""
 
     stored = "stored"
+    int8 = "int8"
+
+
+class KvCacheChoice(str, Enum):
+    """Values of --kv-cache-dtype."""
+
+    auto = "auto"
     int8 = "int8"
 
 
@@ -332,6 +340,14 @@ def run_export(
             "a byte per weight of disk and memory."
         ),
     ] = PrefillChoice.stored,
+    kv_cache_dtype: Annotated[
+        KvCacheChoice,
+        typer.Option(
+            help="What K and V are kept in on ort-cpu: as activations are, or `int8`, a quarter of "
+            "the memory: decodes about a twentieth faster behind 200 tokens and a third behind "
+            "1,000. Scales are measured on built-in prompts, by the float model."
+        ),
+    ] = KvCacheChoice.auto,
     layers: Annotated[
         str | None,
         typer.Option(help="Write the weights of these layers (`12-15`) again, in a folder there."),
@@ -393,6 +409,7 @@ def run_export(
                 rounding=rounding.value,
                 prefill=prefill.value,
                 down_block_size=down_block_size,
+                kv_cache=kv_cache_dtype.value,
             ),
             int8_layers,
             sensitive,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,16 +10,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from adainfer_runtime.backends.kv_scales import KvScales
 from adainfer_runtime.backends.layout import kv_geometry
-from adainfer_runtime.engine_folder import record_file, write_manifest
-from adainfer_runtime.errors import ManifestError
+from adainfer_runtime.engine_folder import write_manifest
 from adainfer_runtime.manifest import (
-    FileRecord,
     KvGeometry,
     Manifest,
     ModelSpec,
     StageSpec,
-    TokenizerSpec,
 )
 from adainfer_runtime.tokenizer import load_tokenizer
 
@@ -29,10 +26,11 @@ from .calibrate.kept import KEPT_FOLDER
 from .cost import multiply_adds
 from .decoder_source import prepare_decoder
 from .decoders.builder import LayerHeads
-from .errors import CheckpointError, UnsupportedError, one_line
+from .errors import UnsupportedError
 from .features import drop_features
 from .folder import check_output, new_folder, remove_others, scratch_folder
 from .journal import JOURNAL_NAME, Journal
+from .kv_ranges import measure_kv_scales, recorded_kv_scales
 from .layout import LOGITS, WIDE, StageLayout
 from .lower import Precision, find_target, require_shortlist
 from .lower.decoder import DecoderRequest
@@ -46,6 +44,7 @@ from .sources import Checkpoint, resolve
 from .split import StageGraph, layer_groups, split_decoder
 from .stage_plan import StagePlan
 from .storage import StorageRequest
+from .write_tokenizer import write_tokenizer
 from .write_weights import write_weights
 from .writer import default_workers
 
@@ -140,13 +139,18 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     checkpoint = resolve(request.model, revision=request.revision, weights=request.weights)
     if request.layers is not None:
         with scratch_folder(request.out) as folder:
-            plan = plan_stages(folder, request, checkpoint, dialect, precision)
+            scales = recorded_kv_scales(request.out) if precision.kv_cache == "int8" else None
+            plan = plan_stages(folder, request, checkpoint, dialect, precision, scales)
             manifest = restore_layers(
                 request.out, plan, checkpoint, request.layers, workers, reporter
             )
     else:
         with new_folder(request.out, force=request.force, resume=request.resume) as folder:
-            plan = plan_stages(folder, request, checkpoint, dialect, precision)
+            scales = None
+            if precision.kv_cache == "int8":
+                length = _max_seq_len(request, checkpoint.config)
+                scales = measure_kv_scales(folder, checkpoint, precision, length, reporter)
+            plan = plan_stages(folder, request, checkpoint, dialect, precision, scales)
             # What a calibration that was killed had fitted is good for another one alone.
             kept = {KEPT_FOLDER} if request.calibration is not None else set[str]()
             manifest = _write_folder(folder, plan, checkpoint, workers, kept, reporter)
@@ -179,7 +183,7 @@ def _write_folder(
     journal = Journal(folder, plan.identity())
     remove_others(folder, {*plan.layout.graphs, *journal.finished(), JOURNAL_NAME, *kept})
     # Before the weights, which take long: one that cannot be built is refused at once.
-    tokenizer, tokenizer_files = _write_tokenizer(folder, plan)
+    tokenizer, tokenizer_files = write_tokenizer(folder, plan)
     known = load_tokenizer(folder, plan.manifest(tokenizer, tokenizer_files)) if tokenizer else None
     files = plan.layout.plans
     written = write_weights(plan, files, journal, source, known, workers, reporter)
@@ -195,8 +199,12 @@ def plan_stages(
     checkpoint: Checkpoint,
     dialect: Dialect,
     precision: Precision,
+    kv_scales: KvScales | None = None,
 ) -> StagePlan:
     """Writes the graphs of all stages; no weight is read, but all are known to be there.
+
+    Args:
+        kv_scales: of caches in int8.
 
     Raises:
         UnsupportedError, CheckpointError: the checkpoint is not what its configuration says.
@@ -206,13 +214,14 @@ def plan_stages(
     prepared = prepare_decoder(checkpoint, max_seq_len, dialect, precision)
     model, heads = prepared.decoder.model, prepared.decoder.layer_heads
     dialect, precision = prepared.dialect, prepared.precision
-    kv = _kv_geometry(heads, max_seq_len, dialect, precision)
-    lowering = DecoderRequest(prepared.windows, max_seq_len, precision, kv.row_elements)
+    layout = StageLayout(folder)
+    scales = None if kv_scales is None else layout.add_kv_scales(kv_scales)
+    kv = _kv_geometry(heads, max_seq_len, dialect, precision, scales)
+    lowering = DecoderRequest(prepared.windows, max_seq_len, precision, kv.row_elements, kv_scales)
     shared = dialect.lower_decoder(model, lowering)
     request.storage.check(len(heads))
     groups = layer_groups(len(heads), request.layers_per_engine or 1)
     project_kv = dialect.kv_fill.project if dialect.kv_fill else None
-    layout = StageLayout(folder)
     stages = split_decoder(model, groups, project_kv)
     if shared is not None:
         stages = chain([StageGraph("positions", "positions", shared.model)], stages)
@@ -287,43 +296,6 @@ def _most_layers(request: ExportRequest, config: Any) -> int | None:
     return most_layers_per_engine(request.preset, config, request.precision)
 
 
-def _write_tokenizer(
-    folder: Path, plan: StagePlan
-) -> tuple[TokenizerSpec | None, dict[str, FileRecord]]:
-    if not plan.checkpoint.write_tokenizer(folder / "tokenizer"):
-        return None, {}
-    for path in _files(folder / "tokenizer"):
-        _require_readable(path, plan.checkpoint)
-    records = {path.relative_to(folder).as_posix(): path for path in _files(folder / "tokenizer")}
-    spec = TokenizerSpec(file="tokenizer/tokenizer.json", files=tuple(sorted(records)))
-    files = {name: record_file(path) for name, path in records.items()}
-    try:  # as the runtime will
-        load_tokenizer(folder, plan.manifest(spec, files))
-    except ManifestError as error:
-        raise _damaged(spec.file, plan.checkpoint, error.__cause__ or error) from error
-    return spec, files
-
-
-def _require_readable(path: Path, checkpoint: Checkpoint) -> None:
-    try:
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".json":
-            json.loads(text)
-    except ValueError as error:  # no UTF-8, or no JSON
-        raise _damaged(path.name, checkpoint, error) from error
-
-
-def _damaged(name: str, checkpoint: Checkpoint, reason: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"{checkpoint.source_name}: {Path(name).name} of the checkpoint is damaged: "
-        f"{one_line(reason)}"
-    )
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.iterdir()) if path.is_file())
-
-
 def _model_spec(checkpoint: Checkpoint, layers: Sequence[LayerHeads]) -> ModelSpec:
     config = checkpoint.config
     heads = tuple(layer.query for layer in layers)
@@ -339,12 +311,15 @@ def _model_spec(checkpoint: Checkpoint, layers: Sequence[LayerHeads]) -> ModelSp
 
 
 def _kv_geometry(
-    layers: Sequence[LayerHeads], max_seq_len: int, dialect: Dialect, precision: Precision
+    layers: Sequence[LayerHeads],
+    max_seq_len: int,
+    dialect: Dialect,
+    precision: Precision,
+    scales: str | None,
 ) -> KvGeometry:
-    heads = tuple(layer.kv for layer in layers)
-    return kv_geometry(
-        dialect.kv_layout, precision.activations, heads, layers[0].head_dim, max_seq_len
-    )
+    heads, width = tuple(layer.kv for layer in layers), layers[0].head_dim
+    kind = precision.cache_type
+    return kv_geometry(dialect.kv_layout, kind, heads, width, max_seq_len, scales)
 
 
 def _versions() -> dict[str, str]:

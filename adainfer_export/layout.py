@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
+from adainfer_runtime.backends.kv_scales import KV_SCALES, KvScales
 from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.manifest import FileRecord
 
@@ -84,6 +85,12 @@ class StageLayout:
         """
         return self._add(model, f"{model.graph.name}.{variant}", weights)
 
+    def add_kv_scales(self, scales: KvScales) -> str:
+        """Writes what the runtime reads of them; the path relative to the folder."""
+        np.save(self.root / KV_SCALES, scales.values)
+        self._records[KV_SCALES] = record_file(self.root / KV_SCALES)
+        return KV_SCALES
+
     @property
     def plans(self) -> tuple[DataPlan, ...]:
         """The data files, in the order of their stages."""
@@ -91,7 +98,7 @@ class StageLayout:
 
     @property
     def graphs(self) -> dict[str, FileRecord]:
-        """The graphs that were written, by relative path."""
+        """The graphs that were written, and scales of caches, by relative path."""
         return dict(self._records)
 
     def _add(self, model: ir.Model, name: str, weights: dict[str, WeightExpr]) -> str:

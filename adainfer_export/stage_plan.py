@@ -57,6 +57,7 @@ class StagePlan:
             "quantisation": None if quantisation is None else quantisation.model_dump(mode="json"),
             "layers_per_engine": self.layers_per_engine,
             "max_seq_len": self.max_seq_len,
+            "kv": self.kv.model_dump(mode="json"),
         }
 
     def progress_of(self, file: str) -> str:

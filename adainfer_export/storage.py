@@ -11,7 +11,7 @@ from adainfer_models import QuantisationSettings
 from .errors import UnsupportedError
 from .lower import Precision, Target, find_target
 from .lower.int8_products import INT8_WIDE_ROWS
-from .lower.precision import Prefill, Rounding
+from .lower.precision import INT4_WIDE_ROWS, KvCache, Prefill, Rounding
 from .lower.targets import AS_IS, Dialect
 from .preflight import weight_shapes
 from .quantise import Blocks
@@ -43,6 +43,7 @@ class StorageRequest:
         rounding: of 4-bit weights: each to its nearest code, or so that errors make up for each
             other in what the layers give (see `gptq`).
         prefill: what reads prompts (see `Precision.prefill`).
+        kv_cache: what K and V are kept in (see `Precision.kv_cache`).
     """
 
     block_size: int | None = None
@@ -51,6 +52,7 @@ class StorageRequest:
     rounding: Rounding = "nearest"
     prefill: Prefill = "stored"
     down_block_size: int | None = None
+    kv_cache: KvCache = "auto"
 
     def refine(self, precision: Precision, target: Target) -> Precision:
         """The precision with these departures.
@@ -65,6 +67,12 @@ class StorageRequest:
             raise UnsupportedError(f"--prefill int8 is for int4 and int8, not {precision.name}")
         if self.prefill == "int8" and not target.int8_prefill:
             raise UnsupportedError(f"target {target.name} does not take --prefill int8")
+        if self.kv_cache == "int8" and not target.int8_caches:
+            raise UnsupportedError(f"target {target.name} does not take --kv-cache-dtype int8")
+        if self.kv_cache == "int8" and precision.bits is None:
+            raise UnsupportedError(
+                f"--kv-cache-dtype int8 is for int4 and int8, not {precision.name}"
+            )
         sizes = {self.block_size, self.down_block_size} - {None}
         if (sizes or self.int8_layers or self.int8_head) and precision.bits is None:
             raise UnsupportedError(
@@ -83,8 +91,14 @@ class StorageRequest:
             int8_head=self.int8_head,
             rounding=self.rounding,
             prefill=self.prefill,
-            wide_rows=INT8_WIDE_ROWS if self.prefill == "int8" else precision.wide_rows,
+            kv_cache=self.kv_cache,
+            wide_rows=self._wide_rows(precision),
         )
+
+    def _wide_rows(self, precision: Precision) -> int | None:
+        if self.prefill == "int8":
+            return INT8_WIDE_ROWS
+        return INT4_WIDE_ROWS if self.kv_cache == "int8" else precision.wide_rows
 
     def check(self, num_layers: int) -> None:
         """Refuses layers that the model does not have."""

@@ -12,8 +12,9 @@ from threadpoolctl import threadpool_limits
 from adainfer_runtime.tokenizer import Tokenizer
 
 from .errors import UnsupportedError
+from .float_decoder import builtin_prompts
 from .gptq import ErrorFeedback
-from .input_moments import InputMoments, rounding_prompts
+from .input_moments import InputMoments
 from .journal import Journal, Written
 from .layout import DataPlan
 from .progress import Reporter
@@ -70,7 +71,7 @@ def write_weights(
         tempfile.TemporaryDirectory(prefix="rounding-", dir=root) as scratch,
     ):
         moments = InputMoments(source, plan.precision, plan.max_seq_len, Path(scratch))
-        feedbacks = moments.feedbacks(rounding_prompts(tokenizer, plan.max_seq_len), wanted)
+        feedbacks = moments.feedbacks(builtin_prompts(tokenizer, plan.max_seq_len), wanted)
         for ready, known in _as_they_come(files, feedbacks, moments.tensors & wanted):
             written |= replace(writer, feedbacks=known).write_all(ready, workers, on_file)
     return written

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from adainfer_runtime.backends.kv_scales import KvScales
+
 from .attention import fuse_attention, given_position
 from .attention_standard import standardise_attention
+from .int8_caches import quantise_caches
 from .pass_tensors import PassStage
 from .precision import Precision
 
@@ -22,12 +25,14 @@ class DecoderRequest:
         windows: of each layer, tokens that a position attends to, or None for all before it.
         max_seq_len: positions of the cache.
         row_elements: of a row of the cache, in the layout `prefix`.
+        kv_scales: of a cache in int8.
     """
 
     windows: tuple[int | None, ...]
     max_seq_len: int
     precision: Precision
     row_elements: int | None = None
+    kv_scales: KvScales | None = None
 
 
 def keep(model: ir.Model, request: DecoderRequest) -> PassStage | None:
@@ -39,6 +44,8 @@ def keep(model: ir.Model, request: DecoderRequest) -> PassStage | None:
 def contrib(model: ir.Model, request: DecoderRequest) -> PassStage | None:
     """com.microsoft.GroupQueryAttention: layers share two lengths, which the host knows."""
     fuse_attention(model, windows=request.windows)
+    if request.kv_scales is not None:
+        quantise_caches(model.graph, request.kv_scales)
     return None
 
 

@@ -14,10 +14,9 @@ weights that they come from, by products of constants, which ONNX Runtime folds 
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import onnx_ir as ir
 
-from .graph import add_initializer, insert_before, remove_dead_nodes
+from .graph import insert_before, remove_dead_nodes, table
 
 __all__ = ["attend_few_rows", "attend_many_rows"]
 
@@ -40,8 +39,8 @@ def attend_few_rows(graph: ir.Graph) -> None:
         factor = np.float32(node.attributes["scale"].as_float())
         for source in sources:
             _scale_queries(graph, source, _SCALED_INPUTS[source.op_type], node, factor)
-        sink = _constant(graph, "no_sink", np.full(_heads(node), _LOWEST))
-        node.resize_inputs(_SINK_INPUT + 1)
+        sink = table(graph, f"no_sink_{_heads(node)}", np.full(_heads(node), _LOWEST))
+        node.resize_inputs(max(len(node.inputs), _SINK_INPUT + 1))
         node.replace_input_with(_SINK_INPUT, sink)
         node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
 
@@ -49,7 +48,7 @@ def attend_few_rows(graph: ir.Graph) -> None:
 def attend_many_rows(graph: ir.Graph) -> None:
     """Takes back what `attend_few_rows` did."""
     for node in _attentions(graph):
-        if len(node.inputs) <= _SINK_INPUT:
+        if len(node.inputs) <= _SINK_INPUT or node.inputs[_SINK_INPUT] is None:
             continue
         for source in _sources(node):
             at = _SCALED_INPUTS[source.op_type]
@@ -58,7 +57,7 @@ def attend_many_rows(graph: ir.Graph) -> None:
             source.replace_input_with(at, product.inputs[0])
             factor = float(product.metadata_props[_MARK])
             node.attributes["scale"] = ir.AttrFloat32("scale", factor)
-        node.resize_inputs(_SINK_INPUT)
+        node.replace_input_with(_SINK_INPUT, None)
         while node.inputs[-1] is None:
             node.resize_inputs(len(node.inputs) - 1)
     remove_dead_nodes(graph)
@@ -93,7 +92,8 @@ def _scale_queries(
     values = np.concatenate(
         [np.full(queries, factor), np.ones(outputs - queries, np.float32)]
     ).reshape(-1, *[1] * (len(whole.shape) - 1))
-    factors = _constant(graph, f"query_scale_{factor:.9g}_{queries}", values)
+    size = "_".join(map(str, values.shape))
+    factors = table(graph, f"query_scale_{factor:.9g}_{queries}_{size}", values)
     product = ir.Node("", "Mul", [whole, factors], metadata_props={_MARK: repr(float(factor))})
     product.outputs[0].type, product.outputs[0].shape = whole.type, whole.shape
     insert_before(source, [product])
@@ -102,11 +102,3 @@ def _scale_queries(
 
 def _heads(attention: ir.Node) -> int:
     return attention.attributes["num_heads"].as_int()
-
-
-def _constant(graph: ir.Graph, kind: str, values: npt.NDArray[np.float32]) -> ir.Value:
-    shape = list(values.shape)
-    name = "_".join([kind, *map(str, shape)])
-    value = add_initializer(graph, name, ir.DataType.FLOAT, shape)
-    value.const_value = ir.tensor(values, name=name)
-    return value

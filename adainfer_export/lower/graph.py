@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from ..graph_builder import CONTRIB
@@ -22,6 +23,7 @@ __all__ = [
     "remove_dead_inputs",
     "remove_dead_nodes",
     "scalar",
+    "table",
     "take_over",
 ]
 
@@ -118,8 +120,13 @@ def ints(graph: ir.Graph, kind: str, values: list[int]) -> ir.Value:
 
 def scalar(graph: ir.Graph, name: str, number: np.generic) -> ir.Value:
     """An initialiser with a value and no dimension; equal names are the same one."""
-    tensor = ir.tensor(np.asarray(number), name=name)
-    value = add_initializer(graph, name, tensor.dtype, [])
+    return table(graph, name, np.asarray(number))
+
+
+def table(graph: ir.Graph, name: str, values: npt.NDArray[np.generic]) -> ir.Value:
+    """An initialiser with values; equal names are the same one."""
+    tensor = ir.tensor(values, name=name)
+    value = add_initializer(graph, name, tensor.dtype, list(values.shape))
     value.const_value = tensor
     return value
 

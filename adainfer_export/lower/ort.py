@@ -26,6 +26,7 @@ from .graph import (
     remove_dead_nodes,
     take_over,
 )
+from .int8_caches import attend_in_float
 from .int8_products import multiply_in_int8
 from .precision import Precision
 
@@ -162,7 +163,8 @@ def check_layers(graph: ir.Graph, layers: int, precision: Precision) -> None:
 
 def widen(graph: ir.Graph, precision: Precision, stored: Weights) -> Weights | None:
     """Turns a lowered stage into its form for many positions: 4-bit products in float32 arithmetic,
-    or products of 8-bit integers on weights of their own.
+    or products of 8-bit integers on weights of their own; attention in float32, whatever the caches
+    hold.
 
     Args:
         stored: what the stage's initialisers hold.
@@ -173,6 +175,7 @@ def widen(graph: ir.Graph, precision: Precision, stored: Weights) -> Weights | N
     if not _has_wide_form(graph, precision):
         return None
     attend_many_rows(graph)
+    attend_in_float(graph)
     if precision.prefill == "int8":
         return multiply_in_int8(graph, stored)
     for node in _products(graph, 4):
@@ -183,6 +186,8 @@ def widen(graph: ir.Graph, precision: Precision, stored: Weights) -> Weights | N
 def _has_wide_form(graph: ir.Graph, precision: Precision) -> bool:
     if precision.wide_rows is None:
         return False
+    if precision.kv_cache == "int8":
+        return True
     return bool(_products(graph, *((4, 8) if precision.prefill == "int8" else (4,))))
 
 

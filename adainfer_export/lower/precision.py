@@ -9,10 +9,14 @@ from typing import Literal
 
 import onnx_ir as ir
 
+from adainfer_runtime.manifest import CacheType
+
 from ..quantise import Blocks
 
 __all__ = [
+    "INT4_WIDE_ROWS",
     "PRECISIONS",
+    "KvCache",
     "Precision",
     "Prefill",
     "Rounding",
@@ -20,6 +24,7 @@ __all__ = [
     "with_half_activations",
 ]
 
+KvCache = Literal["auto", "int8"]
 Prefill = Literal["stored", "int8"]
 Rounding = Literal["nearest", "gptq"]
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
@@ -40,6 +45,7 @@ class Precision:
             at 128).
         prefill: what the wide form multiplies: the stored weights, or a second copy in 8 bits by
             8-bit activations (see `lower.int8_products`).
+        kv_cache: what K and V are kept in: as activations are, or 8 bits (see `lower.int8_caches`).
         int8_layers: sensitive layers (1-based) that have 8 bits whatever `bits` says.
         int8_head: the same for the LM head, and the embedding where it is the head.
         rounding: of 4-bit weights.
@@ -55,6 +61,7 @@ class Precision:
     accuracy_level: int = 4
     wide_rows: int | None = None
     prefill: Prefill = "stored"
+    kv_cache: KvCache = "auto"
     int8_layers: frozenset[int] = frozenset()
     int8_head: bool = False
     rounding: Rounding = "nearest"
@@ -67,6 +74,11 @@ class Precision:
         """`activations` as ONNX knows it."""
         types = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
         return types.get(self.activations, ir.DataType.FLOAT)
+
+    @property
+    def cache_type(self) -> CacheType:
+        """Element type of K and V."""
+        return "int8" if self.kv_cache == "int8" else self.activations
 
     @property
     def layer_bits(self) -> float:
@@ -97,13 +109,15 @@ def layer_of_tensor(name: str) -> int | None:
     return int(found.group(1)) + 1 if found else None
 
 
+INT4_WIDE_ROWS = 48
+
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision("fp32", None),
     "fp16": Precision("fp16", None, activations="float16"),
     "bf16": Precision("bf16", None, activations="bfloat16"),
     "fp8": Precision("fp8", None, float8=True, activations="float16"),
     "int8": Precision("int8", 8),
-    "int4": Precision("int4", 4, wide_rows=48),
+    "int4": Precision("int4", 4, wide_rows=INT4_WIDE_ROWS),
     "keep": Precision("keep", None, accuracy_level=0),
 }
 

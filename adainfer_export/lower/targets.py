@@ -72,6 +72,7 @@ class Target:
             others.
         int8_layers: whether sensitive layers may have 8 bits beside int4.
         int8_prefill: whether prompts may be read in 8 bits, weights and activations.
+        int8_caches: whether K and V may be kept in 8 bits.
         shortlist: whether a low-rank head in its operators can be fitted.
         classifier_domains: domains beside the standard one that a user's own classifier may take
             operators from.
@@ -85,6 +86,7 @@ class Target:
     down_block_sizes: tuple[int, ...] = ()
     int8_layers: bool = False
     int8_prefill: bool = False
+    int8_caches: bool = False
     shortlist: bool = False
     classifier_domains: tuple[str, ...] = ()
 
@@ -167,6 +169,7 @@ TARGETS: tuple[Target, ...] = (
         (16, 32, 64, 128, 256),
         int8_layers=True,
         int8_prefill=True,
+        int8_caches=True,
         shortlist=True,
         classifier_domains=("ai.onnx.ml", "com.microsoft"),
     ),

@@ -21,6 +21,7 @@ _ELEMENTS = {
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
     "tensor(bool)": "bool",
+    "tensor(int8)": "int8",
     "tensor(int32)": "int32",
     "tensor(int64)": "int64",
 }

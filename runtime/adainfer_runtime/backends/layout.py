@@ -34,7 +34,15 @@ __all__ = [
 ]
 
 Int64 = npt.NDArray[np.int64]
-ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1, "int32": 4, "int64": 8}
+ITEM_BYTES = {
+    "float32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "bool": 1,
+    "int8": 1,
+    "int32": 4,
+    "int64": 8,
+}
 # Read on the host by whoever launches a kernel (GroupQueryAttention), on a GPU as well.
 HOST_BUFFERS = frozenset({"total_sequence_length"})
 # Of layers that rotate before the attention and compute no positions themselves.
@@ -336,9 +344,16 @@ def _padded(kv_heads: int, head_dim: int, dtype: str, alignment: int = 256) -> i
 
 
 def kv_geometry(
-    layout: str, dtype: str, layer_heads: Sequence[int], head_dim: int, max_length: int
+    layout: str,
+    dtype: str,
+    layer_heads: Sequence[int],
+    head_dim: int,
+    max_length: int,
+    scales: str | None = None,
 ) -> KvGeometry:
-    """The manifest's record of a cache; `layer_heads` are the heads of K and V of each layer."""
+    """The manifest's record of a cache; `layer_heads` are the heads of K and V of each layer,
+    `scales` is the file of those of int8.
+    """
     kv_heads = max(layer_heads)
     padded = _padded(kv_heads, head_dim, dtype) if layout == "prefix" else None
     return KvGeometry.model_validate(
@@ -350,5 +365,6 @@ def kv_geometry(
             "head_dim": head_dim,
             "max_length": max_length,
             "row_elements": padded,
+            "scales": scales,
         }
     )

@@ -20,6 +20,7 @@ from .graph_forms import graph_forms, require_form
 from .host_memory import memory_limit
 from .host_results import BoundProbe, HostProbe
 from .huge_pages import in_huge_pages
+from .kv_scales import load_kv_scales
 from .ort_batch import OrtBatch
 from .ort_sequence import OrtSequence
 from .ort_stage import OrtStage
@@ -172,6 +173,7 @@ class OrtCpuBackend:
                 "ONNX Runtime has no bfloat16 arithmetic on CPUs: export with --precision fp16 or "
                 "fp32 to run on this device"
             )
+        self.kv_scales = load_kv_scales(folder, manifest)
         self.embed: Any = open_stage(manifest.embed.file)
         self.positions: Any = open_stage(manifest.positions.file) if manifest.positions else None
         self._stages = [open_stage(stage.file) for stage in manifest.layer_stages]

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from ..manifest import Manifest
 from .base import Float32, ProbeResult
 from .host_memory import lazy_zeros
+from .kv_scales import KvScales
 from .layout import BufferSpec, Region, SequenceLayout, StageRun, hidden_buffer
 from .ort_stage import OrtStage, Place
 
@@ -27,6 +28,7 @@ class LoadedStages(Protocol):
     manifest: Manifest
     embed: Any
     positions: Any
+    kv_scales: KvScales | None
 
     @property
     def max_rows(self) -> int:
@@ -105,11 +107,15 @@ class OrtSequence:
         """Into the cache that the layer's stages are bound to."""
         end = start + key.shape[1]
         cached_key, cached_value = self._caches[layer]
-        cached_key[:, start:end], cached_value[:, start:end] = key, value
+        scales = self._stages.kv_scales
+        stored = scales.quantise(layer, key, value) if scales else (key, value)
+        cached_key[:, start:end], cached_value[:, start:end] = stored
 
     def kv(self, layer: int, length: int) -> tuple[Float32, Float32]:
-        """K and V of a layer, without the batch axis (copies, where they are kept in 16 bits)."""
+        """K and V of a layer, without the batch axis (copies, where they are not float32)."""
         key, value = (cache[:, :length] for cache in self._caches[layer])
+        if self._stages.kv_scales:
+            return self._stages.kv_scales.dequantise(layer, key, value)
         return key.astype(np.float32, copy=False), value.astype(np.float32, copy=False)
 
     def _cache(self, part: str, layer: int) -> npt.NDArray[Any]:

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..backends.layout import ITEM_BYTES
 from ..engine_folder import QUANTISATION_REPORT, load_manifest, verify_files
 from ..errors import ManifestError
 from ..manifest import Certificate, CombinedExitSpec, ExitSpec, Manifest
@@ -64,7 +65,7 @@ def _rows(manifest: Manifest) -> list[tuple[str, str]]:
         ("vocabulary", f"{model.vocab_size:,}"),
         ("target", f"{manifest.target}, {manifest.precision}"),
         ("max length", f"{manifest.max_seq_len:,} positions"),
-        ("KV cache", f"{_kv_bytes(manifest) / 1e6:,.1f} MB per sequence"),
+        ("KV cache", f"{_kv_bytes(manifest) / 1e6:,.1f} MB per sequence, {manifest.kv.dtype}"),
         ("files", f"{len(manifest.files)}, {size / 1e6:,.1f} MB"),
         ("tokenizer", "yes" if manifest.tokenizer else "none: token ids only"),
         ("exits", describe_exit(manifest.exit)),
@@ -174,4 +175,4 @@ def _layers(manifest: Manifest) -> str:
 def _kv_bytes(manifest: Manifest) -> int:
     kv = manifest.kv
     heads = sum(kv.heads(layer) for layer in range(1, manifest.model.num_layers + 1))
-    return 2 * 4 * heads * kv.max_length * kv.head_dim
+    return 2 * ITEM_BYTES[kv.dtype] * heads * kv.max_length * kv.head_dim

@@ -12,12 +12,14 @@ from .exits import (
     ShortlistSpec,
 )
 from .model import KvGeometry, ModelSpec, Quantisation, SourceFile, SourceSpec
+from .record import CacheType
 from .stages import FileRecord, StageSpec, TensorSpec, TokenizerSpec
 from .whole import SCHEMA_VERSION, Manifest
 
 __all__ = [
     "CLASSIFIER_INPUTS",
     "SCHEMA_VERSION",
+    "CacheType",
     "Certificate",
     "CertificateGroup",
     "CertificateLevel",

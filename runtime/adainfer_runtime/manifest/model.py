@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from .record import Count, ElementType, Layers, Length, Record, Width
+from .record import CacheType, Count, Layers, Length, Record, Width
 
 __all__ = ["KvGeometry", "ModelSpec", "Quantisation", "SourceFile", "SourceSpec"]
 
@@ -65,15 +65,17 @@ class KvGeometry(Record):
     ever empty. Rows are padded from `num_heads * head_dim` elements to a multiple of 256 bytes.
 
     `layer_heads` are each layer's heads where layers differ; else empty: `num_heads` in all.
+    `scales` is the file of what a code of int8 stands for (see `backends.kv_scales`).
     """
 
     layout: Literal["bnsh", "prefix"] = "bnsh"
-    dtype: ElementType = "float32"
+    dtype: CacheType = "float32"
     num_heads: Width
     layer_heads: tuple[Width, ...] = ()
     head_dim: Width
     max_length: Length
     row_elements: Width | None = None
+    scales: str | None = None
 
     @model_validator(mode="after")
     def _padded(self) -> KvGeometry:
@@ -82,6 +84,8 @@ class KvGeometry(Record):
             raise ValueError("row_elements belongs to the layout prefix, and to no other")
         if self.row_elements is not None and self.row_elements < width:
             raise ValueError(f"row_elements {self.row_elements} is less than {width}")
+        if (self.dtype == "int8") != (self.scales is not None):
+            raise ValueError("scales belong to caches of int8, and to no others")
         if max(self.layer_heads, default=0) > self.num_heads:
             raise ValueError(f"layer_heads has more than the {self.num_heads} of num_heads")
         return self

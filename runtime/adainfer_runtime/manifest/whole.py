@@ -272,6 +272,7 @@ class Manifest(Record):
         paths += [point.adapter for point in self.exit_points.values() if point.adapter]
         paths += [point.translate for point in self.context_points.values() if point.translate]
         paths += [self.shortlist.file] if self.shortlist else []
+        paths += [self.kv.scales] if self.kv.scales else []
         for classifier in self.classifiers:
             paths.append(classifier.graph)
             if classifier.reference:
