@@ -325,7 +325,9 @@ def test_layers_are_written_again_with_the_scales_that_are_there(tiny, tmp_path,
     folder = tmp_path / "engines"
     shutil.copytree(made.folder, folder)
     (folder / "stages" / "layer_002.data").write_bytes(b"")
-    monkeypatch.setattr(import_module("adainfer_export.export"), "measure_kv_scales", None)  # not again
+    monkeypatch.setattr(
+        import_module("adainfer_export.export"), "measure_kv_scales", None
+    )  # not again
     request = ExportRequest(str(made.checkpoint), folder, storage=INT8, layers=(2, 2))
     export(request)
     Engine.load(folder, verify=True)
