@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -19,18 +20,17 @@ from adainfer_runtime.manifest import (
     ModelSpec,
     StageSpec,
 )
-from adainfer_runtime.tokenizer import load_tokenizer
 
 from .calibrate import CalibrationRequest
 from .calibrate.kept import KEPT_FOLDER
 from .cost import multiply_adds
 from .decoder_source import prepare_decoder
 from .decoders.builder import LayerHeads
-from .errors import UnsupportedError
+from .errors import OutputError, UnsupportedError
 from .features import drop_features
 from .folder import check_output, new_folder, remove_others, scratch_folder
 from .journal import JOURNAL_NAME, Journal
-from .kv_ranges import measure_kv_scales, recorded_kv_scales
+from .kv_ranges import find_kv_scales, recorded_kv_scales, unmeasured_kv_scales
 from .layout import LOGITS, WIDE, StageLayout
 from .lower import Precision, find_target, require_shortlist
 from .lower.decoder import DecoderRequest
@@ -148,8 +148,7 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
         with new_folder(request.out, force=request.force, resume=request.resume) as folder:
             scales = None
             if precision.kv_cache == "int8":
-                length = _max_seq_len(request, checkpoint.config)
-                scales = measure_kv_scales(folder, checkpoint, precision, length, reporter)
+                scales = _kv_scales(folder, request, checkpoint, dialect, precision, reporter)
             plan = plan_stages(folder, request, checkpoint, dialect, precision, scales)
             # What a calibration that was killed had fitted is good for another one alone.
             kept = {KEPT_FOLDER} if request.calibration is not None else set[str]()
@@ -168,6 +167,23 @@ def export(request: ExportRequest, reporter: Reporter | None = None) -> ExportRe
     )
 
 
+def _kv_scales(
+    folder: Path,
+    request: ExportRequest,
+    checkpoint: Checkpoint,
+    dialect: Dialect,
+    precision: Precision,
+    reporter: Reporter,
+) -> KvScales:
+    """Of an export that was planned and thrown away: the model is run, which takes long, behind
+    everything that may refuse it.
+    """
+    with tempfile.TemporaryDirectory(prefix="trial-", dir=folder) as name:
+        plan = plan_stages(Path(name), request, checkpoint, dialect, precision)
+        tokenizer = write_tokenizer(Path(name), plan).loaded
+        return find_kv_scales(plan, folder, checkpoint, tokenizer, reporter)
+
+
 def _write_folder(
     folder: Path,
     plan: StagePlan,
@@ -181,16 +197,15 @@ def _write_folder(
     Of what a killed export left there, its finished data files and `kept` stay.
     """
     journal = Journal(folder, plan.identity())
-    remove_others(folder, {*plan.layout.graphs, *journal.finished(), JOURNAL_NAME, *kept})
+    remove_others(folder, {*plan.layout.records, *journal.finished(), JOURNAL_NAME, *kept})
     # Before the weights, which take long: one that cannot be built is refused at once.
-    tokenizer, tokenizer_files = write_tokenizer(folder, plan)
-    known = load_tokenizer(folder, plan.manifest(tokenizer, tokenizer_files)) if tokenizer else None
+    tokenizer = write_tokenizer(folder, plan)
     files = plan.layout.plans
-    written = write_weights(plan, files, journal, source, known, workers, reporter)
+    written = write_weights(plan, files, journal, source, tokenizer.loaded, workers, reporter)
     matrices = [matrix for file in written.values() for matrix in file.matrices]
-    records = plan.layout.graphs | {name: file.record for name, file in written.items()}
-    records |= tokenizer_files | write_quantisation_report(folder, matrices)
-    return plan.manifest(tokenizer, dict(sorted(records.items())))
+    records = plan.layout.records | {name: file.record for name, file in written.items()}
+    records |= {**tokenizer.files, **write_quantisation_report(folder, matrices)}
+    return plan.manifest(tokenizer.spec, dict(sorted(records.items())))
 
 
 def plan_stages(
@@ -204,10 +219,11 @@ def plan_stages(
     """Writes the graphs of all stages; no weight is read, but all are known to be there.
 
     Args:
-        kv_scales: of caches in int8.
+        kv_scales: of caches in int8; without them they are planned with ones.
 
     Raises:
         UnsupportedError, CheckpointError: the checkpoint is not what its configuration says.
+        OutputError: the scales are another model's.
     """
     config = checkpoint.config
     max_seq_len = _max_seq_len(request, config)
@@ -215,6 +231,8 @@ def plan_stages(
     model, heads = prepared.decoder.model, prepared.decoder.layer_heads
     dialect, precision = prepared.dialect, prepared.precision
     layout = StageLayout(folder)
+    if precision.kv_cache == "int8":
+        kv_scales = _fitting(kv_scales, heads, request.out)
     scales = None if kv_scales is None else layout.add_kv_scales(kv_scales)
     kv = _kv_geometry(heads, max_seq_len, dialect, precision, scales)
     lowering = DecoderRequest(prepared.windows, max_seq_len, precision, kv.row_elements, kv_scales)
@@ -243,6 +261,19 @@ def plan_stages(
         pass_tensors=shared.tensors if shared else (),
         batched=dialect.batched,
     )
+
+
+def _fitting(scales: KvScales | None, layers: Sequence[LayerHeads], out: Path) -> KvScales:
+    heads = max(layer.kv for layer in layers)
+    unmeasured = unmeasured_kv_scales(len(layers), heads, layers[0].head_dim)
+    if scales is None:
+        return unmeasured
+    if scales.values.shape != unmeasured.values.shape:
+        raise OutputError(
+            f"{out} has caches of another model: {list(scales.values.shape)}, not "
+            f"{list(unmeasured.values.shape)} (layers, K and V, heads, width)"
+        )
+    return scales
 
 
 def _add_stage(

@@ -6,7 +6,7 @@ of one layer, and the memory of its weights and of the prompts' hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,7 @@ class FloatStage(Generic[Found]):
     Attributes:
         layer: 1-based; 0 of the embedding and the probe.
         output: what the next stage reads; None of the last one.
-        found: what was asked of its graph.
+        seen: what `look` found in its graph.
     """
 
     name: str
@@ -61,16 +61,16 @@ class FloatStage(Generic[Found]):
     file: str
     inputs: dict[str, tuple[int | str, ...]]
     output: str | None
-    found: Found
+    seen: Found
 
 
 class FloatDecoder(Generic[Found]):
-    """Embedding, every layer, and the final norm without the LM head.
+    """Embedding, every layer, and the final norm without the LM head: `stages`, in this order.
 
     Args:
         precision: of the export, whose blocks say how far feed-forward widths are padded.
         max_seq_len: of the export, which some rotary scalings depend on.
-        scratch: an empty folder.
+        scratch: a folder for its files.
         look: given each stage's graph before it is lowered, to which it may add outputs.
     """
 
@@ -101,17 +101,32 @@ class FloatDecoder(Generic[Found]):
         return [np.array([prompt], np.int64) for prompt in prompts]
 
     def run(
-        self, stage: FloatStage[Found], states: Sequence[_Array], outputs: Sequence[str]
-    ) -> Iterator[dict[str, _Array]]:
-        """Values of outputs by name, for each of the prompts' states."""
+        self,
+        stage: FloatStage[Found],
+        states: Sequence[_Array],
+        outputs: Sequence[str],
+        see: Callable[[Mapping[str, _Array]], None],
+    ) -> list[_Array]:
+        """Runs a stage on the prompts' states; what the next stage is given (nothing, of the last).
+
+        Args:
+            outputs: names of those that are of interest.
+            see: told their values, prompt by prompt.
+        """
         data = f"stages/{stage.name}.data"
         self._write(data)
         root = self._layout.root
         session = open_session(root / stage.file)
         with suppress(FileNotFoundError):
             (root / data).unlink()  # read
+        wanted = [*outputs, *([stage.output] if stage.output else [])]
+        following = []
         for state in states:
-            yield dict(zip(outputs, session.run(outputs, _feed(stage, state)), strict=True))
+            found = dict(zip(wanted, session.run(wanted, _feed(stage, state)), strict=True))
+            if stage.output:
+                following.append(found.pop(stage.output))
+            see(found)
+        return following
 
     def _write(self, file: str) -> None:
         plans = [plan for plan in self._layout.plans if plan.file == file]
@@ -131,7 +146,7 @@ def _add(
     last = stage.kind == "probe"
     if last:  # of the probe the norm alone, not the LM head
         graph.outputs.clear()
-    found = look(graph)
+    seen = look(graph)
     remove_dead_nodes(graph)
     weights = lower_stage(stage, dialect, exact, tied=tied)
     return FloatStage(
@@ -140,7 +155,7 @@ def _add(
         file=layout.add(stage.model, weights),
         inputs={str(value.name): _shape(value) for value in graph.inputs},
         output=None if last else output,
-        found=found,
+        seen=seen,
     )
 
 

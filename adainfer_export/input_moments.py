@@ -7,7 +7,7 @@ same (KL .30 and .30, blocks of 64), in one pass instead of five.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class InputMoments:
     @property
     def tensors(self) -> frozenset[str]:
         """Names of the weights whose inputs are seen."""
-        taps = (names for stage in self._decoder.stages for names in stage.found.values())
+        taps = (names for stage in self._decoder.stages for names in stage.seen.values())
         return frozenset(name for names in taps for name in names)
 
     def feedbacks(
@@ -61,14 +61,14 @@ class InputMoments:
             (
                 index
                 for index, stage in enumerate(stages)
-                for names in stage.found.values()
+                for names in stage.seen.values()
                 if set(names) & set(wanted)
             ),
             default=-1,
         )
         states = self._decoder.start(prompts)
         for stage in stages[: last + 1]:
-            taps = {tap: names for tap, names in stage.found.items() if set(names) & set(wanted)}
+            taps = {tap: names for tap, names in stage.seen.items() if set(names) & set(wanted)}
             moments, states = self._run(stage, states, list(taps))
             for tap, names in taps.items():  # none is kept here: they are as large as the layer
                 yield names, ErrorFeedback.of(moments.pop(tap).value())
@@ -78,15 +78,13 @@ class InputMoments:
     ) -> tuple[dict[str, SecondMoment], list[npt.NDArray[Any]]]:
         """The moments of the taps, and what the next stage is given."""
         moments: dict[str, SecondMoment] = {}
-        following = []
-        outputs = [*taps, *([stage.output] if stage.output else [])]
-        for found in self._decoder.run(stage, states, outputs):
+
+        def add(found: Mapping[str, npt.NDArray[Any]]) -> None:
             for tap in taps:
                 rows = found[tap].reshape(-1, found[tap].shape[-1])
                 moments.setdefault(tap, SecondMoment(rows.shape[1])).add(rows)
-            if stage.output:
-                following.append(found[stage.output])
-        return moments, following
+
+        return moments, self._decoder.run(stage, states, taps, add)
 
 
 def _tap_linears(graph: ir.Graph) -> _Taps:

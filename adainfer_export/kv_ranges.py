@@ -9,7 +9,7 @@ these (few-shot prompts: .208, .215).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +18,24 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from adainfer_runtime.backends.base import Float32
-from adainfer_runtime.backends.kv_scales import LARGEST_CODE, KvScales, load_kv_scales
-from adainfer_runtime.engine_folder import load_manifest
+from adainfer_runtime.backends.kv_scales import (
+    KV_SCALES,
+    LARGEST_CODE,
+    KvScales,
+    load_kv_scales,
+)
+from adainfer_runtime.engine_folder import load_manifest, record_file
+from adainfer_runtime.tokenizer import Tokenizer
 
-from .errors import OutputError, UnsupportedError
+from .errors import LoweringError, OutputError, UnsupportedError
 from .float_decoder import FloatDecoder, FloatStage, builtin_prompts
-from .lower import Precision
+from .journal import Journal, Written
+from .lower.group_query import COS_CACHE, KEY, PASTS, attentions
 from .progress import Reporter
 from .sources import Checkpoint
-from .write_tokenizer import open_tokenizer
+from .stage_plan import StagePlan
 
-__all__ = ["measure_kv_scales", "recorded_kv_scales", "scales_of"]
+__all__ = ["find_kv_scales", "recorded_kv_scales", "scales_of", "unmeasured_kv_scales"]
 
 # Up to this ratio of the largest channel's range to the middle one's, a layer has one scale: a
 # typical channel then keeps 12 codes of either sign. SmolLM2: at most 6, KL .283 and .280.
@@ -41,35 +48,43 @@ _LEAST = 1e-6  # of the largest range: channels that are never used
 Partners = npt.NDArray[np.intp]
 
 
-def measure_kv_scales(
+def find_kv_scales(
+    plan: StagePlan,
     folder: Path,
-    checkpoint: Checkpoint,
-    precision: Precision,
-    max_seq_len: int,
+    source: Checkpoint,
+    tokenizer: Tokenizer | None,
     reporter: Reporter,
 ) -> KvScales:
-    """Runs the model in float32 on built-in prompts.
+    """Measured by the model in float32, or what a killed export of the same plan measured.
 
     Args:
-        folder: where a temporary folder has place.
-        precision, max_seq_len: see `FloatDecoder`.
+        plan: the export, with scales that stand for those to come.
+        folder: that it goes to.
+        source: the checkpoint under its own names.
+        tokenizer: the checkpoint's.
 
     Raises:
         UnsupportedError: no tokenizer, or keys or values that are not finite.
-        CheckpointError: the tokenizer is damaged, or a weight.
+        CheckpointError: a weight is damaged.
+        OutputError: the folder holds the remains of another export.
     """
+    if tokenizer is None:
+        raise UnsupportedError(
+            "--kv-cache-dtype int8 runs the model on prompts, and the checkpoint has no "
+            "tokenizer; export with --kv-cache-dtype auto"
+        )
+    journal, path = Journal(folder, plan.identity()), folder / KV_SCALES
+    if journal.find(KV_SCALES, folder) is not None:
+        return KvScales(np.load(path, allow_pickle=False))
+    prompts = _with_later_positions(builtin_prompts(tokenizer, plan.max_seq_len), plan.max_seq_len)
     # Within the folder: what a kill leaves of it goes with the next export's start.
-    with tempfile.TemporaryDirectory(prefix="ranges-", dir=folder) as name:
-        scratch = Path(name)
-        tokenizer = open_tokenizer(checkpoint, scratch / "tokenizer")
-        if tokenizer is None:
-            raise UnsupportedError(
-                "--kv-cache-dtype int8 runs the model on prompts, and the checkpoint has no "
-                "tokenizer; export with --kv-cache-dtype auto"
-            )
-        prompts = builtin_prompts(tokenizer, max_seq_len)
-        decoder = FloatDecoder(checkpoint, precision, max_seq_len, scratch, _partners)
-        return scales_of(_ranges(decoder, decoder.start(prompts), reporter))
+    with tempfile.TemporaryDirectory(prefix="ranges-", dir=folder) as scratch:
+        decoder = FloatDecoder(source, plan.precision, plan.max_seq_len, Path(scratch), _partners)
+        scales = scales_of(_ranges(decoder, decoder.start(prompts), reporter))
+    path.parent.mkdir(exist_ok=True)
+    np.save(path, scales.values)
+    journal.note(KV_SCALES, Written(record_file(path), ()))
+    return scales
 
 
 def recorded_kv_scales(out: Path) -> KvScales:
@@ -86,18 +101,32 @@ def recorded_kv_scales(out: Path) -> KvScales:
     return scales
 
 
+def unmeasured_kv_scales(layers: int, heads: int, head_dim: int) -> KvScales:
+    """Ones, to plan an export with before its scales are known."""
+    return KvScales(np.ones((layers, 2, heads, head_dim), np.float32))
+
+
+def _with_later_positions(prompts: Sequence[Sequence[int]], most: int) -> list[list[int]]:
+    """Every other prompt alone, and the others in a row, cut into passes of `most` positions:
+    learned positions make other keys of the same tokens far behind.
+    """
+    joined = [token for prompt in prompts[1::2] for token in prompt]
+    passes = [joined[at : at + most] for at in range(0, len(joined), most)]
+    return [*map(list, prompts[::2]), *passes]
+
+
 def _ranges(
     decoder: FloatDecoder[Partners | None], states: list[npt.NDArray[Any]], reporter: Reporter
 ) -> list[Float32]:
     """Largest magnitudes `[2, heads, head_dim]` of every layer."""
-    layers = decoder.stages[-2].layer
-    reporter.begin("measuring keys and values", layers)
+    layers = [stage for stage in decoder.stages if stage.layer]
+    reporter.begin("measuring keys and values", len(layers))
     ranges = []
-    for stage in decoder.stages[:-1]:
-        found, states = _run(decoder, stage, states)
+    for stage in decoder.stages[:-1]:  # the probe's is of no interest
+        largest, states = _run(decoder, stage, states)
         if stage.layer:
-            ranges.append(_widened(found, stage.found))
-            reporter.step(f"layer {stage.layer}/{layers}")
+            ranges.append(_widened(largest, stage.seen))
+            reporter.step(f"layer {stage.layer}/{len(layers)}")
     return ranges
 
 
@@ -132,14 +161,15 @@ def _run(
     states: list[npt.NDArray[Any]],
 ) -> tuple[Float32, list[npt.NDArray[Any]]]:
     """Largest magnitudes `[2, heads, head_dim]` (none of the embedding), and what comes next."""
-    assert stage.output is not None  # only the probe has none
     caches = [f"present_{part}.{stage.layer}" for part in ("key", "value")] if stage.layer else []
-    following, largest = [], []
-    for found in decoder.run(stage, states, [*caches, stage.output]):
-        following.append(found[stage.output])
+    largest: list[Float32] = []
+
+    def see(found: Mapping[str, npt.NDArray[Any]]) -> None:
         if caches:
             largest.append(np.stack([np.abs(found[name][0]).max(axis=1) for name in caches]))
-    return np.max(largest, axis=0) if caches else np.empty((2, 0, 0), np.float32), following
+
+    following = decoder.run(stage, states, caches, see)
+    return np.max(largest, axis=0) if largest else np.empty((2, 0, 0), np.float32), following
 
 
 def _widened(ranges: Float32, partners: Partners | None) -> Float32:
@@ -155,22 +185,31 @@ def _widened(ranges: Float32, partners: Partners | None) -> Float32:
 def _partners(graph: ir.Graph) -> Partners | None:
     """Of each channel of a head, the one it is rotated with (itself, where it is not); None of a
     stage without attention, or without rotary.
+
+    Raises:
+        LoweringError: rotary tables of unknown width.
     """
-    node = next((node for node in graph if node.op_type == "GroupQueryAttention"), None)
+    node = next(iter(attentions(graph)), None)
     if node is None:
         return None
-    past, cos, key = node.inputs[3], (*node.inputs, None)[7], node.inputs[1]
-    assert past is not None and past.shape is not None  # attention without a cache is refused
-    head_dim = int(past.shape[3])  # type: ignore[arg-type]  # static
-    if cos is not None and cos.shape is not None:
-        width = 2 * int(cos.shape[1])  # type: ignore[arg-type]
-        return _pairs(head_dim, width, node.attributes["rotary_interleaved"].as_int())
+    past, cos, key = (node.inputs[at] for at in (PASTS[0], COS_CACHE, KEY))
+    head_dim = _static(graph, past, 3)
+    if cos is not None:
+        interleaved = node.attributes["rotary_interleaved"].as_int()
+        return _pairs(head_dim, 2 * _static(graph, cos, 1), interleaved)
     apart = key.producer() if key is not None else None
     if apart is None or apart.op_type != "RotaryEmbedding":
         return None
     attributes = apart.attributes
     width = attributes["rotary_embedding_dim"].as_int() or head_dim
     return _pairs(head_dim, width, attributes["interleaved"].as_int())
+
+
+def _static(graph: ir.Graph, value: ir.Value | None, axis: int) -> int:
+    size = value.shape[axis] if value is not None and value.shape is not None else None
+    if not isinstance(size, int):
+        raise LoweringError(f"stage {graph.name}: a cache or rotary table of unknown width")
+    return size
 
 
 def _pairs(head_dim: int, width: int, interleaved: int) -> Partners:

@@ -97,8 +97,8 @@ class StageLayout:
         return tuple(self._plans.values())
 
     @property
-    def graphs(self) -> dict[str, FileRecord]:
-        """The graphs that were written, and scales of caches, by relative path."""
+    def records(self) -> dict[str, FileRecord]:
+        """What was written, graphs and scales of caches, by relative path."""
         return dict(self._records)
 
     def _add(self, model: ir.Model, name: str, weights: dict[str, WeightExpr]) -> str:

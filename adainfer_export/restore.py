@@ -84,9 +84,13 @@ def _require_same_export(out: Path, manifest: Manifest, plan: StagePlan) -> None
     for key, value in plan.settings().items():
         if recorded[key] != value:
             raise OutputError(f"{out} has {key} {recorded[key]}, not {value}; give its settings")
+    if manifest.kv.dtype != plan.kv.dtype:
+        raise OutputError(
+            f"{out} has caches of {manifest.kv.dtype}, not {plan.kv.dtype}; give its settings"
+        )
     if manifest.source.files != source.files:
         raise OutputError(f"{out} was exported from other files than {source.id} holds now")
-    for name, record in plan.layout.graphs.items():
+    for name, record in plan.layout.records.items():
         if manifest.files.get(name) != record:
             raise OutputError(
                 f"{out}: {name} was written by other versions of the exporter or its libraries; "

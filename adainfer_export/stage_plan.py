@@ -57,7 +57,6 @@ class StagePlan:
             "quantisation": None if quantisation is None else quantisation.model_dump(mode="json"),
             "layers_per_engine": self.layers_per_engine,
             "max_seq_len": self.max_seq_len,
-            "kv": self.kv.model_dump(mode="json"),
         }
 
     def progress_of(self, file: str) -> str:
@@ -73,7 +72,12 @@ class StagePlan:
     def identity(self) -> dict[str, Any]:
         """What must be equal for two exports to write the same bytes."""
         files = [file.model_dump() for file in self.checkpoint.source.files]
-        return {**self.settings(), "source": files, "exporter": self.exporter}
+        return {
+            **self.settings(),
+            "kv_cache": self.kv.dtype,
+            "source": files,
+            "exporter": self.exporter,
+        }
 
     def manifest(
         self,

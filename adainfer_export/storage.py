@@ -11,7 +11,7 @@ from adainfer_models import QuantisationSettings
 from .errors import UnsupportedError
 from .lower import Precision, Target, find_target
 from .lower.int8_products import INT8_WIDE_ROWS
-from .lower.precision import INT4_WIDE_ROWS, KvCache, Prefill, Rounding
+from .lower.precision import STORED_WIDE_ROWS, KvCache, Prefill, Rounding
 from .lower.targets import AS_IS, Dialect
 from .preflight import weight_shapes
 from .quantise import Blocks
@@ -98,7 +98,7 @@ class StorageRequest:
     def _wide_rows(self, precision: Precision) -> int | None:
         if self.prefill == "int8":
             return INT8_WIDE_ROWS
-        return INT4_WIDE_ROWS if self.kv_cache == "int8" else precision.wide_rows
+        return STORED_WIDE_ROWS if self.kv_cache == "int8" else precision.wide_rows
 
     def check(self, num_layers: int) -> None:
         """Refuses layers that the model does not have."""

@@ -1,58 +1,53 @@
-"""The checkpoint's tokenizer: into an engine folder, or to read prompts with during an export."""
+"""The checkpoint's tokenizer, into an engine folder."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from adainfer_runtime.engine_folder import record_file
 from adainfer_runtime.errors import ManifestError
 from adainfer_runtime.manifest import FileRecord, TokenizerSpec
-from adainfer_runtime.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
+from adainfer_runtime.tokenizer import Tokenizer, load_tokenizer
 
 from .errors import CheckpointError, one_line
 from .sources import Checkpoint
 from .stage_plan import StagePlan
 
-__all__ = ["open_tokenizer", "write_tokenizer"]
+__all__ = ["WrittenTokenizer", "write_tokenizer"]
 
 
-def open_tokenizer(checkpoint: Checkpoint, scratch: Path) -> Tokenizer | None:
-    """The tokenizer, out of files that it writes into a folder; None where there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
+@dataclass(frozen=True)
+class WrittenTokenizer:
+    """The manifest's entry, the files' records by relative path, and the tokenizer itself; nothing
+    of a checkpoint without one.
     """
-    if not checkpoint.write_tokenizer(scratch):
-        return None
-    path = scratch / "tokenizer.json"
-    try:
-        return read_tokenizer(path)
-    except ManifestError as error:
-        raise _damaged(path.name, checkpoint, error.__cause__ or error) from error
+
+    spec: TokenizerSpec | None = None
+    files: Mapping[str, FileRecord] = field(default_factory=dict)
+    loaded: Tokenizer | None = None
 
 
-def write_tokenizer(
-    folder: Path, plan: StagePlan
-) -> tuple[TokenizerSpec | None, dict[str, FileRecord]]:
-    """The manifest's entry, and the files written.
+def write_tokenizer(folder: Path, plan: StagePlan) -> WrittenTokenizer:
+    """Writes it as the plan's checkpoint has it, and reads it as the runtime will.
 
     Raises:
         CheckpointError: it is damaged.
     """
     if not plan.checkpoint.write_tokenizer(folder / "tokenizer"):
-        return None, {}
+        return WrittenTokenizer()
     for path in _files(folder / "tokenizer"):
         _require_readable(path, plan.checkpoint)
     records = {path.relative_to(folder).as_posix(): path for path in _files(folder / "tokenizer")}
     spec = TokenizerSpec(file="tokenizer/tokenizer.json", files=tuple(sorted(records)))
     files = {name: record_file(path) for name, path in records.items()}
-    try:  # as the runtime will
-        load_tokenizer(folder, plan.manifest(spec, files))
+    try:
+        loaded = load_tokenizer(folder, plan.manifest(spec, files))
     except ManifestError as error:
         raise _damaged(spec.file, plan.checkpoint, error.__cause__ or error) from error
-    return spec, files
+    return WrittenTokenizer(spec, files, loaded)
 
 
 def _require_readable(path: Path, checkpoint: Checkpoint) -> None:

@@ -116,6 +116,38 @@ def test_prompts_in_8_bits_are_nearer_to_transformers(reference, smollm2_int4, t
     assert found[smollm2_int4] > 0.25
 
 
+@pytest.mark.slow
+def test_caches_in_8_bits_lose_little(reference, smollm2_int4, tmp_path):
+    """Behind a prompt, position by position: by the mean divergence from transformers, and by how
+    far that moves the engine's own prediction."""
+    storage = StorageRequest(kv_cache="int8")
+    export(ExportRequest("smollm2-135m", tmp_path / "engines", storage=storage))
+    plain, made = Engine.load(smollm2_int4), Engine.load(tmp_path / "engines")
+    divergences: dict[bool, list[float]] = {True: [], False: []}
+    moved, same = [], []
+    for ids in prompts(plain, 8, shortest=120):
+        expected = log_softmax(reference_logits(reference, ids).astype(np.float64))[80:]
+        found = {}
+        for engine in (plain, made):
+            session = engine.session()
+            session.extend(ids[:80])
+            session.complete()
+            for token in ids[80:]:
+                session.extend([token])
+                session.complete()
+            found[engine is made] = session.log_probs(80)
+        for key, own in found.items():
+            divergences[key].append((np.exp(expected) * (expected - own)).sum(axis=-1).mean())
+        change = np.exp(found[False]) * (found[False] - found[True])
+        moved.append(change.sum(axis=-1).mean())
+        same.append((found[True].argmax(axis=-1) == found[False].argmax(axis=-1)).mean())
+    lost = np.mean(divergences[True]) / np.mean(divergences[False])
+    print(f"divergence {lost:.3f} times, moved by {np.mean(moved):.4f}, same {np.mean(same):.3f}")
+    assert lost < 1.15
+    assert np.mean(moved) < 0.03
+    assert np.mean(same) > 0.93
+
+
 def test_weights_equal_transformers_own_reading_of_the_file(smollm2_gguf, reference):
     """Our dequantisation and row order against the loader of transformers."""
     from transformers import AutoModelForCausalLM

@@ -17,10 +17,10 @@ import numpy as np
 import onnx_ir as ir
 
 from .graph import insert_before, remove_dead_nodes, table
+from .group_query import HEAD_SINK, attentions, drop_empty_inputs
 
 __all__ = ["attend_few_rows", "attend_many_rows"]
 
-_SINK_INPUT = 11  # of GroupQueryAttention
 _LOWEST = np.float32(-1e30)
 _MARK = "adainfer.query_scale"  # of the products of constants
 _SCALED_INPUTS = {"MatMulNBits": 2, "Add": 1}  # the scales of its blocks, and a bias
@@ -32,7 +32,7 @@ def attend_few_rows(graph: ir.Graph) -> None:
     That is for Q, K and V from one product of 4-bit or 8-bit weights. Other attentions stay as they
     are, and so do those with a window, which the tiled kernel skips blocks by, or with a cap.
     """
-    for node in _attentions(graph):
+    for node in attentions(graph):
         sources = _sources(node)
         if not sources or not {"local_window_size", "softcap"}.isdisjoint(node.attributes):
             continue
@@ -40,15 +40,15 @@ def attend_few_rows(graph: ir.Graph) -> None:
         for source in sources:
             _scale_queries(graph, source, _SCALED_INPUTS[source.op_type], node, factor)
         sink = table(graph, f"no_sink_{_heads(node)}", np.full(_heads(node), _LOWEST))
-        node.resize_inputs(max(len(node.inputs), _SINK_INPUT + 1))
-        node.replace_input_with(_SINK_INPUT, sink)
+        node.resize_inputs(max(len(node.inputs), HEAD_SINK + 1))
+        node.replace_input_with(HEAD_SINK, sink)
         node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
 
 
 def attend_many_rows(graph: ir.Graph) -> None:
     """Takes back what `attend_few_rows` did."""
-    for node in _attentions(graph):
-        if len(node.inputs) <= _SINK_INPUT or node.inputs[_SINK_INPUT] is None:
+    for node in attentions(graph):
+        if len(node.inputs) <= HEAD_SINK or node.inputs[HEAD_SINK] is None:
             continue
         for source in _sources(node):
             at = _SCALED_INPUTS[source.op_type]
@@ -57,14 +57,9 @@ def attend_many_rows(graph: ir.Graph) -> None:
             source.replace_input_with(at, product.inputs[0])
             factor = float(product.metadata_props[_MARK])
             node.attributes["scale"] = ir.AttrFloat32("scale", factor)
-        node.replace_input_with(_SINK_INPUT, None)
-        while node.inputs[-1] is None:
-            node.resize_inputs(len(node.inputs) - 1)
+        node.replace_input_with(HEAD_SINK, None)
+        drop_empty_inputs(node)
     remove_dead_nodes(graph)
-
-
-def _attentions(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if node.op_type == "GroupQueryAttention"]
 
 
 def _sources(attention: ir.Node) -> list[ir.Node]:

@@ -1,10 +1,10 @@
 """KV caches in int8 for ONNX Runtime's GroupQueryAttention on CPUs.
 
 Few positions attend to the codes as they are: at one position SmolLM2's layers take 4 to 6% less
-time than with a float32 cache at 200 past positions, and a quarter less at 1,000 (AVX-512, two
-cores, ONNX Runtime 1.32). Many positions would take two to three times as long as in float32, for
-that kernel unpacks the codes again for every query: their form unpacks what is before them once,
-attends in float32, and writes the codes of the new positions (ONNX TensorScatter, in place).
+time than with a float32 cache behind 200 positions, and a quarter less behind 1,000 (AVX-512, two
+cores, ONNX Runtime 1.32). Many positions take longer in that kernel than in float32: 128 of them
+1.3 times as long, 512 twice. Their form unpacks what is before them once, attends in float32, and
+writes the codes of the new positions (ONNX TensorScatter, in place): 1.03 times at both.
 
 Symmetric codes with fixed scales: see `adainfer_runtime.backends.kv_scales`.
 """
@@ -21,12 +21,10 @@ from adainfer_runtime.backends.kv_scales import KvScales
 from ..errors import LoweringError
 from .attention import TOTAL_LENGTH
 from .graph import insert_before, ints, scalar, table, take_over
+from .group_query import KV_SCALES, PASTS, PRESENTS, attentions, drop_empty_inputs
 
 __all__ = ["attend_in_float", "quantise_caches"]
 
-_PASTS = (3, 4)  # inputs of GroupQueryAttention
-_SCALES = (12, 13)
-_PRESENTS = (1, 2)  # outputs
 _TYPES = ("k_quant_type", "v_quant_type")
 _BITS = "kv_cache_bit_width"
 _END = 1 << 31  # beyond any position
@@ -38,18 +36,18 @@ def quantise_caches(graph: ir.Graph, scales: KvScales) -> None:
     Where all channels of a layer have one scale, its operator takes one for the tensor, which is a
     little faster.
     """
-    for layer, node in enumerate(_attentions(graph), 1):
+    for layer, node in enumerate(attentions(graph), 1):
         own = scales.of(layer, node.attributes["kv_num_heads"].as_int())
         whole = all(np.all(part == part.flat[0]) for part in own)
-        node.resize_inputs(max(_SCALES) + 1)
-        for at, part, values in zip(_SCALES, ("key", "value"), own, strict=True):
+        node.resize_inputs(max(KV_SCALES) + 1)
+        for at, part, values in zip(KV_SCALES, ("key", "value"), own, strict=True):
             flat = values.reshape(-1)[: 1 if whole else None].copy()
             node.replace_input_with(at, table(graph, f"{part}_scale.{layer}", flat))
         for name in _TYPES:
             kind = "PER_TENSOR" if whole else "PER_CHANNEL"
             node.attributes[name] = ir.AttrString(name, kind)
         node.attributes[_BITS] = ir.AttrInt64(_BITS, 8)
-        caches = (*(node.inputs[at] for at in _PASTS), *(node.outputs[at] for at in _PRESENTS))
+        caches = (*(node.inputs[at] for at in PASTS), *(node.outputs[at] for at in PRESENTS))
         for value in caches:
             assert value is not None  # attention without a cache is refused before
             value.type = ir.TensorType(ir.DataType.INT8)
@@ -57,16 +55,15 @@ def quantise_caches(graph: ir.Graph, scales: KvScales) -> None:
 
 def attend_in_float(graph: ir.Graph) -> None:
     """The form for many positions, in place; graphs with float caches stay as they are."""
-    attentions = [node for node in _attentions(graph) if len(node.inputs) > max(_SCALES)]
-    if not attentions:
+    quantised = [node for node in attentions(graph) if len(node.inputs) > max(KV_SCALES)]
+    if not quantised:
         return
     past = _past_length(graph)
-    for node in attentions:
-        for cache, scale, present in zip(_PASTS, _SCALES, _PRESENTS, strict=True):
+    for node in quantised:
+        for cache, scale, present in zip(PASTS, KV_SCALES, PRESENTS, strict=True):
             _unpack(graph, _Cache(node, cache, scale, present), past)
-        node.resize_inputs(min(_SCALES))
-        while node.inputs[-1] is None:
-            node.resize_inputs(len(node.inputs) - 1)
+        node.resize_inputs(min(KV_SCALES))
+        drop_empty_inputs(node)
         for name in (*_TYPES, _BITS):
             del node.attributes[name]
 
@@ -123,7 +120,3 @@ def _unpack(graph: ir.Graph, cache: _Cache, past: ir.Value) -> None:
     take_over(whole, written.outputs[0])
     rows.replace_input_with(0, whole)
     whole.type, whole.shape = ir.TensorType(ir.DataType.FLOAT), None
-
-
-def _attentions(graph: ir.Graph) -> list[ir.Node]:
-    return [node for node in graph if node.op_type == "GroupQueryAttention"]

@@ -14,8 +14,8 @@ from adainfer_runtime.manifest import CacheType
 from ..quantise import Blocks
 
 __all__ = [
-    "INT4_WIDE_ROWS",
     "PRECISIONS",
+    "STORED_WIDE_ROWS",
     "KvCache",
     "Precision",
     "Prefill",
@@ -42,7 +42,7 @@ class Precision:
         wide_rows: positions from which on the wide form of stages is faster. Of `stored` weights
             that is float32 arithmetic, which unpacks weights once for all positions. On AVX-512,
             int4: 0.94 of int8's time at 32, 0.74 at 64, 0.68 at 128; with 8-bit weights never (1.5
-            at 128).
+            at 128): theirs keeps the products, and is for caches in int8 alone.
         prefill: what the wide form multiplies: the stored weights, or a second copy in 8 bits by
             8-bit activations (see `lower.int8_products`).
         kv_cache: what K and V are kept in: as activations are, or 8 bits (see `lower.int8_caches`).
@@ -109,7 +109,7 @@ def layer_of_tensor(name: str) -> int | None:
     return int(found.group(1)) + 1 if found else None
 
 
-INT4_WIDE_ROWS = 48
+STORED_WIDE_ROWS = 48  # of wide forms on the stored weights
 
 PRECISIONS: dict[str, Precision] = {
     "fp32": Precision("fp32", None),
@@ -117,7 +117,7 @@ PRECISIONS: dict[str, Precision] = {
     "bf16": Precision("bf16", None, activations="bfloat16"),
     "fp8": Precision("fp8", None, float8=True, activations="float16"),
     "int8": Precision("int8", 8),
-    "int4": Precision("int4", 4, wide_rows=INT4_WIDE_ROWS),
+    "int4": Precision("int4", 4, wide_rows=STORED_WIDE_ROWS),
     "keep": Precision("keep", None, accuracy_level=0),
 }
 

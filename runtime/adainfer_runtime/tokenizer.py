@@ -13,7 +13,7 @@ from .errors import ManifestError, TokenizerMissingError
 from .manifest import Manifest
 from .values import require_text
 
-__all__ = ["Tokenizer", "load_tokenizer", "read_tokenizer"]
+__all__ = ["Tokenizer", "load_tokenizer"]
 
 
 _NO_TEMPLATE = ChatTemplate(None, {})
@@ -118,21 +118,9 @@ def load_tokenizer(folder: Path, manifest: Manifest) -> Tokenizer:
     """
     if manifest.tokenizer is None:
         return _NoTokenizer(folder)
-    inner = _read(folder / manifest.tokenizer.file)
-    return Tokenizer(inner, load_chat_template(folder, manifest))
-
-
-def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json` alone, without a chat template.
-
-    Raises:
-        ManifestError: it cannot be parsed.
-    """
-    return Tokenizer(_read(path))
-
-
-def _read(path: Path) -> HfTokenizer:
+    path = folder / manifest.tokenizer.file
     try:
-        return HfTokenizer.from_file(str(path))
+        inner = HfTokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ManifestError(f"{path} is no tokenizer: {error}") from error
+    return Tokenizer(inner, load_chat_template(folder, manifest))

@@ -9,21 +9,22 @@ from importlib import import_module
 import numpy as np
 import onnx
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
-from adainfer_export import ExportRequest, export
+from adainfer_export import ExportRequest, export, kv_ranges
 from adainfer_export.calibrate.builtin import builtin_examples
 from adainfer_export.calibrate.exit_files import join_calibrated
 from adainfer_export.errors import OutputError, UnsupportedError
-from adainfer_export.kv_ranges import _pairs, measure_kv_scales, scales_of
-from adainfer_export.lower import PRECISIONS
-from adainfer_export.progress import SilentReporter
-from adainfer_export.sources import resolve
+from adainfer_export.float_decoder import builtin_prompts
+from adainfer_export.kv_ranges import _pairs, scales_of
 from adainfer_export.storage import StorageRequest
 from adainfer_runtime import DecodeOptions, Engine
 from adainfer_runtime.backends.kv_scales import KV_SCALES
 from adainfer_runtime.backends.ort_cpu import open_session
+from adainfer_runtime.commands.app import build_app
 from adainfer_runtime.engine_folder import load_manifest, write_manifest
 
 from ..checkpoints import make_checkpoint
@@ -85,6 +86,15 @@ def test_decoding_equals_float_caches_but_for_rounding(tiny, variant):
         assert (np.abs(mine - full) <= 0.51 * step[:, None]).all()
 
 
+def in_passes(engine, tokens, *ends):
+    """Logits of the last 50 positions, read in passes that end there."""
+    session = engine.session()
+    for start, end in zip((0, *ends), (*ends, len(tokens)), strict=True):
+        session.extend(tokens[start:end])
+        session.complete()
+    return engine.backend.probe_logits(session.hidden())[-50:]
+
+
 @pytest.mark.parametrize("precision", ["int4", "int8"])
 @pytest.mark.parametrize("prefill", ["stored", "int8"])
 def test_prompts_attend_in_float(tiny, precision, prefill):
@@ -93,19 +103,27 @@ def test_prompts_attend_in_float(tiny, precision, prefill):
     plain = tiny("llama", precision=precision, storage=storage).engine
     made = tiny("llama", precision=precision, storage=dataclasses.replace(storage, kv_cache="int8"))
     tokens = text(plain, 120)
+    expected = in_passes(plain, tokens)
+    np.testing.assert_allclose(in_passes(made.engine, tokens), expected, atol=1e-5)
+    assert 0 < error(in_passes(made.engine, tokens, 60), expected) < 0.06
 
-    def logits(engine, *parts):
-        session = engine.session()
-        for part in parts:
-            session.extend(part)
-            session.complete()
-        return engine.backend.probe_logits(session.hidden())[-50:]
 
-    expected = logits(plain, tokens)
-    if (precision, prefill) != ("int8", "stored"):  # has no wide form of its own with float caches
-        np.testing.assert_allclose(logits(made.engine, tokens), expected, atol=1e-5)
-    found = logits(made.engine, tokens[:60], tokens[60:])
-    assert 0 < error(found, expected) < 0.06
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_long_passes_behind_others(tiny, variant):
+    engines = [tiny(variant, precision="int4", storage=storage).engine for storage in (INT8, PLAIN)]
+    tokens = text(engines[0], 128)
+    found, expected = (in_passes(engine, tokens, 20, 70) for engine in engines)
+    assert 0 < error(found, expected) < 0.08
+
+
+def test_engines_without_the_form_for_prompts(tiny):
+    made = tiny("llama", precision="int4", storage=INT8)
+    plain = tiny("llama", precision="int4", storage=PLAIN)
+    small, reference = (Engine.load(one.folder, low_memory=True) for one in (made, plain))
+    tokens = text(small, 120)
+    assert small.backend.stage(0, 60) is small.backend.stage(0, 1)
+    found, expected = (in_passes(engine, tokens, 60) for engine in (small, reference))
+    assert 0 < error(found, expected) < 0.08
 
 
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "gpt_neox", "opt"])
@@ -247,29 +265,42 @@ def test_channels_that_are_rotated_together_have_one_scale():
     assert _pairs(8, 4, interleaved=0).tolist() == [2, 3, 0, 1, 4, 5, 6, 7]
 
 
-def test_scales_cover_what_was_measured(tmp_path):
-    """Keys and values of transformers, at the built-in prompts' positions and at later ones."""
-    import torch
-
-    model = make_checkpoint(tmp_path / "checkpoint", "qwen2")
-    out = tmp_path / "ranges"
-    out.mkdir()
-    source = resolve(str(tmp_path / "checkpoint"))
-    scales = measure_kv_scales(out, source, PRECISIONS["int4"], 128, SilentReporter())
-    assert not list(out.iterdir())
-    engine_tokens = [ord(letter) - ord("!") + 2 for letter in "Reviewofthefilm"]
+def largest_magnitudes(model, passes):
+    """Of transformers' keys and values: `[layers, 2, heads, head_dim]`."""
+    found = []
     with torch.no_grad():
-        cache = model(torch.tensor([engine_tokens]), use_cache=True).past_key_values
-    for layer, held in enumerate(cache.layers, 1):
-        for part, values in enumerate((held.keys, held.values)):
-            largest = np.abs(values[0].numpy()).max(axis=1)
-            assert (largest <= 1.3 * 127 * scales.of(layer, 2)[part]).all()
+        for tokens in passes:
+            cache = model(torch.tensor([tokens]), use_cache=True).past_key_values
+            pairs = [(held.keys[0], held.values[0]) for held in cache.layers]
+            found.append([[part.abs().amax(dim=1).numpy() for part in pair] for pair in pairs])
+    return np.max(found, axis=0)
+
+
+@pytest.mark.parametrize(
+    ("variant", "rotated"), [("llama", 16), ("gpt2", 0), ("gpt_neox-serial", 8)]
+)
+def test_scales_are_of_the_largest_keys_and_values(tiny, monkeypatch, variant, rotated):
+    monkeypatch.setattr(kv_ranges, "_MOST_UNEVEN", 0.0)  # a scale for every channel
+    made = tiny(variant, precision="int4", storage=dataclasses.replace(INT8, block_size=16))
+    engine, length = made.engine, made.engine.manifest.max_seq_len
+    passes = kv_ranges._with_later_positions(builtin_prompts(engine.tokenizer, length), length)
+    assert max(map(len, passes)) == length
+    largest = largest_magnitudes(made.reference, passes)
+    keys, half = largest[:, 0], rotated // 2
+    first, second = keys[..., :half].copy(), keys[..., half:rotated].copy()
+    keys[..., :half] = keys[..., half:rotated] = np.hypot(first, second)
+    np.testing.assert_allclose(
+        engine.backend.kv_scales.values * 127, largest * 1.25, rtol=1e-3, atol=1e-5
+    )
+
+
+def test_later_positions_are_seen():
+    passes = kv_ranges._with_later_positions([[1, 2], [3, 4, 5], [6], [7, 8, 9]], most=4)
+    assert passes == [[1, 2], [6], [3, 4, 5, 7], [8, 9]]
 
 
 def test_uneven_layers_have_a_scale_for_every_channel(tmp_path):
     """A bias that makes one channel's keys large, as in Qwen2."""
-    import torch
-
     model = make_checkpoint(tmp_path / "checkpoint", "qwen2")
     with torch.no_grad():
         model.model.layers[1].self_attn.k_proj.bias[5] = 80.0
@@ -288,6 +319,8 @@ def test_uneven_layers_have_a_scale_for_every_channel(tmp_path):
     plain, made = (Engine.load(tmp_path / name) for name in ("plain", "int8"))
     tokens = text(plain, 90)
     found, expected = (step_by_step(engine, tokens, 60)[0] for engine in (made, plain))
+    assert error(found, expected) < 0.06
+    found, expected = (in_passes(engine, text(plain, 120), 60) for engine in (made, plain))
     assert error(found, expected) < 0.06
 
 
@@ -325,31 +358,74 @@ def test_layers_are_written_again_with_the_scales_that_are_there(tiny, tmp_path,
     folder = tmp_path / "engines"
     shutil.copytree(made.folder, folder)
     (folder / "stages" / "layer_002.data").write_bytes(b"")
-    monkeypatch.setattr(
-        import_module("adainfer_export.export"), "measure_kv_scales", None
-    )  # not again
+    monkeypatch.setattr(kv_ranges, "FloatDecoder", None)  # not again
     request = ExportRequest(str(made.checkpoint), folder, storage=INT8, layers=(2, 2))
     export(request)
     Engine.load(folder, verify=True)
-    with pytest.raises(OutputError, match="has kv"):
+    with pytest.raises(OutputError, match="has caches of int8, not float32; give its settings"):
         export(dataclasses.replace(request, storage=PLAIN))
     plain = tiny("llama", precision="int4", storage=PLAIN)
     with pytest.raises(OutputError, match="has caches of float32, not int8; give its settings"):
         export(dataclasses.replace(request, out=plain.folder))
 
 
-def test_a_resumed_export_writes_the_same_bytes(checkpoint, tmp_path, monkeypatch):
+def test_a_deeper_model_is_refused(tiny, tmp_path):
+    made = tiny("llama", precision="int4", storage=INT8)
+    make_checkpoint(tmp_path / "deeper", num_hidden_layers=6)
+    request = ExportRequest(str(tmp_path / "deeper"), made.folder, storage=INT8, layers=(2, 2))
+    with pytest.raises(OutputError, match=r"has caches of another model: \[4, 2, 2, 16\]"):
+        export(request)
+
+
+@pytest.mark.parametrize("stop_behind", [0, 3])
+def test_a_resumed_export_writes_the_same_bytes_and_measures_once(
+    checkpoint, tmp_path, monkeypatch, stop_behind
+):
+    """Here with scales that stand among the tables of the data files, as large models' do."""
+    monkeypatch.setattr(kv_ranges, "_MOST_UNEVEN", 0.0)
+    monkeypatch.setattr(import_module("adainfer_export.layout"), "_INLINE_BYTES", 64)
     whole = export(ExportRequest(str(checkpoint), tmp_path / "whole", storage=INT8)).manifest
-    monkeypatch.setattr(import_module("adainfer_export.export"), "write_weights", stopped)
-    request = ExportRequest(str(checkpoint), tmp_path / "out", storage=INT8, resume=True)
+    journal = import_module("adainfer_export.journal").Journal
+    note, noted = journal.note, []
+
+    def stopping(self, file, written):
+        if not self._path.parent.name.startswith(".out"):  # the float model's own
+            note(self, file, written)
+            return
+        if len(noted) > stop_behind:
+            raise KeyboardInterrupt
+        noted.append(file)
+        note(self, file, written)
+
+    monkeypatch.setattr(journal, "note", stopping)
+    out = tmp_path / "out"
+    request = ExportRequest(str(checkpoint), out, storage=INT8, resume=True, workers=1)
     with pytest.raises(KeyboardInterrupt):
         export(request)
-    monkeypatch.undo()
+    assert noted[0] == KV_SCALES
+    monkeypatch.setattr(journal, "note", note)
+    monkeypatch.setattr(kv_ranges, "FloatDecoder", None)  # not again
+    with pytest.raises(OutputError, match="it had kv_cache int8, now float32 is asked for"):
+        export(dataclasses.replace(request, storage=PLAIN))
     assert export(request).manifest.files == whole.files
 
 
-def stopped(*_):
-    raise KeyboardInterrupt
+def test_refused_before_the_model_is_run(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(kv_ranges, "FloatDecoder", None)
+    storage = dataclasses.replace(INT8, int8_layers=frozenset({9}))
+    with pytest.raises(UnsupportedError, match="names layer 9: this model has 4"):
+        export(ExportRequest(str(checkpoint), tmp_path / "out", storage=storage))
+
+
+def test_command_line(checkpoint, tmp_path):
+    out = tmp_path / "engines"
+    arguments = ["export", str(checkpoint), "--out", str(out), "--calibration", "none"]
+    done = CliRunner().invoke(build_app(), [*arguments, "--kv-cache-dtype", "int8", "--quiet"])
+    assert done.exit_code == 0, done.output
+    manifest = load_manifest(out)
+    assert manifest.kv.dtype == "int8"
+    shown = CliRunner().invoke(build_app(), ["inspect", str(out)]).output
+    assert f"{4 * 2 * 2 * 16 * 128 / 1e6:.1f} MB per sequence, int8" in shown
 
 
 def test_without_a_tokenizer(checkpoint, tmp_path):

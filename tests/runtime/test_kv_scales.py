@@ -46,7 +46,7 @@ def changed(made, tmp_path, content):
     shutil.copytree(made.folder, folder)
     path = folder / KV_SCALES
     size = path.stat().st_size
-    path.write_bytes(content(path)[:size].ljust(size, b"\0"))
+    path.write_bytes(content(path).ljust(size, b"\0")[:size])
     return folder
 
 
@@ -70,9 +70,23 @@ def pickled(path):
     return path.read_bytes()
 
 
+def infinite(path):
+    values = np.load(path)
+    values[0] = np.inf
+    np.save(path, values)
+    return path.read_bytes()
+
+
+def archive(path):
+    np.savez(path.with_suffix(".npz"), np.load(path)[:1])
+    return path.with_suffix(".npz").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
+        (archive, "does not hold the scales"),
+        (infinite, "does not hold the scales"),
         (cut, "cannot be read"),
         (pickled, "cannot be read"),
         (negative, "does not hold the scales"),

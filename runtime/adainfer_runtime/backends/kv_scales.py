@@ -29,9 +29,11 @@ Codes = npt.NDArray[np.int8]
 
 @dataclass(frozen=True)
 class KvScales:
-    """Attributes:
-    values: float32 `[layers, 2, heads, head_dim]`, of keys (after rotary) and values, positive;
-        ones for heads that a layer does not have.
+    """The steps between codes.
+
+    Attributes:
+        values: float32 `[layers, 2, heads, head_dim]`, of keys (after rotary) and values, positive;
+            ones for heads that a layer does not have.
     """
 
     values: Float32
@@ -69,7 +71,8 @@ def load_kv_scales(folder: Path, manifest: Manifest) -> KvScales | None:
         raise StageError(
             f"{folder / kv.scales} cannot be read: {reason}; export the model again"
         ) from error
-    if values.dtype != np.float32 or values.shape != expected or not np.all(values > 0):
+    fits = isinstance(values, np.ndarray) and (values.dtype, values.shape) == (np.float32, expected)
+    if not fits or not np.all(np.isfinite(values) & (values > 0)):
         raise StageError(
             f"{folder / kv.scales} does not hold the scales of caches {list(expected)}; "
             "export the model again"

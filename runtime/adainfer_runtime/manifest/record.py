@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = ["CacheType", "Count", "ElementType", "Layers", "Length", "Record", "Share", "Width"]
 
 ElementType = Literal["float32", "float16", "bfloat16"]
-CacheType = Literal["float32", "float16", "bfloat16", "int8"]
+CacheType = ElementType | Literal["int8"]
 # Bounds that no model comes near: beyond them buffers cannot even be asked for.
 Layers = Annotated[int, Field(gt=0, le=1 << 16)]
 Width = Annotated[int, Field(gt=0, le=1 << 24)]
