@@ -105,9 +105,9 @@ class Engine:
             threads: of the process's one ONNX Runtime pool; default: the cores it may use. The
                 first engine of a process makes the pool. Another number for a later one has no
                 effect, and a warning is logged: that takes another process.
-            low_memory: whether int4 engines hold their weights once, or a second time, laid out for
-                passes of many positions, in which some processors read prompts up to 1.4 times as
-                fast. Default: twice where that takes at most a quarter of the memory that this
+            low_memory: whether int4 engines (and int8 engines whose caches are int8) hold their
+                weights once, or a second time, for passes of many positions, in which some
+                processors read prompts up to 1.4 times as fast. Default: twice where that takes at most a quarter of the memory that this
                 process may use (the machine's, or its control group's limit), and always of
                 engines that were exported with `--prefill int8`.
             shadow_every: also run every n-th adaptive request in full and compare: see `shadow`.

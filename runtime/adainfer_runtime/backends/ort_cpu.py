@@ -40,7 +40,8 @@ def load(
     """Loads every stage of the folder; with `low_memory` without their wide graphs.
 
     ONNX Runtime packs a graph's weights into memory of the process, in one layout for products
-    with int8 activations and in another for float32 ones: a wide graph is a second copy. With None
+    with int8 activations and in another for float32 ones: a wide graph is a second copy (of 8-bit
+    weights too, whose wide graphs differ in attention alone: both sessions pack them). With None
     it is held where both copies, by the size of the folder's weights, take at most a quarter of
     the memory that the process may use (`memory_limit`), and always where the export was asked for
     it (`--prefill int8`): what its exits were fitted and certified on comes from these weights.
