@@ -107,9 +107,10 @@ class Engine:
                 effect, and a warning is logged: that takes another process.
             low_memory: whether int4 engines (and int8 engines whose caches are int8) hold their
                 weights once, or a second time, for passes of many positions, in which some
-                processors read prompts up to 1.4 times as fast. Default: twice where that takes at most a quarter of the memory that this
-                process may use (the machine's, or its control group's limit), and always of
-                engines that were exported with `--prefill int8`.
+                processors read prompts up to 1.4 times as fast. Default: twice where that takes at
+                most a quarter of the memory that this process may use (the machine's, or its
+                control group's limit), and always of engines that were exported with
+                `--prefill int8`.
             shadow_every: also run every n-th adaptive request in full and compare: see `shadow`.
             profile: measure time by kind of stage: see `statistics`. Costs nothing where off.
             verify: also compare every file's sha256 with the manifest's (sizes always are).
