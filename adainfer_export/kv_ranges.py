@@ -76,17 +76,15 @@ def find_kv_scales(
             "--kv-cache-dtype int8 runs the model on prompts, and the checkpoint has no "
             "tokenizer; export with --kv-cache-dtype auto"
         )
-    journal, path = Journal(folder, plan.identity()), folder / KV_SCALES
+    journal = Journal(folder, plan.identity())
     if journal.find(KV_SCALES, folder) is not None:
-        return KvScales(np.load(path, allow_pickle=False))
+        return KvScales(np.load(folder / KV_SCALES, allow_pickle=False))
     prompts = _with_later_positions(builtin_prompts(tokenizer, plan.max_seq_len), plan.max_seq_len)
     # Within the folder: what a kill leaves of it goes with the next export's start.
     with tempfile.TemporaryDirectory(prefix="ranges-", dir=folder) as scratch:
         decoder = FloatDecoder(source, plan.precision, plan.max_seq_len, Path(scratch), _partners)
         scales = scales_of(_ranges(decoder, decoder.start(prompts), reporter))
-    path.parent.mkdir(exist_ok=True)
-    np.save(path, scales.values)
-    journal.note(KV_SCALES, Written(record_file(path), ()))
+    journal.note(KV_SCALES, Written(record_file(scales.save(folder)), ()))
     return scales
 
 

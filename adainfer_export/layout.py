@@ -87,8 +87,7 @@ class StageLayout:
 
     def add_kv_scales(self, scales: KvScales) -> str:
         """Writes what the runtime reads of them; the path relative to the folder."""
-        np.save(self.root / KV_SCALES, scales.values)
-        self._records[KV_SCALES] = record_file(self.root / KV_SCALES)
+        self._records[KV_SCALES] = record_file(scales.save(self.root))
         return KV_SCALES
 
     @property

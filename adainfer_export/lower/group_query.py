@@ -5,10 +5,10 @@ from __future__ import annotations
 import onnx_ir as ir
 
 __all__ = [
+    "CACHE_SCALES",
     "COS_CACHE",
     "HEAD_SINK",
     "KEY",
-    "KV_SCALES",
     "PASTS",
     "PRESENTS",
     "attentions",
@@ -19,7 +19,7 @@ KEY = 1
 PASTS = (3, 4)  # of keys, and of values
 COS_CACHE = 7
 HEAD_SINK = 11
-KV_SCALES = (12, 13)
+CACHE_SCALES = (12, 13)
 PRESENTS = (1, 2)  # outputs
 
 

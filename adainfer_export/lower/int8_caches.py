@@ -1,6 +1,6 @@
 """KV caches in int8 for ONNX Runtime's GroupQueryAttention on CPUs.
 
-Few positions attend to the codes as they are: at one position SmolLM2's layers take 4 to 6% less
+Few positions attend to the codes as they are: at one position SmolLM2's layers take 3 to 6% less
 time than with a float32 cache behind 200 positions, and a quarter less behind 1,000 (AVX-512, two
 cores, ONNX Runtime 1.32). Many positions take longer in that kernel than in float32: 128 of them
 1.3 times as long, 512 twice. Their form unpacks what is before them once, attends in float32, and
@@ -21,7 +21,7 @@ from adainfer_runtime.backends.kv_scales import KvScales
 from ..errors import LoweringError
 from .attention import TOTAL_LENGTH
 from .graph import insert_before, ints, scalar, table, take_over
-from .group_query import KV_SCALES, PASTS, PRESENTS, attentions, drop_empty_inputs
+from .group_query import CACHE_SCALES, PASTS, PRESENTS, attentions, drop_empty_inputs
 
 __all__ = ["attend_in_float", "quantise_caches"]
 
@@ -39,8 +39,8 @@ def quantise_caches(graph: ir.Graph, scales: KvScales) -> None:
     for layer, node in enumerate(attentions(graph), 1):
         own = scales.of(layer, node.attributes["kv_num_heads"].as_int())
         whole = all(np.all(part == part.flat[0]) for part in own)
-        node.resize_inputs(max(KV_SCALES) + 1)
-        for at, part, values in zip(KV_SCALES, ("key", "value"), own, strict=True):
+        node.resize_inputs(max(CACHE_SCALES) + 1)
+        for at, part, values in zip(CACHE_SCALES, ("key", "value"), own, strict=True):
             flat = values.reshape(-1)[: 1 if whole else None].copy()
             node.replace_input_with(at, table(graph, f"{part}_scale.{layer}", flat))
         for name in _TYPES:
@@ -55,14 +55,14 @@ def quantise_caches(graph: ir.Graph, scales: KvScales) -> None:
 
 def attend_in_float(graph: ir.Graph) -> None:
     """The form for many positions, in place; graphs with float caches stay as they are."""
-    quantised = [node for node in attentions(graph) if len(node.inputs) > max(KV_SCALES)]
+    quantised = [node for node in attentions(graph) if len(node.inputs) > max(CACHE_SCALES)]
     if not quantised:
         return
     past = _past_length(graph)
     for node in quantised:
-        for cache, scale, present in zip(PASTS, KV_SCALES, PRESENTS, strict=True):
+        for cache, scale, present in zip(PASTS, CACHE_SCALES, PRESENTS, strict=True):
             _unpack(graph, _Cache(node, cache, scale, present), past)
-        node.resize_inputs(min(KV_SCALES))
+        node.resize_inputs(min(CACHE_SCALES))
         drop_empty_inputs(node)
         for name in (*_TYPES, _BITS):
             del node.attributes[name]

@@ -433,20 +433,3 @@ def test_without_a_tokenizer(checkpoint, tmp_path):
     with pytest.raises(UnsupportedError, match="the checkpoint has no tokenizer"):
         export(ExportRequest(str(checkpoint), tmp_path / "out", storage=INT8))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("target", "precision", "message"),
-    [
-        ("ort-cpu", "fp32", "--kv-cache-dtype int8 is for int4 and int8, not fp32"),
-        ("ort-cpu", "keep", "--kv-cache-dtype int8 is for int4 and int8, not keep"),
-        ("tensorrt", "int4", "target tensorrt does not take --kv-cache-dtype int8"),
-        ("ort-cuda", "int4", "target ort-cuda does not take --kv-cache-dtype int8"),
-    ],
-)
-def test_where_it_means_nothing(tmp_path, target, precision, message):
-    request = ExportRequest(
-        "smollm2-135m", tmp_path / "out", target=target, precision=precision, storage=INT8
-    )
-    with pytest.raises(UnsupportedError, match=message):
-        export(request)

@@ -10,7 +10,6 @@ import onnx
 import pytest
 
 from adainfer_export.calibrate.exit_files import join_calibrated
-from adainfer_export.errors import UnsupportedError
 from adainfer_export.export import ExportRequest, export
 from adainfer_export.int8 import dequantise_int8, quantise_int8
 from adainfer_export.lower.int8_products import INT8_WIDE_ROWS
@@ -162,20 +161,3 @@ def test_layers_are_written_again_with_both_copies(tiny, tmp_path):
     Engine.load(folder, verify=True)
     with pytest.raises(Exception, match="quantisation"):
         export(dataclasses.replace(request, storage=StorageRequest()))
-
-
-@pytest.mark.parametrize(
-    ("target", "precision", "message"),
-    [
-        ("ort-cpu", "fp32", "--prefill int8 is for int4 and int8, not fp32"),
-        ("ort-cpu", "keep", "--prefill int8 is for int4 and int8, not keep"),
-        ("tensorrt", "int4", "target tensorrt does not take --prefill int8"),
-        ("ort-cuda", "int4", "target ort-cuda does not take --prefill int8"),
-    ],
-)
-def test_where_it_means_nothing(tmp_path, target, precision, message):
-    request = ExportRequest(
-        "smollm2-135m", tmp_path / "out", target=target, precision=precision, storage=INT8
-    )
-    with pytest.raises(UnsupportedError, match=message):
-        export(request)

@@ -304,3 +304,27 @@ def test_layer_of_a_tensor():
     assert layer_of_tensor("transformer.h.11.attn.c_attn.weight") == 12
     assert layer_of_tensor("model.embed_tokens.weight") is None
     assert PRECISIONS["int8"].storage("lm_head.weight").bits == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "storage"),
+    [
+        ("--prefill int8", StorageRequest(prefill="int8")),
+        ("--kv-cache-dtype int8", StorageRequest(kv_cache="int8")),
+    ],
+)
+@pytest.mark.parametrize(
+    ("target", "precision", "message"),
+    [
+        ("ort-cpu", "fp32", "{} is for int4 and int8, not fp32"),
+        ("ort-cpu", "keep", "{} is for int4 and int8, not keep"),
+        ("tensorrt", "int4", "target tensorrt does not take {}"),
+        ("ort-cuda", "int4", "target ort-cuda does not take {}"),
+    ],
+)
+def test_where_8_bits_mean_nothing(tmp_path, option, storage, target, precision, message):
+    request = ExportRequest(
+        "smollm2-135m", tmp_path / "out", target=target, precision=precision, storage=storage
+    )
+    with pytest.raises(UnsupportedError, match=message.format(option)):
+        export(request)

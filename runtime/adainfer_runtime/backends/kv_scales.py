@@ -38,6 +38,13 @@ class KvScales:
 
     values: Float32
 
+    def save(self, folder: Path) -> Path:
+        """Writes them into an engine folder's stages; where."""
+        path = folder / KV_SCALES
+        path.parent.mkdir(exist_ok=True)
+        np.save(path, self.values)
+        return path
+
     def of(self, layer: int, heads: int) -> Float32:
         """A layer's (1-based) `[2, heads, head_dim]`."""
         return self.values[layer - 1, :, :heads]
